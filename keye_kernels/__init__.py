@@ -1,0 +1,45 @@
+"""Fast, exact Keye-VL: Triton kernels, a lean model, and everything between a picture and an answer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import ops as ops
+    from .model import Keye as Keye
+    from .model import KeyeConfig as KeyeConfig
+    from .model import KVCache as KVCache
+    from .model import TextStreamer as TextStreamer
+    from .ops import use_impl as use_impl
+    from .processing import KeyeProcessor as KeyeProcessor
+    from .processing import process_vision_info as process_vision_info
+    from .processing import split_thinking as split_thinking
+
+__version__ = "0.1.0"
+
+# Imported when first used, so that `import keye_kernels` costs nothing and needs neither Triton nor transformers
+_HOMES = {
+    "Keye": "model",
+    "KeyeConfig": "model",
+    "KVCache": "model",
+    "TextStreamer": "model",
+    "KeyeProcessor": "processing",
+    "process_vision_info": "processing",
+    "split_thinking": "processing",
+    "use_impl": "ops",
+    "ops": None,
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'keye_kernels' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = import_module(f".{name}", __name__) if home is None else getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

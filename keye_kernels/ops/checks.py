@@ -1,0 +1,35 @@
+"""Checks of what a caller passed; they read metadata only, never a tensor's values."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is a free size) and lies with `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(x).__name__}")
+    if x.ndim != len(shape) or any(
+        isinstance(n, int | torch.SymInt) and n != m for n, m in zip(shape, x.shape, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the other tensors, got {x.device}")
+
+
+def check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """`check_tensor` for packed heads [T, H, D] with a contiguous last axis, T and D as in `like`."""
+    shape = ("T", "H", "D") if like is None else (like.shape[0], "H", like.shape[2])
+    check_tensor(name, x, shape, FLOATS, x if like is None else like)
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        raise ValueError(f"{name} must be contiguous along its last axis, got strides {list(x.stride())}")
+
+
+def _show(shape: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

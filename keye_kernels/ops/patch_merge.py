@@ -1,0 +1,94 @@
+"""The projector as one operator. Symbols: T patches, C channels of a patch, m merge size."""
+
+import torch
+from torch import Tensor
+
+from keye_kernels import reference
+from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
+
+from .checks import FLOATS, check_tensor
+from .implementation import check_impl, resolve
+from .registry import define_differentiable
+
+
+def patch_merge_projection(
+    features: Tensor,
+    grid_thw: Tensor | VisionBatch,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    linear_1_weight: Tensor,
+    linear_1_bias: Tensor,
+    linear_2_weight: Tensor,
+    linear_2_bias: Tensor,
+    *,
+    merge_size: int = 2,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """LayerNorm, merge of m x m patches, linear, exact GELU, linear; for all pictures at once.
+
+    Args:
+        features: [T, C] in raster order (frame by frame, row by row).
+        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each picture. Or the `VisionBatch`
+            built from it: the features then stand in its order.
+        norm_weight, norm_bias: [C], to normalise each patch before the merge (Preview), or [m² C], after it (1.5).
+        linear_1_weight: [hidden, m² C], linear_1_bias: [hidden]; linear_2_weight: [out, hidden], linear_2_bias: [out].
+        impl: "auto", "reference" or "triton".
+
+    Returns: [T/m², out] in the dtype of `features`, rows ordered (picture, frame, row, column) of the merged grid.
+    Raises: ValueError or TypeError naming the argument. Source: section 5 of the 1.5 specification, section 4 of Preview's.
+    """
+    check_impl(impl, attention=False)
+    check_tensor("features", features, ("T", "C"), FLOATS, features)
+    if features.stride(1) != 1 and features.shape[1] > 1:
+        raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
+    channels = features.shape[1]
+    width = merge_size**2 * channels
+    check_tensor("norm_weight", norm_weight, ("C or 4C",), FLOATS, features)
+    if norm_weight.shape[0] not in (channels, width):
+        raise ValueError(f"norm_weight must have shape [{channels}] or [{width}], got {list(norm_weight.shape)}")
+    check_tensor("norm_bias", norm_bias, tuple(norm_weight.shape), FLOATS, features)
+    check_tensor("linear_1_weight", linear_1_weight, ("hidden", width), FLOATS, features)
+    check_tensor("linear_1_bias", linear_1_bias, (linear_1_weight.shape[0],), FLOATS, features)
+    check_tensor("linear_2_weight", linear_2_weight, ("out", linear_1_weight.shape[0]), FLOATS, features)
+    check_tensor("linear_2_bias", linear_2_bias, (linear_2_weight.shape[0],), FLOATS, features)
+    if isinstance(grid_thw, VisionBatch):
+        merge_index = grid_thw.merge_index
+        if grid_thw.raster_index.shape[0] != features.shape[0]:
+            raise ValueError(
+                f"grid_thw describes {grid_thw.raster_index.shape[0]} patches, but features has {features.shape[0]} rows"
+            )
+    else:
+        grids = check_grid_thw(grid_thw, features.shape[0], merge_size)
+        merge_index = patch_tensors(grids, 1, merge_size, "raster")[-1].to(features.device)
+    weights = norm_weight, norm_bias, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
+    return _projection_op(features, merge_index, *weights, merge_size, eps, impl)
+
+
+def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
+    if resolve(impl, "patch_merge_projection", features.device) == "triton":
+        from keye_kernels.triton.patch_merge import patch_merge_projection as run
+
+        return run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps)
+    return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
+
+
+def _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
+    return reference.patch_merge_projection(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps)
+
+
+def _fake(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
+    return features.new_empty(features.shape[0] // merge_size**2, w2.shape[0])
+
+
+define_differentiable(
+    "patch_merge_projection",
+    "Tensor features, Tensor? merge_index, Tensor norm_weight, Tensor norm_bias, Tensor linear_1_weight, Tensor linear_1_bias, "
+    "Tensor linear_2_weight, Tensor linear_2_bias, int merge_size, float eps, str impl",
+    "Tensor",
+    _run,
+    _fake,
+    _reference,
+    differentiable=[0, 2, 3, 4, 5, 6, 7],
+)
+_projection_op = torch.ops.keye_kernels.patch_merge_projection.default

@@ -1,0 +1,72 @@
+"""Learned 2D positions as one operator. Symbols: T patches, C channels."""
+
+import torch
+from torch import Tensor
+
+from keye_kernels import reference
+from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
+
+from .checks import FLOATS, check_tensor
+from .implementation import check_impl, resolve
+from .registry import define_differentiable
+
+
+def position_embedding_2d(
+    features: Tensor, table: Tensor, grid_thw: Tensor | VisionBatch, *, impl: str = "auto"
+) -> Tensor:
+    """Adds the learned positions, resized bilinearly to each picture's grid (align_corners=False, no antialias).
+
+    Args:
+        features: [T, C] in raster order (frame by frame, row by row), last axis contiguous. Not written.
+        table: [side², C], the learned square grid, row by row.
+        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each picture. Or the `VisionBatch`
+            built from it: the features then stand in its order.
+        impl: "auto", "reference" or "triton".
+
+    Returns: [T, C] in the dtype of `features`; computed in float32 and rounded once.
+    Raises: ValueError or TypeError naming the argument. Source: section 4.2 of the 1.5 specification.
+    """
+    check_impl(impl, attention=False)
+    check_tensor("features", features, ("T", "C"), FLOATS, features)
+    if features.stride(1) != 1 and features.shape[1] > 1:
+        raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
+    check_tensor("table", table, ("side²", features.shape[1]), FLOATS, features)
+    if isinstance(grid_thw, VisionBatch):
+        index, weight = grid_thw.corner_index, grid_thw.corner_weight
+        if index.shape[0] != features.shape[0]:
+            raise ValueError(f"grid_thw describes {index.shape[0]} patches, but features has {features.shape[0]} rows")
+    else:
+        side = round(table.shape[0] ** 0.5)
+        if side * side != table.shape[0]:
+            raise ValueError(f"table must be a square grid of positions, got {table.shape[0]} rows")
+        grids = check_grid_thw(grid_thw, features.shape[0], 1)
+        index, weight = (t.to(features.device) for t in patch_tensors(grids, side, 1, "raster")[1:3])
+    return _position_op(features, table, index, weight, impl)
+
+
+def _run(features, table, corner_index, corner_weight, impl):
+    if resolve(impl, "position_embedding_2d", features.device) == "triton":
+        from keye_kernels.triton.position_embedding import position_embedding_2d as run
+
+        return run(features, table, corner_index, corner_weight)
+    return _reference(features, table, corner_index, corner_weight, impl)
+
+
+def _reference(features, table, corner_index, corner_weight, impl):
+    return reference.position_embedding_2d(features, table, corner_index, corner_weight)
+
+
+def _fake(features, table, corner_index, corner_weight, impl):
+    return features.new_empty(features.shape)
+
+
+define_differentiable(
+    "position_embedding_2d",
+    "Tensor features, Tensor table, Tensor corner_index, Tensor corner_weight, str impl",
+    "Tensor",
+    _run,
+    _fake,
+    _reference,
+    differentiable=[0, 1],
+)
+_position_op = torch.ops.keye_kernels.position_embedding_2d.default

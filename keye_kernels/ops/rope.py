@@ -1,0 +1,159 @@
+"""Rotary position embedding: 3D for the text model (with its q/k norm), 2D for the vision tower.
+
+Symbols: T tokens, Hq query heads, Hk key heads, D head dim, P = D/2 pairs (channel i turns with channel i + P).
+"""
+
+import torch
+from torch import Tensor
+
+from keye_kernels import reference
+
+from .checks import FLOATS, INTEGERS, check_heads, check_tensor
+from .implementation import check_impl, resolve
+from .registry import NAMESPACE, define, library
+
+
+def rope_3d(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    mrope_section: list[int] | tuple[int, ...],
+    *,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Multimodal rope of the decoder, optionally after an RMSNorm of every head.
+
+    Args:
+        q, k: [T, Hq, D] and [T, Hk, D], any token and head strides, last axis contiguous. They are not written.
+        position_ids: [3, T] int32 or int64: time, height and width of each token.
+        inv_freq: [P] float32 inverse frequencies; an angle is float32 position times float32 frequency.
+        mrope_section: how many pairs turn with time, height and width, in this order; they add up to P.
+        q_norm_weight, k_norm_weight: [D], an RMSNorm with `eps` of each head in front of the rotation; both or neither.
+        impl: "auto", "reference" or "triton".
+
+    Returns: rotated copies (q, k), contiguous, in the dtypes of q and k; computed in float32 and rounded once.
+    Raises: ValueError or TypeError naming the argument. Source: section 7 of the 1.5 specification, Qwen2-VL's M-RoPE.
+    """
+    check_impl(impl, attention=False)
+    _check(q, k, position_ids, axes=3)
+    check_tensor("inv_freq", inv_freq, (q.shape[-1] // 2,), (torch.float32,), q)
+    if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
+        raise ValueError(
+            f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}"
+        )
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        missing = "q_norm_weight" if q_norm_weight is None else "k_norm_weight"
+        raise ValueError(f"{missing} must be given when the other norm weight is, got None")
+    if q_norm_weight is not None:
+        check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
+        check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
+    sections = list(mrope_section)
+    return _rope_op(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, False, impl)
+
+
+def rope_2d(
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rope of the vision tower: the first half of the pairs turns with the row, the second with the column.
+
+    Args:
+        q, k: [T, Hq, D] and [T, Hk, D], any token and head strides, last axis contiguous; D divisible by 4. Not written.
+        position_ids: [2, T] int32 or int64: row and column of each patch.
+        inv_freq: [D/4] float32 inverse frequencies, used for the rows and again for the columns.
+        impl: "auto", "reference" or "triton".
+
+    Returns: rotated copies (q, k), contiguous, in the dtypes of q and k; computed in float32 and rounded once.
+    Raises: ValueError or TypeError naming the argument. Source: section 4.4 of the 1.5 specification.
+    """
+    check_impl(impl, attention=False)
+    _check(q, k, position_ids, axes=2)
+    if q.shape[-1] % 4:
+        raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
+    check_tensor("inv_freq", inv_freq, (q.shape[-1] // 4,), (torch.float32,), q)
+    return _rope_op(q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, False, impl)
+
+
+def _check(q: Tensor, k: Tensor, position_ids: Tensor, axes: int) -> None:
+    check_heads("q", q)
+    check_heads("k", k, like=q)
+    if q.shape[-1] % 2:
+        raise ValueError(f"q must have an even head dim, got {q.shape[-1]}")
+    check_tensor("position_ids", position_ids, (axes, q.shape[0]), INTEGERS, q)
+
+
+def _run(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate, impl):
+    if resolve(impl, "rope", q.device) == "triton":
+        from keye_kernels.triton.rope import rope
+    else:
+        rope = reference.rope
+    return rope(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate)
+
+
+def _fake(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate, impl):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _run_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
+    """The conjugate rotation brings the gradient in front of the rope; there the norm's own gradient is elementwise."""
+    grad_q, grad_k = _run(grad_q, grad_k, position_ids, inv_freq, sections, None, None, eps, True, impl)
+    with torch.enable_grad():
+        found = []
+        for x, weight, grad in ((q, q_norm_weight, grad_q), (k, k_norm_weight, grad_k)):
+            x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            found += torch.autograd.grad(reference.rms_norm(x, weight, eps), (x, weight), grad)
+    grad_q, grad_q_weight, grad_k, grad_k_weight = found
+    return grad_q.contiguous(), grad_k.contiguous(), grad_q_weight, grad_k_weight
+
+
+def _fake_norm_backward(
+    grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl
+):
+    return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(q_norm_weight), torch.empty_like(k_norm_weight)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, position_ids, inv_freq, ctx.sections, q_norm_weight, k_norm_weight, ctx.eps, ctx.conjugate, ctx.impl = inputs
+    ctx.save_for_backward(
+        position_ids, inv_freq, *(() if q_norm_weight is None else (q, k, q_norm_weight, k_norm_weight))
+    )
+
+
+def _backward(ctx, grad_q, grad_k):
+    position_ids, inv_freq, *normed = ctx.saved_tensors
+    grad_q, grad_k = grad_q.contiguous(), grad_k.contiguous()
+    weights = None, None
+    if normed:
+        q, k, *weights = normed
+        grad_q, grad_k, *weights = _norm_backward_op(
+            grad_q, grad_k, q, k, position_ids, inv_freq, ctx.sections, *weights, ctx.eps, ctx.impl
+        )
+    else:
+        grad_q, grad_k = _rope_op(
+            grad_q, grad_k, position_ids, inv_freq, ctx.sections, None, None, ctx.eps, not ctx.conjugate, ctx.impl
+        )
+    return grad_q, grad_k, None, None, None, *weights, None, None, None
+
+
+_POSITIONS = "Tensor position_ids, Tensor inv_freq, int[] sections"
+define(
+    "rope",
+    f"Tensor q, Tensor k, {_POSITIONS}, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, bool conjugate, str impl",
+    "(Tensor, Tensor)",
+    _run,
+    _fake,
+)
+define(
+    "rope_norm_backward",
+    f"Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, {_POSITIONS}, "
+    "Tensor q_norm_weight, Tensor k_norm_weight, float eps, str impl",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _run_norm_backward,
+    _fake_norm_backward,
+)
+torch.library.register_autograd(f"{NAMESPACE}::rope", _backward, setup_context=_setup_context, lib=library)
+_rope_op = torch.ops.keye_kernels.rope.default
+_norm_backward_op = torch.ops.keye_kernels.rope_norm_backward.default

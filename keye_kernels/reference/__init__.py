@@ -1,0 +1,13 @@
+"""Eager PyTorch, one function an operator: the definition of what is right, and the fast path on a CPU.
+
+Every function computes in float32 (in float64 for float64 inputs), rounds once to the dtype of its input at the end,
+keeps memory linear in the number of tokens, and works under autograd. Arguments are not checked here: `keye_kernels.ops`
+does that. Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
+"""
+
+from .patch_merge import patch_merge_projection
+from .position_embedding import position_embedding_2d
+from .rope import rms_norm, rope
+from .varlen_attention import varlen_attention
+
+__all__ = ["patch_merge_projection", "position_embedding_2d", "rms_norm", "rope", "varlen_attention"]

@@ -1,0 +1,61 @@
+"""Rotary position embedding over several position axes, with an optional RMSNorm of each head in front."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays float64, everything else is computed in float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    sections: list[int],
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    conjugate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Turns channels (i, i + D/2) of every head by `position_ids[axis(i)] * inv_freq[i % len(inv_freq)]`.
+
+    Args:
+        q, k: [T, Hq, D] and [T, Hk, D].
+        position_ids: [axes, T] integers.
+        inv_freq: [F] float32, F a divisor of D/2: the text model has one frequency for each of its 64 pairs, the vision
+            tower repeats its 18 for the row and for the column.
+        sections: pairs owned by each axis, in order; they add up to D/2.
+        q_norm_weight, k_norm_weight: [D] weights of an RMSNorm with `eps` applied to each head first.
+        conjugate: turn backwards (the gradient of the rotation).
+
+    Returns: rotated copies of q and k. Source: specification sections 4 and 7; angles are float32 products, as there.
+    """
+    pairs = sum(sections)
+    axis = torch.repeat_interleave(
+        torch.arange(len(sections), device=q.device), torch.tensor(sections, device=q.device), output_size=pairs
+    )
+    frequency = inv_freq.float().repeat(pairs // inv_freq.shape[0])
+    angle = position_ids.float()[axis].T * frequency  # [T, D/2]
+    angle = angle.to(compute_dtype(q))[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    if conjugate:
+        sin = -sin
+    return _rotate(rms_norm(q, q_norm_weight, eps), cos, sin, q.dtype), _rotate(
+        rms_norm(k, k_norm_weight, eps), cos, sin, k.dtype
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of the last axis in float32 (not rounded back); without a weight only the change of dtype."""
+    x = x.to(compute_dtype(x))
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)

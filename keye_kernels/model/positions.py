@@ -1,0 +1,145 @@
+"""3D positions of text, image and video tokens; vectorised over the batch, no loop over tokens.
+
+Symbols: B rows, S tokens of a row, n grids. The walk of the specification (1.5, section 7; Preview, section 5) becomes one
+cumulative sum: a text token advances the position by one, the first token of a block by the extent of the whole block, every
+other token of the block by nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from keye_kernels.geometry import check_grid_thw
+
+from .config import KeyeConfig
+
+
+def rope_index(
+    config: KeyeConfig,
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    second_per_grid_ts: Tensor | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Positions [3, B, S] (time, height, width; 1 on padding) and the deltas [B, 1] from slot to position in decoding."""
+    rows, length = input_ids.shape
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if image_grid_thw is None and video_grid_thw is None:
+        if attention_mask is None:
+            position = torch.arange(length, device=input_ids.device).expand(rows, -1)
+        else:
+            position = (mask.cumsum(1) - 1).masked_fill(~mask, 1)
+        delta = position.amax(1, keepdim=True) + 1 - length
+        return position.expand(3, -1, -1), delta
+
+    advance = mask.long()
+    offset = torch.zeros(3, rows, length, dtype=torch.int64, device=input_ids.device)
+    extent = torch.ones_like(advance)
+    for token, grid_thw, seconds in (
+        (config.image_token_id, image_grid_thw, torch.zeros(1, device=input_ids.device)),
+        (config.video_token_id, video_grid_thw, second_per_grid_ts),
+    ):
+        if grid_thw is None:
+            continue
+        block = _Blocks(config, input_ids, mask, token, grid_thw.to(input_ids.device), seconds)
+        offset = torch.where(block.inside, block.offset, offset)
+        extent = torch.where(block.inside, block.extent, extent)
+        advance = torch.where(block.inside, block.extent * block.first, advance)
+    position = offset + advance.cumsum(1) - extent
+    delta = position.amax(0).masked_fill(~mask, -1).amax(1, keepdim=True) + 1 - length
+    return position.masked_fill(~mask, 1), delta
+
+
+class _Blocks:
+    """Which tokens lie in blocks of one kind of placeholder, and where.
+
+    inside, first [B, S] bool: tokens of a block, and the first of each. extent [B, S]: by how much the block advances the
+    position. offset [3, B, S]: the token's place within the block, on each axis.
+    """
+
+    def __init__(
+        self, config: KeyeConfig, input_ids: Tensor, mask: Tensor, token: int, grid_thw: Tensor, seconds: Tensor | None
+    ):
+        merge = config.vision_config.spatial_merge_size
+        t, h, w = grid_thw[:, 0], grid_thw[:, 1] // merge, grid_thw[:, 2] // merge
+        placeholder = (input_ids == token) & mask
+        if config.edition == "preview":
+            grid, local = _after_vision_start(config, input_ids, placeholder, len(grid_thw))
+        else:
+            grid, local = _by_count(placeholder, t * h * w)
+        t, h, w = t[grid], h[grid], w[grid]
+        frame, rest = local // (h * w), local % (h * w)
+        row, column = rest // w, rest % w
+        if config.edition == "preview":
+            self.inside = (local >= 0) & (local < t * h * w)
+            self.first = local == 0
+            time = self._time(config, frame, grid, seconds)
+            last = self._time(config, t - 1, grid, seconds)
+            self.extent = torch.maximum(last, torch.maximum(h, w) - 1) + 1
+        else:
+            # Every frame is a block of its own; time is told by the text between them
+            self.inside = placeholder
+            self.first = rest == 0
+            time = torch.zeros_like(frame)
+            self.extent = torch.maximum(h, w)
+        self.offset = torch.stack((time, row, column))
+
+    @staticmethod
+    def _time(config: KeyeConfig, frame: Tensor, grid: Tensor, seconds: Tensor | None) -> Tensor:
+        """trunc(frame * seconds * tokens_per_second), a product of float32 numbers as in the official code."""
+        if seconds is None:
+            step = torch.ones((), device=frame.device)
+        else:
+            step = seconds.to(frame.device, torch.float32).reshape(-1)
+            step = step[grid] if step.shape[0] > 1 else step
+        return (frame.float() * step * config.vision_config.tokens_per_second).long()
+
+
+def _after_vision_start(
+    config: KeyeConfig, input_ids: Tensor, placeholder: Tensor, grids: int
+) -> tuple[Tensor, Tensor]:
+    """Preview: a block begins at a placeholder right after <|vision_start|>. The grid of the nearest block that began before
+    each token (in order over the whole batch), and the token's distance to its beginning, negative before the first."""
+    rows, length = input_ids.shape
+    starts = torch.zeros_like(placeholder)
+    starts[:, 1:] = placeholder[:, 1:] & (input_ids[:, :-1] == config.vision_start_token_id)
+    index = torch.arange(length, device=input_ids.device).expand(rows, -1)
+    begin = torch.where(starts, index, -1).cummax(1).values
+    grid = (starts.flatten().cumsum(0) - 1).view(rows, length).clamp(0, grids - 1)
+    return grid, torch.where(begin < 0, -1, index - begin)
+
+
+def _by_count(placeholder: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """1.5: placeholders belong to the grids by their number alone. The grid of each token and its rank within it."""
+    ends = tokens.cumsum(0)
+    rank = (placeholder.flatten().cumsum(0) - 1).view(placeholder.shape)
+    grid = torch.searchsorted(ends, rank, right=True).clamp(max=len(tokens) - 1)
+    return grid, rank - (ends - tokens)[grid]
+
+
+def check_placeholders(
+    config: KeyeConfig,
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    attention_mask: Tensor | None,
+) -> None:
+    """ValueError where the prompt's placeholders cannot be those of the grids. Reads values: once a prompt, not compiled."""
+    merge = config.vision_config.spatial_merge_size
+    for name, token, grid_thw in (
+        ("image", config.image_token_id, image_grid_thw),
+        ("video", config.video_token_id, video_grid_thw),
+    ):
+        placeholder = input_ids == token
+        found = int(placeholder.sum())
+        grids = [] if grid_thw is None else check_grid_thw(grid_thw, None, merge)
+        expected = sum(t * h * w for t, h, w in grids) // merge**2
+        if found != expected:
+            raise ValueError(
+                f"input_ids must hold one {name} placeholder (id {token}) for each of the {expected} merged patches of "
+                f"{name}_grid_thw, got {found}; expand the prompt with KeyeProcessor"
+            )
+        if attention_mask is not None and bool((placeholder & ~attention_mask.bool()).any()):
+            raise ValueError(f"attention_mask must not mask {name} placeholders, but it does")
+    if config.edition == "preview" and (input_ids[:, -1] == config.vision_start_token_id).any():
+        raise ValueError("input_ids must not end in <|vision_start|>: a placeholder has to follow it")

@@ -1,0 +1,117 @@
+"""The command line: `keye-kernels COMMAND` or `python -m keye_kernels COMMAND`."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; bad input prints one sentence and gives 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"keye-kernels {options.command}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="keye-kernels", description="Fast, exact Keye-VL.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="answer a question about pictures with a checkpoint")
+    generate.add_argument("question", help="the text of the user's turn")
+    generate.add_argument("--model", required=True, metavar="DIR", help="folder of a Keye checkpoint")
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="path or URL; may be repeated")
+    generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
+    generate.add_argument("--json", action="store_true", help="print the answer with its numbers as JSON")
+    generate.add_argument("--thinking", choices=("think", "no_think", "auto"), help="the mode suffix of the prompt")
+    generate.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("seed", int)):
+        generate.add_argument(f"--{name}", type=kind, help="for --sample; default: the checkpoint's")
+    for name in ("min-pixels", "max-pixels"):
+        generate.add_argument(f"--{name}", type=int, metavar="N", help="area of a picture after resizing")
+    _add_model_options(generate)
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser("demo", help="write a small random checkpoint and run the whole path on it")
+    _add_model_options(demo)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--impl", default="auto", help="auto, reference, triton or flash_attn")
+    parser.add_argument("--device", help="for instance cuda; default: torch's")
+    parser.add_argument("--dtype", help="for instance bfloat16; default: the checkpoint's")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    content = [{"type": "image", "image": file} for file in options.image]
+    content.append({"type": "text", "text": options.question})
+    write = _write if options.stream and not options.json else None
+    answer = answer_question(options.model, content, options, write)
+    if options.json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        print("" if options.stream else answer["answer"])
+
+
+def answer_question(
+    path: str, content: list[dict[str, Any]], options: argparse.Namespace, write: Callable[[str], object] | None
+) -> dict[str, Any]:
+    """Loads a checkpoint and answers one turn; `write` receives the text as it grows. Returns the answer and its numbers."""
+    from .model import Keye, TextStreamer
+    from .processing import KeyeProcessor, process_vision_info
+
+    if not any(part.get("text", "").strip() for part in content):
+        raise ValueError("question must not be empty")
+    # The prompt first: a picture that cannot be read should not cost the loading of a model
+    limits = {name: getattr(options, name, None) for name in ("min_pixels", "max_pixels")}
+    processor = KeyeProcessor.from_pretrained(path, **limits)
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, thinking=getattr(options, "thinking", None))
+    images, videos = process_vision_info(messages, edition=processor.edition)[:2]
+    inputs = processor(text=text, images=images, videos=videos)
+    show = sys.stderr.isatty() and not getattr(options, "json", False)
+    model = Keye.from_pretrained(path, dtype=options.dtype, device=options.device, impl=options.impl, progress=show)
+    sampling = {name: getattr(options, name, None) for name in ("temperature", "top_k", "top_p", "seed")}
+    streamer = None
+    if write is not None:
+        streamer = TextStreamer(lambda ids: processor.decode(ids, skip_special_tokens=True), write)
+    start = time.perf_counter()
+    tokens = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=options.max_new_tokens,
+        do_sample=getattr(options, "sample", False),
+        **sampling,
+        streamer=streamer,
+    )
+    seconds = time.perf_counter() - start
+    prompt = inputs["input_ids"].shape[1]
+    new = tokens[0, prompt:]
+    return {
+        "answer": processor.decode(new, skip_special_tokens=True),
+        "prompt_tokens": prompt,
+        "new_tokens": len(new),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(options)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

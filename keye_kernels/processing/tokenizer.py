@@ -1,0 +1,157 @@
+"""The tokenizer of a checkpoint, through the ``tokenizers`` package, and a small one for random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+FRAME, FAST_START, FAST_END = "<|frame|>", "<|fast_start|>", "<|fast_end|>"
+# In the order of their ids in Keye-VL-8B-Preview (from 151643), then the three of 1.5.
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD),
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *("<|point_start|>", "<|point_end|>", "<|ocr_text_start|>", "<|ocr_text_end|>"),
+    *("<|clip_time_start|>", "<|clip_time_end|>", FRAME, FAST_START, FAST_END),
+)
+
+
+class KeyeTokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        backend: the ``tokenizers.Tokenizer``.
+        eos_token, pad_token: strings, or None where the checkpoint names none.
+        eos_token_id, pad_token_id: their ids.
+    """
+
+    def __init__(self, backend: Tokenizer, *, eos_token: str | None = None, pad_token: str | None = None) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.eos_token = eos_token
+        self.pad_token = pad_token or eos_token
+        self.eos_token_id = None if eos_token is None else self.token_to_id(eos_token)
+        self.pad_token_id = None if self.pad_token is None else self.token_to_id(self.pad_token)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> KeyeTokenizer:
+        """Reads ``tokenizer.json`` and, where present, ``tokenizer_config.json`` in a checkpoint's folder.
+
+        Raises:
+            FileNotFoundError: there is no ``tokenizer.json``.
+            ValueError: a file that cannot be read, or a special token missing from the vocabulary.
+        """
+        from tokenizers import Tokenizer
+
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; the checkpoint's folder needs a tokenizer.json")
+        try:
+            backend = Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+        config = read_json(Path(path) / "tokenizer_config.json", default={})
+        return cls(backend, eos_token=_content(config.get("eos_token")), pad_token=_content(config.get("pad_token")))
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int:
+        """Id of a token.
+
+        Raises:
+            ValueError: the vocabulary does not have it.
+        """
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no token {token!r}; is tokenizer.json the one of this checkpoint?")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it become their single ids."""
+        return self.backend.encode(text).ids
+
+    def decode(
+        self,
+        token_ids: int | Sequence[int] | torch.Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Text of ids ``[S]``; spaces are never cleaned up, as in Keye's own tokenizer configuration."""
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces=True is not supported; Keye's tokenizer has it off")
+        if isinstance(token_ids, torch.Tensor):
+            token_ids = token_ids.tolist()
+        ids = [token_ids] if isinstance(token_ids, int) else [int(token_id) for token_id in token_ids]
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Sequence[int] | torch.Tensor],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> list[str]:
+        """Texts of rows of ids ``[B, S]`` or of a list of rows."""
+        return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
+
+
+def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
+    """A tokenizer that needs no training: one token a byte (its id is the byte), then Keye's special tokens.
+
+    Args:
+        extra_special_tokens: appended after Keye's own.
+
+    Returns:
+        A ``tokenizers.Tokenizer`` that encodes any UTF-8 text and decodes it unchanged; ``save`` writes
+        ``tokenizer.json``.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # ByteLevel writes the 188 printable Latin-1 bytes as themselves and the rest from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unprintable = [byte for byte in range(256) if byte not in set(printable)]
+    characters = {byte: chr(byte) for byte in printable}
+    characters.update({byte: chr(256 + index) for index, byte in enumerate(unprintable)})
+    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            # Tags that stand in answers must survive skip_special_tokens.
+            AddedToken(token, special=token.startswith("<|"), normalized=False)
+            for token in (*SPECIAL_TOKENS, *extra_special_tokens)
+        ]
+    )
+    return tokenizer
+
+
+def read_json(path: Path, *, default: Any = None) -> Any:
+    """Content of a JSON file; ``default`` if it does not exist and a default is given.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no valid JSON in it.
+    """
+    if not path.is_file():
+        if default is not None:
+            return default
+        raise FileNotFoundError(f"{path} does not exist; is this the folder of a Keye checkpoint?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _content(token: Any) -> str | None:
+    # tokenizer_config.json writes a token as a string or as {"content": ..., "lstrip": ...}.
+    return token.get("content") if isinstance(token, dict) else token

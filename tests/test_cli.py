@@ -1,0 +1,101 @@
+"""The commands, in processes of their own: what they print and how they fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from keye_kernels.cli import main
+from keye_kernels.demo import PICTURE, write_random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    write_random_checkpoint(path)
+    return path
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "keye_kernels", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def call(capsys, *arguments):
+    """The same in this process: exit code, standard output and standard error."""
+    code = main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_demo_says_that_its_words_mean_nothing():
+    result = run("demo")
+    assert result.returncode == 0, result.stderr
+    assert "Answer:" in result.stdout and "random" in result.stdout and "mean nothing" in result.stdout
+
+
+def test_generate_json_stream_and_plain_agree(checkpoint, capsys):
+    common = ("generate", "--model", checkpoint, "--image", PICTURE, "--max-new-tokens", 12, "what is it?")
+    answer = json.loads(call(capsys, *common, "--json")[1])
+    assert answer["new_tokens"] == 12 and answer["prompt_tokens"] > 80
+    assert call(capsys, *common) == (0, answer["answer"] + "\n", "")
+    assert call(capsys, *common, "--stream") == (0, answer["answer"] + "\n", "")
+
+
+def test_generate_takes_text_alone_and_several_pictures(checkpoint, capsys):
+    def tokens(*arguments):
+        common = ("generate", "--model", checkpoint, "--max-new-tokens", 2, "--json", "hello")
+        return json.loads(call(capsys, *common, *arguments)[1])["prompt_tokens"]
+
+    alone, one, both = tokens(), tokens("--image", PICTURE), tokens("--image", PICTURE, "--image", PICTURE)
+    assert both - one == one - alone > 30
+    assert alone < tokens("--image", PICTURE, "--max-pixels", 56 * 56) < one
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(checkpoint, tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (60, 60)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no picture")
+    other = tmp_path / "other"
+    write_random_checkpoint(other)
+    config = json.loads((other / "config.json").read_text()) | {"model_type": "Llama"}
+    (other / "config.json").write_text(json.dumps(config))
+    model = ("generate", "--model", checkpoint)
+    cases = [
+        (("generate", "--model", tmp_path / "nowhere", "hi"), "nowhere"),
+        (("generate", "--model", other, "hi"), "model_type"),
+        ((*model, ""), "question must not be empty"),
+        ((*model, "--image", tmp_path / "none.png", "hi"), "none.png"),
+        ((*model, "--image", tmp_path / "cut.png", "hi"), "cut.png"),
+        ((*model, "--image", tmp_path / "text.png", "hi"), "text.png"),
+        ((*model, "--max-new-tokens", 100000, "hi"), "max_new_tokens"),
+        ((*model, "--max-new-tokens", 0, "hi"), "max_new_tokens must be at least 1"),
+        ((*model, "--impl", "fastest", "hi"), "impl must be one of"),
+        ((*model, "--dtype", "int8", "hi"), "dtype must be"),
+        ((*model, "--device", "nonsense", "hi"), "device"),
+        ((*model, "--sample", "--temperature", "-1", "hi"), "temperature must be above 0"),
+        ((*model, "--image", PICTURE, "--max-pixels", 3, "hi"), "max_pixels"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(((*model, "--device", "cuda", "hi"), "torch finds no CUDA"))
+        cases.append(((*model, "--impl", "triton", "hi"), "TRITON_INTERPRET=1"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for arguments, message in cases:
+        code, out, err = call(capsys, *arguments)
+        assert code == 2 and out == "", (arguments, out)
+        assert message in err and len(err.strip().splitlines()) == 1, (arguments, err)
+    result = run(*cases[0][0])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_unknown_command_exits_2():
+    assert run("fly").returncode == 2
+    assert run().returncode == 2
+
+
+def test_demo_checkpoint_overwrites_nothing(checkpoint):
+    with pytest.raises(ValueError, match="is not empty"):
+        write_random_checkpoint(checkpoint)

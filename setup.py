@@ -31,7 +31,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "vllm": ["vllm>=0.20"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", PLOTS],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff>=0.8", TRANSFORMERS],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8", TRANSFORMERS],
     },
     entry_points={"console_scripts": ["keye-kernels = keye_kernels.cli:main"]},
 )

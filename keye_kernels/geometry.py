@@ -61,10 +61,12 @@ class VisionBatch:
         else:
             grids = check_grid_thw(grid_thw, num_patches, merge_size)
             lengths = segment_lengths(grids, segment_by_frame)
-            cu_seqlens = cumulative(lengths).to(device)
             max_seqlen = max(lengths, default=0)
-            tensors = (t.to(device) for t in patch_tensors(grids, table_side, merge_size, order))
-            position_ids, corner_index, corner_weight, raster_index, merge_index = tensors
+            tensors = patch_tensors(grids, table_side, merge_size, order)
+            # Tensors made in inference mode count no versions, and what follows from the offsets could not be remembered
+            with torch.inference_mode(False):
+                cu_seqlens = cumulative(lengths).to(device)
+            position_ids, corner_index, corner_weight, raster_index, merge_index = (t.to(device) for t in tensors)
         merge_index = None if order == "block" else merge_index
         return cls(cu_seqlens, max_seqlen, position_ids, corner_index, corner_weight, raster_index, merge_index)
 

@@ -216,7 +216,7 @@ class Keye(nn.Module):
             )
         return mask
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,

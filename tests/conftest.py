@@ -1,6 +1,8 @@
-"""Two workers share the machine: each computes with its part of the cores."""
+"""Kernels run in Triton's interpreter here, which must be chosen before anything imports Triton; two workers share the cores."""
 
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 

@@ -232,7 +232,9 @@ def test_opcheck(name, op, arguments, keywords, monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         cast = [a.to(dtype).requires_grad_() if wants_gradient(a) else a for a in args]
         # Tracing takes seconds and does not depend on the dtype
-        opcheck(registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor"))
+        opcheck(
+            registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)

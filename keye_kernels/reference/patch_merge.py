@@ -30,10 +30,11 @@ def patch_merge_projection(
     Returns: [T/merge_size², out]. Source: specification of 1.5, section 5, and of Preview, section 4.
     """
     width = merge_size**2 * features.shape[1]
-    if norm_weight.shape[0] == features.shape[1]:
+    before_merge = norm_weight.shape[0] == features.shape[1]
+    if before_merge:
         features = _layer_norm(features, norm_weight, norm_bias, eps)
     merged = features.view(-1, width) if merge_index is None else features[merge_index].view(-1, width)
-    if norm_weight.shape[0] == width:
+    if not before_merge:
         merged = _layer_norm(merged, norm_weight, norm_bias, eps)
     return F.linear(F.gelu(F.linear(merged, linear_1_weight, linear_1_bias)), linear_2_weight, linear_2_bias)
 

@@ -1,0 +1,116 @@
+"""A linear layer in one launch, and the tile sizes of every product of packed rows with a weight matrix."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .spec import CompileSpec
+from .tiles import Config, tile
+
+# Numbers of rows that between them get every tile of `matmul_tile`: (dtype, Triton's name of it, rows).
+SHIPPED_ROWS = [(torch.float32, "fp32", 4096)] + [(torch.bfloat16, "bf16", rows) for rows in (64, 256, 1024, 4096)]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_kernel(
+    out_ptr, x_ptr, weight_ptr, bias_ptr, num_rows,
+    IN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M rows by BLOCK_N columns of x [num_rows, IN] @ weight [OUT, IN].T + bias [OUT]."""
+    # GROUP_M row tiles go through the columns together, so that what they share stays in L2.
+    num_m, num_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(OUT, BLOCK_N)
+    first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
+    group = tl.minimum(num_m - first_m, GROUP_M)
+    place = tl.program_id(0) % (GROUP_M * num_n)
+    o_m = (first_m + place % group) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = place // group * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+
+    # Tiles at an edge read the last row again instead of masking: nothing of it is stored.
+    p_x = x_ptr + tl.minimum(o_m, num_rows - 1).to(tl.int64)[:, None] * IN + o_k[None, :]
+    o_weight = tl.minimum(o_n, OUT - 1)[:, None] * IN + o_k[None, :]
+    b_bias = tl.load(bias_ptr + o_n, mask=o_n < OUT, other=0.0).to(tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_bias[None, :]
+    for k in range(0, IN, BLOCK_K):
+        b_x = tl.load(p_x + k)
+        b_weight = tl.load(weight_ptr + (o_weight + k)).to(b_x.dtype)
+        b_out = tl.dot(b_x, b_weight.T, b_out, input_precision="ieee")
+
+    p_out = out_ptr + o_m.to(tl.int64)[:, None] * OUT + o_n[None, :]
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(o_m < num_rows)[:, None] & (o_n < OUT)[None, :])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [M, IN] @ weight [OUT, IN].T + bias [OUT], all contiguous; IN is a multiple of 16."""
+    (rows, width), columns = x.shape, weight.shape[0]
+    heuristic = matmul_tile(*multiprocessors(x.device), rows, columns, x.dtype)
+    config = tile("linear", x.device, tile_key(rows, x, columns=columns), heuristic)
+    out = x.new_empty(rows, columns)
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        linear_kernel[grid](
+            out, x, weight, bias, rows, IN=width, OUT=columns, GROUP_M=8, **launch_options(config, width)
+        )
+    return out
+
+
+def matmul_tile(arch: int, processors: int, rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """The tile of a [rows, K] by [K, columns] product where no table has one.
+
+    Full tiles are 128 x 256, the widest whose sums stay in registers: normalising rows on their way in then costs less
+    time than the tensor cores take. Smaller ones serve where these would make fewer than two waves of programs.
+    `arch` is a CUDA capability (90 for 9.0), or 0 for AMD.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    if arch == 0:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    for block_m, block_n in ((128, 256), (64, 128), (64, 64)):
+        if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) >= processors * (2 if block_m == 128 else 0.75):
+            break
+    # wgmma and tcgen05 read shared memory; mma.sync wants registers, and consumer chips have 100 KB of shared memory.
+    block_k, num_stages = (64, 3) if arch in (90, 100, 103) else (32, 4)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": block_m // 16,
+        "num_stages": num_stages,
+    }
+
+
+def tile_key(rows: int, x: Tensor, **sizes: int | str) -> dict[str, int | str]:
+    """What a table is asked for; rows go by powers of two."""
+    return {"rows": 1 << (rows - 1).bit_length(), "dtype": str(x.dtype).removeprefix("torch."), **sizes}
+
+
+def launch_options(config: Config, width: int) -> Config:
+    """What a launch takes of a tile. Its K step is cut to a power of two that divides `width`: K then needs no mask."""
+    options = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+    return {**options, "BLOCK_K": min(config["BLOCK_K"], width & -width)}
+
+
+def multiprocessors(device: torch.device) -> tuple[int, int]:
+    """(capability, number of multiprocessors); capability 0 is AMD, and the interpreter counts as an H100."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 0 if torch.version.hip else 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def compile_specs(arch: int | str) -> list[CompileSpec]:
+    """The projector's second product, 4608 to 4096."""
+    specs = {}
+    for dtype, name, rows in SHIPPED_ROWS:
+        config = matmul_tile(0 if isinstance(arch, str) else arch, 132, rows, 4096, dtype)
+        signature = {
+            **dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr"), f"*{name}:16"),
+            **{"num_rows": "i32", "IN": 4608, "OUT": 4096, "GROUP_M": 8},
+            **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+        }
+        label = f"{name}-{config['BLOCK_M']}x{config['BLOCK_N']}"
+        warps, stages = config["num_warps"], config["num_stages"]
+        specs[label] = CompileSpec(linear_kernel, label, signature, warps, stages, name != "fp32")
+    return list(specs.values())

@@ -1,0 +1,199 @@
+"""The projector: LayerNorm, 2x2 patch merge and linear 1 with GELU in one launch, linear 2 in another.
+
+The normalised, merged features exist in registers only. T patches of C channels; merge_size² patches make a merged row.
+"""
+
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .matmul import SHIPPED_ROWS, launch_options, linear, matmul_tile, multiprocessors, tile_key
+from .patch_merge_norm import load_features, normalise, patch_merge_norm_kernel, row_statistics
+from .spec import CompileSpec
+from .tiles import Config, tile
+
+NORM_BLOCK_M, NORM_BLOCK_K, NORM_WARPS = 4, 128, 2
+STATISTICS_BLOCK_K = 64
+
+
+@triton.jit
+def _store_gelu(hidden_ptr, bias_ptr, x, o_m, o_n, num_rows, HIDDEN: tl.constexpr):
+    x += tl.load(bias_ptr + o_n, mask=o_n < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    p_hidden = hidden_ptr + o_m.to(tl.int64)[:, None] * HIDDEN + o_n[None, :]
+    tl.store(p_hidden, x.to(hidden_ptr.dtype.element_ty), mask=(o_m < num_rows)[:, None] & (o_n < HIDDEN)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles_per_program"])
+def patch_merge_linear_kernel(
+    hidden_ptr, mean_ptr, rstd_ptr, features_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, merge_index_ptr,
+    num_rows, tiles_per_program, eps,
+    PATCHES: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr, NORM_WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program computes gelu(linear_1(merge(norm(x)))) of BLOCK_M merged rows and tiles_per_program column tiles."""
+    NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    WIDTH: tl.constexpr = PATCHES * CHANNELS
+    PARTS: tl.constexpr = WIDTH // NORM_WIDTH
+    num_groups = tl.cdiv(NUM_N, tiles_per_program)
+    block_m = tl.program_id(0) // num_groups
+    if STATISTICS:
+        # Through memory, not registers: the sums need those. Programs of the same rows store the same numbers.
+        o_row = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), num_rows - 1)
+        for part in range(0, PARTS):
+            mean, rstd = row_statistics(features_ptr, merge_index_ptr, o_row, part * NORM_WIDTH, eps,
+                                        PATCHES, CHANNELS, STRIDE, NORM_WIDTH, BLOCK_S)  # fmt: skip
+            tl.store(mean_ptr + o_row * PARTS + part, mean)
+            tl.store(rstd_ptr + o_row * PARTS + part, rstd)
+        tl.debug_barrier()
+
+    o_k = tl.arange(0, BLOCK_K)
+    first = block_m * NUM_N + tl.program_id(0) % num_groups * tiles_per_program
+    for tile_id in range(first, tl.minimum(first + tiles_per_program, (block_m + 1) * NUM_N)):
+        # Rows past the last repeat it, and columns likewise: no mask in the loop, and nothing of them is stored.
+        o_m = tile_id // NUM_N * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_row = tl.minimum(o_m, num_rows - 1)
+        first_n = tile_id % NUM_N * BLOCK_N
+        o_n = first_n + tl.arange(0, BLOCK_N)
+        o_weight = tl.minimum(o_n, HIDDEN - 1)[:, None] * WIDTH + o_k[None, :]
+        b_hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, WIDTH, BLOCK_K):
+            b_x = load_features(features_ptr, merge_index_ptr, o_row, k, o_k, PATCHES, CHANNELS, STRIDE)
+            mean = tl.load(mean_ptr + o_row * PARTS + k // NORM_WIDTH)
+            rstd = tl.load(rstd_ptr + o_row * PARTS + k // NORM_WIDTH)
+            b_normed = normalise(b_x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k % NORM_WIDTH + o_k)
+            b_weight = tl.load(weight_ptr + (o_weight + k)).to(b_x.dtype)
+            b_hidden = tl.dot(b_normed, b_weight.T, b_hidden, input_precision="ieee")
+        # GELU by halves: the whole tile at once spills.
+        b_left, b_right = b_hidden.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        o_half = first_n + tl.arange(0, BLOCK_N // 2)
+        _store_gelu(hidden_ptr, bias_ptr, b_left, o_m, o_half, num_rows, HIDDEN)
+        _store_gelu(hidden_ptr, bias_ptr, b_right, o_m, o_half + BLOCK_N // 2, num_rows, HIDDEN)
+
+
+def patch_merge_projection(
+    features: Tensor,
+    merge_index: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    linear_1_weight: Tensor,
+    linear_1_bias: Tensor,
+    linear_2_weight: Tensor,
+    linear_2_bias: Tensor,
+    merge_size: int = 2,
+    eps: float = 1e-5,
+) -> Tensor:
+    """linear_2(gelu(linear_1(merged))); arguments and result as in the reference.
+
+    Weights are contiguous, of any floating dtype; they are rounded to the features' on their way into the products.
+    The fused products need channels in multiples of 16; others go to torch, as all do where a table says "cublas".
+    """
+    patches, channels, norm_width = merge_size**2, features.shape[1], norm_weight.shape[0]
+    rows, hidden_width, out_width = features.shape[0] // patches, linear_1_weight.shape[0], linear_2_weight.shape[0]
+    if rows == 0:
+        return features.new_empty(0, out_width)
+    config = _config(features, rows, hidden_width, out_width, merge_index is not None)
+    sizes = {"PATCHES": patches, "CHANNELS": channels, "STRIDE": features.stride(0), "NORM_WIDTH": norm_width}
+    mean, rstd = (features.new_empty(features.numel() // norm_width, dtype=torch.float32) for _ in range(2))
+
+    def launch_norm(merged: Tensor | None) -> None:
+        grid = (triton.cdiv(rows, NORM_BLOCK_M),)
+        patch_merge_norm_kernel[grid](
+            merged, mean, rstd, features, norm_weight, norm_bias, merge_index, rows, eps, **sizes,
+            BLOCK_M=NORM_BLOCK_M, BLOCK_K=min(NORM_BLOCK_K, channels & -channels), num_warps=NORM_WARPS,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(features):
+        if config["path"] == "cublas" or channels % 16 or hidden_width % 16:
+            launch_norm(merged := features.new_empty(rows, patches * channels))
+            hidden = F.gelu(F.linear(merged, linear_1_weight.to(merged.dtype), linear_1_bias.to(merged.dtype)))
+            return F.linear(hidden, linear_2_weight.to(merged.dtype), linear_2_bias.to(merged.dtype))
+
+        if config["statistics"] == "separate":
+            launch_norm(None)
+        hidden = features.new_empty(rows, hidden_width)
+        tiles_n = triton.cdiv(hidden_width, config["BLOCK_N"])
+        grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(tiles_n, config["tiles_per_program"]),)
+        patch_merge_linear_kernel[grid](
+            hidden, mean, rstd, features, norm_weight, norm_bias, linear_1_weight, linear_1_bias, merge_index,
+            rows, config["tiles_per_program"], eps, **sizes, HIDDEN=hidden_width,
+            STATISTICS=config["statistics"] == "fused", BLOCK_S=min(STATISTICS_BLOCK_K, channels & -channels),
+            **launch_options(config, channels),
+        )  # fmt: skip
+    return linear(hidden, linear_2_weight, linear_2_bias)
+
+
+def heuristic(
+    arch: int,
+    processors: int,
+    rows: int,
+    dtype: torch.dtype,
+    width: int,
+    hidden_width: int,
+    out_width: int,
+    gathered: bool,
+) -> Config:
+    """The tile, and who takes the statistics, where no table says.
+
+    A launch of their own reads the features once more from memory. Taken by the programs of the product, each reads its
+    rows once more from L2, for as many column tiles as it then computes. The former is for few rows, which leave a
+    program one column tile to spread that over, and only where the weights outweigh the features 32 times. AMD always
+    takes it: a barrier there orders shared memory only, and the programs' statistics go through global memory.
+    """
+    config = matmul_tile(arch, processors, rows, hidden_width, dtype)
+    if gathered and arch:
+        # An index read before the features takes stages of the pipeline. AMD's shared memory has no room for more.
+        config["num_stages"] += 2
+    separate = arch == 0 or 32 * rows * width <= hidden_width * (width + out_width)
+    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(hidden_width, config["BLOCK_N"])
+    resident = processors * (8 // config["num_warps"])
+    return {
+        **config,
+        "path": "triton",
+        "statistics": "separate" if separate else "fused",
+        "tiles_per_program": 1 if separate else triton.cdiv(blocks, resident),
+    }
+
+
+def _config(features: Tensor, rows: int, hidden_width: int, out_width: int, gathered: bool) -> Config:
+    channels = features.shape[1]
+    width = features.shape[0] // rows * channels
+    arch, processors = multiprocessors(features.device)
+    key = tile_key(rows, features, channels=channels, order="raster" if gathered else "block")
+    chosen = heuristic(arch, processors, rows, features.dtype, width, hidden_width, out_width, gathered)
+    return tile("patch_merge", features.device, key, chosen)
+
+
+def compile_specs(arch: int | str) -> list[CompileSpec]:
+    """The projector of Preview (norm of each patch) and 1.5 (norm of the merged row), in raster and in block order."""
+    specs = {}
+    for (generation, norm_width), gathered in product((("preview", 1152), ("1.5", 4608)), (True, False)):
+        order = "raster" if gathered else "block"
+        sizes = {"PATCHES": 4, "CHANNELS": 1152, "STRIDE": 1152, "NORM_WIDTH": norm_width}
+        for dtype, name, rows in SHIPPED_ROWS:
+            config = heuristic(0 if isinstance(arch, str) else arch, 132, rows, dtype, 4608, 4608, 4096, gathered)
+            tensors = {
+                **{"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16", "features_ptr": f"*{name}:16"},
+                **{"norm_weight_ptr": f"*{name}:16", "norm_bias_ptr": f"*{name}:16"},
+            }
+            index = {"merge_index_ptr": "*i32:16" if gathered else None, "num_rows": "i32"}
+            signature = {
+                **{"hidden_ptr": f"*{name}:16", **tensors, "weight_ptr": f"*{name}:16", "bias_ptr": f"*{name}:16"},
+                **{**index, "tiles_per_program": "i32", "eps": "fp32", **sizes, "HIDDEN": 4608},
+                **{"STATISTICS": config["statistics"] == "fused", "BLOCK_S": STATISTICS_BLOCK_K},
+                **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+            }
+            label = f"{generation}-{order}-{name}-{config['BLOCK_M']}x{config['BLOCK_N']}-{config['statistics']}"
+            warps, stages = config["num_warps"], config["num_stages"]
+            specs[label] = CompileSpec(patch_merge_linear_kernel, label, signature, warps, stages, name != "fp32")
+        for label, merged in (("statistics", None), ("norm", "*bf16:16")):
+            signature = {"merged_ptr": merged, **tensors, **index, "eps": "fp32", **sizes}
+            signature |= {"BLOCK_M": NORM_BLOCK_M, "BLOCK_K": NORM_BLOCK_K}
+            label = f"{generation}-{order}-{label}"
+            specs[label] = CompileSpec(patch_merge_norm_kernel, label, signature, NORM_WARPS, 3, False)
+    return list(specs.values())

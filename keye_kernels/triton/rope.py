@@ -1,0 +1,215 @@
+"""Rotary position embedding of q and k in one launch, with an optional RMSNorm of each head in front.
+
+The text model (three axes, 64 pairs) and the vision tower (two axes, 36 pairs) differ only in which axis owns a pair.
+Angles are made in registers from the positions, so that no table by token is ever read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .spec import CompileSpec
+from .tiles import tile
+
+ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves that integer in the low bits
+INVERSE_PI = tl.constexpr(0.31830988618379067)
+# pi in three parts, the first two of five bits: times an integer up to 671,088 they are exact with and without FMA.
+PI_1, PI_2, PI_3 = tl.constexpr(25 / 8), tl.constexpr(17 / 1024), tl.constexpr(-8.908910206761537e-06)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine within 6e-7 for |angle| up to 2**21, without the slow path of libdevice, which spills."""
+    # Explicit FMAs: a compiler that contracts `angle - n * pi` might contract the rounding of the angle itself away.
+    shifted = tl.fma(angle, INVERSE_PI, ROUND)
+    n = shifted - ROUND
+    r = tl.fma(n, -PI_1, angle)
+    r = tl.fma(n, -PI_2, r)
+    r = tl.fma(n, -PI_3, r)
+    # Minimax on |r| <= 1.72: the multiple is rounded to within 0.05 at the largest angles.
+    r2 = r * r
+    sin = tl.fma(r2, 2.570075366747915e-06, -0.0001979181106435135)
+    sin = tl.fma(sin, r2, 0.008332792669534683)
+    sin = tl.fma(sin, r2, -0.16666647791862488)
+    sin = tl.fma(sin * r2, r, r)
+    cos = tl.fma(r2, -2.5791521807150275e-07, 2.4744902475504205e-05)
+    cos = tl.fma(cos, r2, -0.0013888059183955193)
+    cos = tl.fma(cos, r2, 0.04166661202907562)
+    cos = tl.fma(cos, r2, -0.5)
+    cos = tl.fma(cos, r2, 1.0)
+    # An odd multiple of pi changes both signs.
+    sign = shifted.to(tl.int32, bitcast=True) << 31
+    cos = (cos.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    sin = (sin.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return cos, sin
+
+
+@triton.jit
+def _angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_axis, stride_token,
+            NUM_FREQUENCIES: tl.constexpr, SECTIONS: tl.constexpr):  # fmt: skip
+    """float32 position times float32 frequency, [BLOCK_T, pairs]."""
+    p_position = position_ptr + o_token * stride_token
+    b_position = tl.load(p_position, mask=m_token, other=0).to(tl.float32)[:, None]
+    first_pair: tl.constexpr = 0
+    for axis in tl.static_range(1, len(SECTIONS)):
+        first_pair += SECTIONS[axis - 1]
+        b_axis = tl.load(p_position + axis * stride_axis, mask=m_token, other=0).to(tl.float32)
+        b_position = tl.where(o_pair[None, :] < first_pair, b_position, b_axis[:, None])
+    b_frequency = tl.load(inv_freq_ptr + o_pair % NUM_FREQUENCIES)
+    return b_position * b_frequency[None, :]
+
+
+@triton.jit
+def _rotate_heads(out_ptr, x_ptr, weight_ptr, first_token, m_token, o_pair, cos, sin, eps, stride_token, stride_head,
+                  HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+                  BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Turns the pairs `o_pair` of every head of BLOCK_T tokens, BLOCK_H heads at a time."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    m_pair = o_pair < HALF
+    o_row = tl.arange(0, BLOCK_T)[None, :, None]
+    if INT64_OFFSETS:
+        o_row = o_row.to(tl.int64)
+    x_ptr += first_token * stride_token * STRIDE_UNIT
+    out_ptr += first_token * (HEADS * HEAD_DIM)
+    if weight_ptr is not None:
+        w_first = tl.load(weight_ptr + o_pair, mask=m_pair, other=0.0).to(tl.float32)[None, None, :]
+        w_second = tl.load(weight_ptr + HALF + o_pair, mask=m_pair, other=0.0).to(tl.float32)[None, None, :]
+    for first_head in tl.static_range(0, HEADS, BLOCK_H):
+        # [BLOCK_H, BLOCK_T, pairs]: heads outermost, so that they vary across registers and share an angle there.
+        o_head = first_head + tl.arange(0, BLOCK_H)[:, None, None]
+        if INT64_OFFSETS:
+            o_head = o_head.to(tl.int64)
+        mask = m_token[None, :, None] & (o_head < HEADS) & m_pair[None, None, :]
+        p_x = x_ptr + ((o_row * stride_token + o_head * stride_head) * STRIDE_UNIT + o_pair[None, None, :])
+        x_first = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+        x_second = tl.load(p_x + HALF, mask=mask, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            mean = tl.sum(x_first * x_first + x_second * x_second, axis=2, keep_dims=True) / HEAD_DIM
+            scale = tl.rsqrt(mean + eps)
+            x_first *= scale * w_first
+            x_second *= scale * w_second
+        out_first = x_first * cos - x_second * sin
+        out_second = x_second * cos + x_first * sin
+        p_out = out_ptr + (o_row * (HEADS * HEAD_DIM) + o_head * HEAD_DIM + o_pair[None, None, :])
+        tl.store(p_out, out_first.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_out + HALF, out_second.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "stride_q_token", "stride_q_head", "stride_k_token", "stride_k_head",
+                               "stride_p_axis", "stride_p_token"])  # fmt: skip
+def rope_kernel(
+    q_out_ptr, k_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, inv_freq_ptr, position_ptr,
+    num_tokens, eps, stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_p_axis, stride_p_token,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_FREQUENCIES: tl.constexpr,
+    SECTIONS: tl.constexpr, CONJUGATE: tl.constexpr, STRIDE_UNIT: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    PAIRS: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program turns all heads of BLOCK_T tokens: the first PAIRS pairs, then a tail of TAIL (36 = 32 + 4)."""
+    first_token = tl.program_id(0).to(tl.int64) * BLOCK_T
+    o_token = first_token + tl.arange(0, BLOCK_T)
+    m_token = o_token < num_tokens
+    for part in tl.static_range(2 if TAIL else 1):
+        # Both halves are read at the width that the second allows, or they would meet in shared memory.
+        o_pair = tl.max_contiguous(tl.arange(0, PAIRS), VECTOR) if part == 0 else PAIRS + tl.arange(0, TAIL)
+        cos, sin = _cos_sin(_angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_p_axis,
+                                    stride_p_token, NUM_FREQUENCIES, SECTIONS))  # fmt: skip
+        if CONJUGATE:
+            sin = -sin
+        _rotate_heads(q_out_ptr, q_ptr, q_weight_ptr, first_token, m_token, o_pair, cos[None], sin[None], eps,
+                      stride_q_token, stride_q_head, Q_HEADS, HEAD_DIM, STRIDE_UNIT, INT64_OFFSETS, BLOCK_T, BLOCK_H)  # fmt: skip
+        _rotate_heads(k_out_ptr, k_ptr, k_weight_ptr, first_token, m_token, o_pair, cos[None], sin[None], eps,
+                      stride_k_token, stride_k_head, K_HEADS, HEAD_DIM, STRIDE_UNIT, INT64_OFFSETS, BLOCK_T, BLOCK_H)  # fmt: skip
+
+
+def heuristic(head_dim: int, warp_size: int) -> dict[str, int]:
+    """The tile without a table, as many threads on every capability: memory decides, not arithmetic.
+
+    At head dim 128 in 16 bits, 128 threads of 8 channels are 2 tokens x 8 heads: 16-byte accesses for q's 32 heads and
+    k's 8 alike, in at most 70 registers. Below, 64 threads of 4 channels are the tail of 4 tokens x 16 heads.
+    """
+    if head_dim >= 128:
+        return {"BLOCK_T": 2, "BLOCK_H": 8, "num_warps": 128 // warp_size}
+    return {"BLOCK_T": 4, "BLOCK_H": 16, "num_warps": 64 // warp_size}
+
+
+def cover_pairs(head_dim: int, has_norm: bool) -> dict[str, int]:
+    """Powers of two that cover the pairs of a head: 36 = 32 + 4, or one of 64 where a norm needs the head as a whole."""
+    half = head_dim // 2
+    covering = triton.next_power_of_2(half)
+    pairs, tail = covering, 0
+    if covering != half and not has_norm:
+        pairs, tail = covering // 2, triton.next_power_of_2(half - covering // 2)
+    # The vector that stays aligned when the second half starts at `half`: the power of two in it
+    return {"PAIRS": pairs, "TAIL": tail, "VECTOR": half & -half}
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    sections: list[int],
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    conjugate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Launches `rope_kernel`; arguments and results as in `keye_kernels.reference.rope`, outputs contiguous."""
+    (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    if num_tokens == 0:
+        return q_out, k_out
+    key = {
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "head_dim": head_dim,
+        "tokens": triton.next_power_of_2(num_tokens),
+    }
+    config = tile("rope", q.device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
+    has_norm = q_norm_weight is not None or k_norm_weight is not None
+    # The JIT learns "divisible by 16" of an integer and nothing weaker: a stride of 72 goes over as 9 units of 8.
+    strides = (*q.stride()[:2], *k.stride()[:2])
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    reach = max(x.shape[1] * x.stride(1) + config["BLOCK_T"] * x.stride(0) for x in (q, k))
+    with torch.cuda.device_of(q):
+        rope_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
+            q_out, k_out, q, k, q_norm_weight, k_norm_weight, inv_freq.contiguous(), position_ids,
+            num_tokens, eps, *(stride // unit for stride in strides), *position_ids.stride(),
+            Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
+            SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
+            **cover_pairs(head_dim, has_norm), **config,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def compile_specs(arch: int | str) -> list[CompileSpec]:
+    """The text model's and the vision tower's variants, the same for every target."""
+
+    def spec(label, dtype, weight, heads, head_dim, sections, frequencies, conjugate=False) -> CompileSpec:
+        config = heuristic(head_dim, 64 if isinstance(arch, str) else 32)
+        data, weights = f"*{dtype}:16", weight and f"*{weight}:16"
+        signature = {
+            "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
+            "q_weight_ptr": weights, "k_weight_ptr": weights, "inv_freq_ptr": "*fp32:16", "position_ptr": "*i64:16",
+            "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
+            "stride_k_token": "i32", "stride_k_head": "i32", "stride_p_axis": "i32", "stride_p_token": "i32",
+            "Q_HEADS": heads[0], "K_HEADS": heads[1], "HEAD_DIM": head_dim, "NUM_FREQUENCIES": frequencies,
+            "SECTIONS": sections, "CONJUGATE": conjugate, "STRIDE_UNIT": 8, "INT64_OFFSETS": False,
+            **cover_pairs(head_dim, weight is not None), "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
+        }  # fmt: skip
+        return CompileSpec(rope_kernel, label, signature, config["num_warps"], 3, uses_tensor_cores=False)
+
+    text, vision = ((32, 8), 128, (16, 24, 24), 64), ((16, 16), 72, (18, 18), 18)
+    return [
+        spec("text norm bf16", "bf16", "bf16", *text),
+        spec("text norm bf16, fp32 weights", "bf16", "fp32", *text),
+        spec("text norm fp16", "fp16", "fp16", *text),
+        spec("text norm fp32", "fp32", "fp32", *text),
+        spec("text bf16", "bf16", None, *text),
+        spec("text bf16 backward", "bf16", None, *text, conjugate=True),
+        spec("vision bf16", "bf16", None, *vision),
+        spec("vision fp16", "fp16", None, *vision),
+        spec("vision fp32", "fp32", None, *vision),
+        spec("vision bf16 backward", "bf16", None, *vision, conjugate=True),
+    ]

@@ -1,0 +1,164 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from keye_kernels.triton import tiles
+
+CPU = torch.device("cpu")
+KEY = {"dtype": "bfloat16", "head_dim": 72, "tokens": 1024}
+HEURISTIC = {"BLOCK_T": 4, "num_warps": 2}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """The three places of the look-up, empty, and Triton 3.9."""
+    places = {
+        "named": tmp_path / "named",
+        "cache": tmp_path / "xdg" / "keye_kernels" / "tiles",
+        "package": tmp_path / "package",
+    }
+    monkeypatch.setenv("KEYE_KERNELS_TILES", str(places["named"]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(tiles, "PACKAGE_TABLES", places["package"])
+    monkeypatch.setattr(tiles, "_triton_version", lambda: "3.9.0")
+    tiles.clear_cache()
+    yield places
+    tiles.clear_cache()
+
+
+def write(folder, entries, triton="3.9.0"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rope.cpu.json"
+    path.write_text(json.dumps({"device": "cpu", "triton": triton, "kernel": "rope", "entries": entries}))
+    return path
+
+
+def entry(warps, **case):
+    return {**KEY, **case, "config": {"num_warps": warps}, "median_us": 1.0}
+
+
+def warps(**case):
+    return tiles.tile("rope", CPU, KEY | case, HEURISTIC)["num_warps"]
+
+
+def test_heuristic_serves_where_no_table_is():
+    assert tiles.tile("rope", CPU, KEY, HEURISTIC) == HEURISTIC
+
+
+def test_places_are_asked_in_order(folders):
+    for number, place in enumerate(["package", "cache", "named"], start=10):
+        write(folders[place], [entry(number)])
+        tiles.clear_cache()
+        assert warps() == number
+
+
+def test_a_place_without_a_fitting_entry_passes_on(folders):
+    write(folders["named"], [entry(10, dtype="float32")])
+    write(folders["cache"], [entry(11)])
+    assert warps() == 11
+
+
+def test_text_must_match_and_integers_choose_the_nearest_bucket(folders):
+    write(folders["named"], [entry(1, tokens=256), entry(2, tokens=4096), entry(3, tokens=1024, dtype="float16")])
+    assert warps(tokens=1) == 1
+    assert warps(tokens=1000) == 1
+    assert warps(tokens=1100) == 2
+    assert warps(tokens=10**6) == 2
+    assert warps(dtype="float16") == 3
+    assert warps(dtype="float32") == HEURISTIC["num_warps"]
+
+
+def test_entries_of_other_fields_do_not_fit(folders):
+    without = {name: value for name, value in entry(10).items() if name != "head_dim"}
+    write(folders["named"], [without, entry(11, groups=4), entry(12, tokens="1024")])
+    assert warps() == HEURISTIC["num_warps"]
+
+
+def test_what_an_entry_leaves_out_comes_from_the_heuristic(folders):
+    write(folders["named"], [entry(10)])
+    assert tiles.tile("rope", CPU, KEY, HEURISTIC) == {"BLOCK_T": 4, "num_warps": 10}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"entries": [{"dty', "[]", "3", '{"entries": 3}', '{"triton": "3.9.0", "entries": [{"config": [1]}]}',
+     '{"triton": 3, "entries": []}', '{"triton": "3.9.0", "entries": [{"tokens": null, "config": {}}]}', "\x00\xff"],
+)  # fmt: skip
+def test_a_broken_table_is_ignored_with_one_warning(content, folders, caplog):
+    path = write(folders["named"], [])
+    path.write_bytes(content.encode("latin-1"))
+    write(folders["cache"], [entry(10)])
+    for tokens in (1024, 2048, 4096):
+        assert warps(tokens=tokens) == 10
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and str(path) in warnings[0]
+
+
+def test_a_table_of_another_triton_serves_and_warns_once(folders, caplog):
+    write(folders["named"], [entry(10)], triton="3.4.0")
+    assert warps(tokens=1024) == warps(tokens=2048) == 10
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "3.4.0" in warnings[0] and "3.9.0" in warnings[0]
+
+
+def test_the_file_that_serves_is_logged_once(folders, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(folders["cache"], [entry(10)])
+    warps(tokens=1024), warps(tokens=2048)
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_the_file_that_would_serve_is_logged_once(folders, caplog):
+    caplog.set_level(logging.INFO)
+    warps(tokens=1024), warps(tokens=2048)
+    assert [str(folders["named"] / "rope.cpu.json") in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_tables_are_read_once(folders):
+    path = write(folders["named"], [entry(10)])
+    assert warps() == 10
+    path.unlink()
+    assert warps() == warps(tokens=2048) == 10
+    tiles.clear_cache()
+    assert warps() == HEURISTIC["num_warps"]
+
+
+def test_saved_entries_are_found_and_replaced(folders):
+    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
+    assert path == folders["named"] / "rope.cpu.json"
+    assert warps() == 5
+    tiles.save("rope", CPU, KEY | {"tokens": 16}, {"num_warps": 6}, 0.5)
+    tiles.save("rope", CPU, KEY, {"num_warps": 7}, 2.0)
+    assert warps() == 7 and warps(tokens=16) == 6
+    assert [saved["tokens"] for saved in json.loads(path.read_text())["entries"]] == [16, 1024]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_saved_tables_are_readable_sorted_and_end_with_a_newline(tmp_path):
+    path = tiles.save("rope", CPU, KEY, {"num_warps": 5, "BLOCK_T": 2}, 2.5, folder=tmp_path / "elsewhere")
+    text = path.read_text()
+    table = json.loads(text)
+    assert text == json.dumps(table, indent=2, sort_keys=True) + "\n"
+    assert (table["device"], table["triton"], table["kernel"]) == ("cpu", "3.9.0", "rope")
+    assert table["entries"] == [{**KEY, "config": {"num_warps": 5, "BLOCK_T": 2}, "median_us": 2.5}]
+
+
+def test_saving_drops_what_another_triton_measured(folders):
+    write(folders["named"], [entry(10, tokens=16)], triton="3.4.0")
+    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
+    assert [saved["tokens"] for saved in json.loads(path.read_text())["entries"]] == [1024]
+
+
+def test_a_table_that_cannot_be_replaced_stays_whole(folders, monkeypatch):
+    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
+    before = path.read_text()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tiles.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiles.save("rope", CPU, KEY, {"num_warps": 6}, 2.0)
+    assert path.read_text() == before

@@ -1,0 +1,293 @@
+"""Attention of packed segments: online softmax of one tile of queries over the keys of its segment.
+
+The score of a query and a key, before the softmax, is counted in powers of two: exp(x) = exp2(x * log2(e)), and the factor
+joins `softmax_scale`. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .schedule import tile_schedule
+from .spec import CompileSpec
+from .tiles import Config, tile
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TCGEN05 = (10, 11)  # major capabilities whose tensor cores keep their sums in a memory of their own
+LN_2 = tl.constexpr(math.log(2))
+NEAR_BYTES = 16 * 2**20  # of keys and values in use at a time: under half of the L2 cache of an A100 or H100
+
+
+@triton.jit
+def _load_rows(ptr, o_row, o_d, num_rows, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+               MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):  # fmt: skip
+    """[len(o_row), len(o_d)] of one head; zeros from row `num_rows` on and past the head's channels."""
+    if STRIDE >= 2**24:  # 128 rows of it pass 2^31
+        p_x = ptr + (o_row.to(tl.int64)[:, None] * STRIDE + o_d[None, :])
+    else:
+        p_x = ptr + (o_row[:, None] * STRIDE + o_d[None, :])
+    if MASK_ROWS and MASK_D:
+        return tl.load(p_x, mask=(o_row < num_rows)[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(p_x, mask=(o_row < num_rows)[:, None], other=0.0)
+    elif MASK_D:
+        return tl.load(p_x, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(p_x)
+
+
+@triton.jit
+def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, o_query, first_key, num_keys, scale,
+            STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr,
+            QK_TAIL: tl.constexpr, PV_TAIL: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+            BLOCK_N: tl.constexpr):  # fmt: skip
+    """One step of the online softmax, over BLOCK_N keys from `k_ptr` on; unless MASKED every query sees all of them."""
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, MAIN)
+    num_keys -= first_key
+    b_k = _load_rows(k_ptr, o_n, o_d, num_keys, STRIDE_K, HEAD_DIM, MASKED, HEAD_DIM < MAIN)
+    b_score = tl.dot(b_q, b_k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if QK_TAIL:
+        o_tail = MAIN + tl.arange(0, QK_TAIL)
+        b_k = _load_rows(k_ptr, o_n, o_tail, num_keys, STRIDE_K, HEAD_DIM, MASKED, HEAD_DIM < MAIN + QK_TAIL)
+        b_score = tl.dot(b_q_tail, b_k.T, b_score, input_precision="ieee")
+    if MASKED:
+        m_score = (o_n < num_keys)[None, :]
+        if CAUSAL:
+            m_score = m_score & (first_key + o_n[None, :] <= o_query[:, None])
+        b_score = tl.where(m_score, b_score * scale, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        b_p = tl.exp2(b_score - b_new_max[:, None])
+    else:
+        # The scale is positive: taken out of the maximum, it costs a score nothing but the FMA of the subtraction.
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * scale)
+        b_p = tl.exp2(b_score * scale - b_new_max[:, None])
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_v = _load_rows(v_ptr, o_n, o_d, num_keys, STRIDE_V, HEAD_DIM, MASKED, HEAD_DIM < MAIN)
+    b_p = b_p.to(b_v.dtype)
+    b_acc = tl.dot(b_p, b_v, b_acc * b_rescale[:, None], input_precision="ieee")
+    if PV_TAIL:
+        # A thread that holds a whole 8-wide row makes Triton keep the tail transposed and store it two bytes at a time.
+        o_tail = tl.max_contiguous(MAIN + tl.arange(0, PV_TAIL), 4 if PV_TAIL == 8 else PV_TAIL)
+        b_v = _load_rows(v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, HEAD_DIM < MAIN + PV_TAIL)
+        b_acc_tail = tl.dot(b_p, b_v, b_acc_tail * b_rescale[:, None], input_precision="ieee")
+    return b_acc, b_acc_tail, b_new_max, b_sum
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_tiles", "near_heads", "stride_q_head", "stride_k_head", "stride_v_head"]
+)
+def varlen_attention_fwd_kernel(
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, schedule_ptr, scale, num_tokens, num_tiles, near_heads,
+    stride_q_head, stride_k_head, stride_v_head,
+    STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr, QK_TAIL: tl.constexpr, PV_TAIL: tl.constexpr, CAUSAL: tl.constexpr, RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one segment and head, over all keys they see. GROUP query heads share a key head."""
+    # `near_heads` heads go through the whole schedule together, then the next ones.
+    pid = tl.program_id(0)
+    place = pid % (num_tiles * near_heads)
+    head = pid // (num_tiles * near_heads) * near_heads + place % near_heads
+    p_entry = schedule_ptr + place // near_heads * 3
+    first_token, num_keys, first_query = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
+    num_queries = num_keys - first_query
+    key_token, query_token = first_token.to(tl.int64), (first_token + first_query).to(tl.int64)
+    q_ptr += query_token * STRIDE_Q + head.to(tl.int64) * (stride_q_head * STRIDE_UNIT)
+    k_ptr += key_token * STRIDE_K + (head // GROUP).to(tl.int64) * (stride_k_head * STRIDE_UNIT)
+    v_ptr += key_token * STRIDE_V + (head // GROUP).to(tl.int64) * (stride_v_head * STRIDE_UNIT)
+
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, MAIN)
+    b_q = _load_rows(q_ptr, o_m, o_d, num_queries, STRIDE_Q, HEAD_DIM, True, HEAD_DIM < MAIN)
+    b_q_tail = b_q  # stands in where the head has no tail
+    if QK_TAIL:
+        o_tail = MAIN + tl.arange(0, QK_TAIL)
+        b_q_tail = _load_rows(q_ptr, o_m, o_tail, num_queries, STRIDE_Q, HEAD_DIM, True, HEAD_DIM < MAIN + QK_TAIL)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
+    b_acc_tail = tl.zeros([BLOCK_M, PV_TAIL if PV_TAIL else 1], tl.float32)
+
+    # Blocks that no mask cuts, then the diagonal or the segment's end in steps of half a block.
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else 16
+    whole = (first_query if CAUSAL else num_keys) // BLOCK_N * BLOCK_N
+    for first_key in tl.range(0, whole, BLOCK_N):
+        # min() changes nothing, but hides the stride of the loop: LLVM would carry a 64-bit pointer for every access.
+        at = tl.minimum(first_key, whole - BLOCK_N).to(tl.int64)
+        b_acc, b_acc_tail, b_max, b_sum = _attend(
+            b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr + at * STRIDE_K, v_ptr + at * STRIDE_V,
+            first_query + o_m, first_key, num_keys, scale,
+            STRIDE_K, STRIDE_V, HEAD_DIM, MAIN, QK_TAIL, PV_TAIL, CAUSAL, False, BLOCK_N,
+        )  # fmt: skip
+    end = tl.minimum(num_keys, first_query + BLOCK_M) if CAUSAL else num_keys
+    for first_key in tl.range(whole, end, MASKED_N, num_stages=1):
+        at = tl.minimum(first_key, end).to(tl.int64)
+        b_acc, b_acc_tail, b_max, b_sum = _attend(
+            b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr + at * STRIDE_K, v_ptr + at * STRIDE_V,
+            first_query + o_m, first_key, num_keys, scale,
+            STRIDE_K, STRIDE_V, HEAD_DIM, MAIN, QK_TAIL, PV_TAIL, CAUSAL, True, MASKED_N,
+        )  # fmt: skip
+
+    m_query = (o_m < num_queries)[:, None]
+    p_out = out_ptr + (query_token * NUM_HEADS + head) * HEAD_DIM + o_m[:, None] * (NUM_HEADS * HEAD_DIM)
+    b_weight = 1.0 / b_sum[:, None]
+    b_out = (b_acc * b_weight).to(out_ptr.dtype.element_ty)
+    tl.store(p_out + o_d[None, :], b_out, mask=m_query & (o_d < HEAD_DIM)[None, :])
+    if PV_TAIL:
+        o_tail = MAIN + tl.arange(0, PV_TAIL)
+        b_out = (b_acc_tail * b_weight).to(out_ptr.dtype.element_ty)
+        tl.store(p_out + o_tail[None, :], b_out, mask=m_query & (o_tail < HEAD_DIM)[None, :])
+    if RETURN_LSE:
+        p_lse = lse_ptr + head.to(tl.int64) * num_tokens + query_token + o_m
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=o_m < num_queries)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    causal: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launches `varlen_attention_fwd_kernel`; arguments and results as in `keye_kernels.reference.varlen_attention`.
+
+    `max_seqlen` chooses the tile only and may be an upper bound. Raises ValueError if `cu_seqlens` decreases or passes q.
+    """
+    (num_tokens, num_heads, head_dim), num_key_heads = q.shape, k.shape[1]
+    arch = _arch(q.device)
+    key = tile_key(q.dtype, head_dim, max_seqlen, causal)
+    config = tile("varlen_attention", q.device, key, heuristic(arch, head_dim, q.dtype, max_seqlen))
+    schedule = tile_schedule(cu_seqlens, config["BLOCK_M"], causal)
+    if schedule.end_token > num_tokens:
+        raise ValueError(f"cu_seqlens must end at or before q's {num_tokens} tokens, got {schedule.end_token}")
+    covered = schedule.covers(num_tokens)  # no program writes tokens of no segment
+    out = (torch.empty if covered else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_tokens if return_lse else 0), dtype=torch.float32, device=q.device)
+    if not covered:
+        lse.fill_(-math.inf)
+    num_tiles = len(schedule.entries)
+    if num_tiles == 0:
+        return out, lse
+
+    if softmax_scale < 0:  # the kernel takes the scale out of a maximum
+        q, softmax_scale = -q, -softmax_scale
+    # The JIT knows nothing weaker of an integer than "divisible by 16": a stride of 72 is handed over as 9 units of 8.
+    head_strides = (q.stride(1), k.stride(1), v.stride(1))
+    unit = 8 if all(stride % 8 == 0 for stride in head_strides) else 1
+    group = num_heads // num_key_heads
+    near_heads = heads_that_stay_near(num_key_heads, group, 2 * schedule.longest * head_dim * k.element_size())
+    with torch.cuda.device_of(q):
+        varlen_attention_fwd_kernel[(num_tiles * num_heads,)](
+            out, lse, q, k, v, schedule.entries, softmax_scale * math.log2(math.e), num_tokens, num_tiles, near_heads,
+            *(stride // unit for stride in head_strides), q.stride(0), k.stride(0), v.stride(0), STRIDE_UNIT=unit,
+            NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **head_parts(head_dim, arch),
+            CAUSAL=causal, RETURN_LSE=return_lse, **config,
+        )  # fmt: skip
+    return out, lse
+
+
+def tile_key(dtype: torch.dtype, head_dim: int, max_seqlen: int, causal: bool) -> dict[str, int | str]:
+    """What a tile table tells cases apart by."""
+    name, mask = str(dtype).removeprefix("torch."), "causal" if causal else "none"
+    return {"dtype": name, "head_dim": head_dim, "mask": mask, "max_seqlen": triton.next_power_of_2(max_seqlen)}
+
+
+def head_parts(head_dim: int, arch: int | str) -> dict[str, int]:
+    """Powers of two that cover a head: 72 -> 64 + 16 for the scores (whose K is 16 or more) and 64 + 8 for the output.
+
+    Three parts are not worth their code: 88 -> 64 + 32. A tail as wide as the main part joins it: 112 -> 128.
+    """
+    main = max(16, 1 << head_dim.bit_length() - 1)
+    if head_dim <= main:
+        return {"MAIN": main, "QK_TAIL": 0, "PV_TAIL": 0}
+    tail = triton.next_power_of_2(head_dim - main)
+    if max(tail, 16) >= main:
+        return {"MAIN": 2 * main, "QK_TAIL": 0, "PV_TAIL": 0}
+    # tcgen05 has no 128 x 8 product, though Triton emits one; AMD's matrix cores and Triton 3.4 start at 16. Blocks of the
+    # heads past 64 + 8 have too few keys to give every thread two channels of 8.
+    narrow = isinstance(arch, int) and arch // 10 not in TCGEN05 and main <= 64 and TRITON_VERSION >= (3, 5)
+    return {"MAIN": main, "QK_TAIL": max(tail, 16), "PV_TAIL": max(tail, 8 if narrow else 16)}
+
+
+def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> Config:
+    """The tile where no table has one: few instructions a score in the compiled loop, and no spill.
+
+    BLOCK_N does not depend on `max_seqlen`: a query's sums are made in the same order whatever it is packed with. On sm_90
+    short segments have tiles of 64 queries: twice the programs (1024 tokens x 16 heads are 128 tiles of 128, fewer than an
+    H100 has multiprocessors) and half the waste in a segment's last tile. tcgen05 wants 128 rows, and mma.sync takes 13
+    instructions a score with 64.
+    """
+    if dtype == torch.float32:  # no tensor cores: the operands of its products live in registers
+        return _tile(32, 32, 8) if head_dim <= 80 else _tile(16, 16, 8)
+    if isinstance(arch, str):
+        return _tile(128, 64, 4) if head_dim <= 128 else _tile(64, 32, 4)
+    if arch == 90 and head_dim <= 80 and max_seqlen <= 1024:
+        return _tile(64, 128, 4)
+    has_tcgen05 = arch // 10 in TCGEN05
+    if head_dim <= (128 if arch == 90 or has_tcgen05 else 80):
+        return _tile(128, 128, 8)
+    if head_dim <= 160 or arch == 90:
+        return _tile(128, 64, 8)
+    return _tile(128, 32, 8) if has_tcgen05 else _tile(64, 32, 4)
+
+
+def _tile(block_m: int, block_n: int, num_warps: int) -> Config:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+
+
+def heads_that_stay_near(num_key_heads: int, group: int, bytes_per_key_head: int) -> int:
+    """How many query heads take each tile of the schedule before another head starts on it.
+
+    All of them, where the keys and values of the longest segment fit NEAR_BYTES: the grid is then most work first, and programs
+    that run at a time read the same segment. Past that, as many as fit; each round of heads is again most work first.
+    """
+    near = max(1, min(num_key_heads, NEAR_BYTES // bytes_per_key_head))
+    return group * next(heads for heads in range(near, 0, -1) if num_key_heads % heads == 0)
+
+
+def _arch(device: torch.device) -> int | str:
+    """Capability as in sm_90, AMD's as "gfx942"; the interpreter counts as sm_90."""
+    if device.type != "cuda":
+        return 90
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def compile_specs(arch: int | str) -> list[CompileSpec]:
+    """The vision tower's and the text model's variants that ship for a target."""
+
+    def spec(label, dtype, heads, key_heads, head_dim, max_seqlen, causal, return_lse=False):
+        config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, max_seqlen)
+        data = f"*{dtype}:16"
+        # as the model calls it: q and k fresh from the rotation, v a view of the fused projection
+        signature = {
+            "out_ptr": data, "lse_ptr": "*fp32:16", "q_ptr": data, "k_ptr": data, "v_ptr": data,
+            "schedule_ptr": "*i32:16", "scale": "fp32", "num_tokens": "i32", "num_tiles": "i32", "near_heads": "i32",
+            "stride_q_head": "i32", "stride_k_head": "i32", "stride_v_head": "i32", "STRIDE_Q": heads * head_dim,
+            "STRIDE_K": key_heads * head_dim, "STRIDE_V": (heads + 2 * key_heads) * head_dim, "STRIDE_UNIT": 8,
+            "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **head_parts(head_dim, arch),
+            "CAUSAL": causal, "RETURN_LSE": return_lse, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
+        }  # fmt: skip
+        launch, label = (config["num_warps"], config["num_stages"]), f"varlen_attention {label}"
+        return CompileSpec(varlen_attention_fwd_kernel, label, signature, *launch, uses_tensor_cores=dtype != "fp32")
+
+    vision, text = (16, 16, 72), (32, 8, 128)
+    return [
+        spec("vision bf16", "bf16", *vision, 4096, causal=False),
+        *([spec("vision bf16 up to 1024", "bf16", *vision, 1024, causal=False)] if arch == 90 else []),
+        spec("vision bf16 lse", "bf16", *vision, 4096, causal=False, return_lse=True),
+        spec("vision fp16", "fp16", *vision, 4096, causal=False),
+        spec("vision fp32", "fp32", *vision, 4096, causal=False),
+        spec("text bf16", "bf16", *text, 4096, causal=True),
+        spec("text fp16", "fp16", *text, 4096, causal=True),
+        spec("text fp32", "fp32", *text, 4096, causal=True),
+    ]

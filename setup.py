@@ -25,13 +25,14 @@ setup(
         "jinja2>=3.1",
         "pillow>=10",
         "tqdm>=4.60",
+        "av>=17",
     ],
     extras_require={
         "transformers": [TRANSFORMERS],
         "flash": ["flash-attn>=2.6"],
         "vllm": ["vllm>=0.20"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", PLOTS],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8", TRANSFORMERS],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8", PLOTS, TRANSFORMERS],
     },
     entry_points={"console_scripts": ["keye-kernels = keye_kernels.cli:main"]},
 )

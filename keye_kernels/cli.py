@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 EXIT_BAD_INPUT = 2
+CONTEXT_LENGTHS = {"preview": 40960, "1.5": 131072}  # max_position_embeddings of the released models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,10 +28,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keye-kernels", description="Fast, exact Keye-VL.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    generate = commands.add_parser("generate", help="answer a question about pictures with a checkpoint")
+    generate = commands.add_parser("generate", help="answer a question about pictures and videos with a checkpoint")
     generate.add_argument("question", help="the text of the user's turn")
     generate.add_argument("--model", required=True, metavar="DIR", help="folder of a Keye checkpoint")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="path or URL; may be repeated")
+    generate.add_argument("--video", action="append", default=[], metavar="FILE", help="path or URL; may be repeated")
+    generate.add_argument("--fps", type=float, metavar="N", help="frames a second to sample from videos")
     generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
     generate.add_argument("--json", action="store_true", help="print the answer with its numbers as JSON")
     generate.add_argument("--thinking", choices=("think", "no_think", "auto"), help="the mode suffix of the prompt")
@@ -45,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write a small random checkpoint and run the whole path on it")
     _add_model_options(demo)
     demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="show which frames of a video the model gets, and what they cost")
+    inspect.add_argument("--video", required=True, metavar="FILE", help="path or URL")
+    inspect.add_argument("--edition", choices=("preview", "1.5"), default="preview")
+    inspect.add_argument("--fps", type=float, metavar="N", help="frames a second to sample")
+    inspect.add_argument("--context", type=int, metavar="N", help="context length; default: that of the edition")
+    inspect.add_argument("--plot", metavar="FILE", help="draw the frames on a time line into a PNG, PDF or SVG")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -56,7 +67,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    content = [{"type": "image", "image": file} for file in options.image]
+    content: list[dict[str, Any]] = [{"type": "image", "image": file} for file in options.image]
+    rate = {} if options.fps is None else {"fps": options.fps}
+    content += [{"type": "video", "video": file, **rate} for file in options.video]
     content.append({"type": "text", "text": options.question})
     write = _write if options.stream and not options.json else None
     answer = answer_question(options.model, content, options, write)
@@ -80,8 +93,8 @@ def answer_question(
     processor = KeyeProcessor.from_pretrained(path, **limits)
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, thinking=getattr(options, "thinking", None))
-    images, videos = process_vision_info(messages, edition=processor.edition)[:2]
-    inputs = processor(text=text, images=images, videos=videos)
+    images, videos, video_kwargs = process_vision_info(messages, True, edition=processor.edition)
+    inputs = processor(text=text, images=images, videos=videos, **video_kwargs)
     show = sys.stderr.isatty() and not getattr(options, "json", False)
     model = Keye.from_pretrained(path, dtype=options.dtype, device=options.device, impl=options.impl, progress=show)
     sampling = {name: getattr(options, name, None) for name in ("temperature", "top_k", "top_p", "seed")}
@@ -105,6 +118,18 @@ def answer_question(
         "new_tokens": len(new),
         "seconds": round(seconds, 3),
     }
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .processing.inspect import inspect_video, plot_inspection
+
+    rate = {} if options.fps is None else {"fps": options.fps}
+    found = inspect_video(options.video, options.edition, rate)
+    context = options.context or CONTEXT_LENGTHS[options.edition]
+    print(found.to_text(context))
+    if options.plot:
+        plot_inspection(found, options.plot, context)
+        print(f"Drawn into {options.plot}")
 
 
 def _demo(options: argparse.Namespace) -> None:

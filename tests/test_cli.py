@@ -11,6 +11,8 @@ from PIL import Image
 from keye_kernels.cli import main
 from keye_kernels.demo import PICTURE, write_random_checkpoint
 
+from .video_clips import encode_clip
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -89,6 +91,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(checkpoint, tmp_path, capsys,
         assert message in err and len(err.strip().splitlines()) == 1, (arguments, err)
     result = run(*cases[0][0])
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_video_in_both_editions(tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(encode_clip())
+    for model_type in ("Keye", "KeyeVL1_5"):
+        write_random_checkpoint(tmp_path / model_type, model_type=model_type)
+        common = ("generate", "--model", tmp_path / model_type, "--max-new-tokens", 2, "--json", "what happens?")
+        alone = json.loads(call(capsys, *common)[1])["prompt_tokens"]
+        code, out, err = call(capsys, *common, "--video", clip, "--fps", 2)
+        assert code == 0, err
+        assert json.loads(out)["prompt_tokens"] > alone + 100
+
+
+def test_inspect_counts_and_draws(tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(encode_clip())
+    for edition in ("preview", "1.5"):
+        code, out, err = call(capsys, "inspect", "--video", clip, "--edition", edition, "--plot", tmp_path / "out.png")
+        assert code == 0, err
+        assert "tokens" in out and "of the context of" in out
+        assert Image.open(tmp_path / "out.png").width > 300
+    assert call(capsys, "inspect", "--video", tmp_path / "none.mp4")[0] == 2
 
 
 def test_unknown_command_exits_2():

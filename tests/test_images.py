@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from keye_kernels.processing import process_vision_info
-from keye_kernels.processing.images import IMAGE_PIXEL_LIMITS, download, fetch_image, load_image
+from keye_kernels.processing.images import IMAGE_PIXEL_LIMITS, fetch_image, load_image
 from keye_kernels.processing.patches import BICUBIC, BILINEAR, PatchConfig, to_frame_array, to_frame_tensors
+from keye_kernels.processing.sources import read_source
 
 from .golden import golden
 
@@ -237,20 +238,20 @@ def test_an_unknown_edition_is_refused():
 def test_redirects_to_http_are_followed(server):
     server.routes["/a"] = answer(b"", 302, Location="/b")
     server.routes["/b"] = answer(b"content")
-    assert download(server.address + "/a") == b"content"
+    assert read_source(server.address + "/a") == b"content"
 
 
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:text/plain,x"])
 def test_redirects_elsewhere_are_refused(server, target):
     server.routes["/a"] = answer(b"", 302, Location=target)
     with pytest.raises(ValueError, match=rf"[Rr]edirect.*{re.escape(target)}"):
-        download(server.address + "/a")
+        read_source(server.address + "/a")
 
 
 def test_an_http_error_is_named(server):
     server.routes["/a"] = answer(b"", 404)
     with pytest.raises(ValueError, match=r"/a': the server answered 404"):
-        download(server.address + "/a")
+        read_source(server.address + "/a")
 
 
 def test_a_page_behind_an_image_address_is_refused(server):
@@ -261,19 +262,19 @@ def test_a_page_behind_an_image_address_is_refused(server):
 
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"cannot download 'http://127\.0\.0\.1:9/x'"):
-        download("http://127.0.0.1:9/x", timeout=2)
+        read_source("http://127.0.0.1:9/x", timeout=2)
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[1", "http://a b/x", "http://127.0.0.1:99999/x"])
 def test_an_address_that_is_none_is_named(url):
     with pytest.raises(ValueError, match=re.escape(f"cannot download {url!r}")):
-        download(url, timeout=2)
+        read_source(url, timeout=2)
 
 
 def test_a_download_that_ends_early_is_refused(server):
     server.routes["/a"] = answer(b"half", **{"Content-Length": "8"})
     with pytest.raises(ValueError, match="ended 4 bytes early"):
-        download(server.address + "/a")
+        read_source(server.address + "/a")
 
 
 def _endless(pause, chunk):
@@ -293,21 +294,21 @@ def _endless(pause, chunk):
 def test_an_endless_download_meets_the_size_limit(server):
     server.routes["/a"] = _endless(0, bytes(65536))
     with pytest.raises(ValueError, match="larger than max_bytes=1000000"):
-        download(server.address + "/a", max_bytes=1_000_000)
+        read_source(server.address + "/a", max_bytes=1_000_000)
 
 
 def test_an_endless_drip_meets_the_time_limit(server):
     server.routes["/a"] = _endless(0.05, b"x")
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"within timeout=0\.3 seconds"):
-        download(server.address + "/a", timeout=0.3)
+        read_source(server.address + "/a", timeout=0.3)
     assert time.monotonic() - start < 3
 
 
 def test_a_silent_server_meets_the_time_limit(server):
     server.routes["/a"] = lambda handler: time.sleep(1)
     with pytest.raises(ValueError, match=r"within timeout=0\.2 seconds"):
-        download(server.address + "/a", timeout=0.2)
+        read_source(server.address + "/a", timeout=0.2)
 
 
 # ----------------------------------------------------------------------------------------------------------- patches
@@ -320,7 +321,9 @@ def test_patches_equal_the_official_ones(name):
     patches, grid = PatchConfig().frames_to_patches(frames if name == "video0" else [frames])
     grids = tensors[f"{name}.video_grid_thw" if name == "video0" else f"{name}.image_grid_thw"]
     assert [list(grid)] == grids.tolist()
-    torch.testing.assert_close(patches, tensors[f"{name}.pixel_values"], atol=PIXEL_ATOL, rtol=0)
+    torch.testing.assert_close(
+        PatchConfig().normalize(patches), tensors[f"{name}.pixel_values"], atol=PIXEL_ATOL, rtol=0
+    )
 
 
 def test_the_first_frame_decides_the_size_of_a_video():
@@ -333,7 +336,7 @@ def test_the_first_frame_decides_the_size_of_a_video():
 def test_patches_are_row_major_and_channels_first():
     config = PatchConfig()
     frame = torch.randint(0, 256, (3, 28, 56), dtype=torch.uint8)
-    patches = config.patchify(frame)
+    patches = config.normalize(config.patchify(frame))
     expected = (frame.double() / 255 - 0.5) / 0.5
     for index in range(8):
         row, column = divmod(index, 4)
@@ -346,7 +349,7 @@ def test_the_configuration_is_read_from_the_file():
         {"min_pixels": 784, "max_pixels": 7840, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}, "preview"
     )
     assert (config.min_pixels, config.max_pixels, config.resample) == (784, 7840, BICUBIC)
-    pixels = config.patchify(torch.full((3, 28, 28), 255, dtype=torch.uint8))
+    pixels = config.normalize(config.patchify(torch.full((3, 28, 28), 255, dtype=torch.uint8)))
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([0.9, 0.4, 0.7 / 3]))
     assert PatchConfig.from_dict({}, "1.5").resample == BILINEAR
     assert PatchConfig.from_dict({"resample": 0}, "1.5").resample == 0

@@ -18,7 +18,7 @@ from .decoder import Decoder
 from .generation import Sampler, Streamer, end_tokens
 from .positions import check_placeholders, rope_index
 from .projector import Projector
-from .vision import VisionTower
+from .vision import PixelNorm, VisionTower
 
 CACHE_ROUNDING = 256  # a cache made by `forward` has room for at least so many more tokens
 
@@ -91,9 +91,10 @@ class Keye(nn.Module):
         allocate(model, _check_dtype(dtype or config.torch_dtype or stored_dtype(path)), device)
         model._tie()
         load_weights(model, path, progress=progress)
-        file = path / "generation_config.json"
-        if file.is_file():
-            model.generation_config = json.loads(file.read_text(encoding="utf-8"))
+        model.generation_config = _read_json(path / "generation_config.json")
+        pixels = _read_json(path / "preprocessor_config.json")
+        known = {name: pixels[name] for name in PixelNorm._fields if pixels.get(name) is not None}
+        model.visual.pixel_norm = PixelNorm(**known)
         return model.eval()
 
     @property
@@ -133,7 +134,7 @@ class Keye(nn.Module):
         return rope_index(self.config, input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Tower and projector: patches [T, 3, 14, 14] of the pictures or videos of grid_thw [n, 3] to [T/4, hidden]."""
+        """Tower and projector: patches [T, 3, 14, 14] (normalised, or uint8) of grid_thw [n, 3] to [T/4, hidden]."""
         vision = self.config.vision_config
         shape = (vision.num_channels, vision.patch_size, vision.patch_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
@@ -160,8 +161,8 @@ class Keye(nn.Module):
         Args:
             input_ids: [B, S], placeholders expanded.
             attention_mask: [B, S], 0 = padding, at the left or at the right; with a cache also [B, all tokens so far].
-            pixel_values, pixel_values_videos: [T, 3, 14, 14] patches of all images and of all frames, with
-                image_grid_thw and video_grid_thw [n, 3].
+            pixel_values, pixel_values_videos: [T, 3, 14, 14] patches of all images and of all frames, normalised or
+                uint8, with image_grid_thw and video_grid_thw [n, 3].
             second_per_grid_ts: seconds between the frames of each video (Preview). num_frames: accepted for 1.5 and not used.
             position_ids: [3, B, S], computed if None.
             cache: one is made, with room for at least 256 more tokens, if None.
@@ -288,6 +289,11 @@ class Keye(nn.Module):
         if streamer is not None:
             streamer.end()
         return tokens[:, : at + 1]
+
+
+def _read_json(file: Path) -> dict:
+    """A configuration that a checkpoint may leave out."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _check_device(device: torch.device | str) -> torch.device:

@@ -1,5 +1,7 @@
 """The vision tower: patches to features, all pictures packed in one [T, C] axis."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,16 @@ from keye_kernels.geometry import VisionBatch
 
 from .config import VisionConfig
 from .linear import FusedLinear, embedding
+
+PIXEL_ORIGIN = 128
+
+
+class PixelNorm(NamedTuple):
+    """How grey levels become the model's input: (pixel * rescale_factor - mean) / std, one mean and std a channel."""
+
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
 
 
 class VisionAttention(nn.Module):
@@ -59,6 +71,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, segment_by_frame: bool, impl: str):
         super().__init__()
         self.config, self.segment_by_frame, self.impl = config, segment_by_frame, impl
+        self.pixel_norm = PixelNorm()
         # A convolution with stride = kernel is a product: [C, 3 * 14 * 14]
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = embedding(config.table_side**2, config.hidden_size)
@@ -77,10 +90,29 @@ class VisionTower(nn.Module):
         )
 
     def embed(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
-        """[T, 3, 14, 14] patches in raster order to [T, C] with learned positions, in the order of `batch`."""
-        patches = pixel_values.flatten(1).to(self.patch_embedding.weight.dtype)[batch.raster_index]
-        x = self.patch_embedding(patches)
+        """[T, 3, 14, 14] patches in raster order to [T, C] with learned positions, in the order of `batch`.
+
+        uint8 patches are grey levels: their normalisation is folded into the embedding's weights.
+        """
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        if pixel_values.dtype == torch.uint8:
+            weight, bias = self._fold_normalisation()
+            # Around 128 the grey levels are exact in every dtype, and the sums stay small
+            pixel_values = pixel_values.to(weight.dtype) - PIXEL_ORIGIN
+        patches = pixel_values.flatten(1).to(weight.dtype)[batch.raster_index]
+        x = F.linear(patches, weight, bias)
         return ops.position_embedding_2d(x, self.position_embedding.weight, batch, impl=self.impl)
+
+    def _fold_normalisation(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the embedding for `pixel - PIXEL_ORIGIN`: w·((p·rescale - mean)/std) + b, written for p."""
+        norm = self.pixel_norm
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        mean, std = (
+            torch.tensor(x, device=weight.device).repeat_interleave(self.config.patch_size**2) for x in norm[:2]
+        )
+        shift = (PIXEL_ORIGIN * norm.rescale_factor - mean) / std
+        folded = weight.float() * (norm.rescale_factor / std)
+        return folded.to(weight.dtype), (bias.float() + weight.float() @ shift).to(bias.dtype)
 
     def forward(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
         """Features [T, C] after the last norm, in the order of `batch`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-DEFAULT_FPS = 2.0
+from .sampling import DEFAULT_FPS
 
 
 def list_prompts(text: str | Sequence[str]) -> list[str]:
@@ -66,6 +66,53 @@ def expand(prompts: Sequence[str], placeholder: str, replacements: Sequence[str]
         first, *rest = prompt.split(placeholder)
         expanded.append(first + "".join(next(remaining) + piece for piece in rest))
     return expanded
+
+
+def repeat_ids(ids: Sequence[int], repeats: Mapping[int, Iterator[int]]) -> list[int]:
+    """The ids with each one in ``repeats`` written as often as its iterator says next.
+
+    Placeholders are special tokens, so encoding one and repeating its id equals encoding the repeated text.
+    """
+    repeated: list[int] = []
+    for token_id in ids:
+        repeated.extend([token_id] * next(repeats[token_id]) if token_id in repeats else [token_id])
+    return repeated
+
+
+def align_timestamps(timestamps: Any, num_frames: Sequence[int]) -> Any:
+    """Timestamps of several videos with None put where ``keye_vl_utils`` 1.5 left a video's out.
+
+    Args:
+        timestamps: as passed to the processor; returned unchanged unless it is a list shorter than the videos.
+        num_frames: frames of each video.
+
+    Raises:
+        ValueError: the lengths do not tell which videos they belong to.
+    """
+    if not isinstance(timestamps, (list, tuple)) or not timestamps or isinstance(timestamps[0], (int, float)):
+        return timestamps
+    if len(timestamps) >= len(num_frames) or any(times is None for times in timestamps):
+        return timestamps
+    lengths = [len(times) for times in timestamps]
+    first = _places(lengths, num_frames)
+    last = [len(num_frames) - 1 - place for place in reversed(_places(lengths[::-1], num_frames[::-1]))]
+    # The leftmost and the rightmost match agree only where there is no other.
+    if len(first) != len(lengths) or first != last:
+        raise ValueError(
+            f"timestamps must hold one entry (or None) for each of the {len(num_frames)} videos, got {len(lengths)}; "
+            f"videos have {list(num_frames)} frames, timestamps {lengths} times"
+        )
+    times_of = dict(zip(first, timestamps, strict=True))
+    return [times_of.get(index) for index in range(len(num_frames))]
+
+
+def _places(lengths: Sequence[int], num_frames: Sequence[int]) -> list[int]:
+    """Leftmost videos that have these numbers of frames, in order; fewer if some cannot be placed."""
+    places: list[int] = []
+    for place, count in enumerate(num_frames):
+        if len(places) < len(lengths) and count == lengths[len(places)]:
+            places.append(place)
+    return places
 
 
 def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:

@@ -6,20 +6,14 @@ channel. Neither reads the EXIF orientation tag, so a picture stands as its pixe
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .resize import FACTOR, smart_resize
+from .sources import DOWNLOAD_TIMEOUT, MAX_DOWNLOAD_BYTES, describe_source, read_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,9 +26,6 @@ IMAGE_PIXEL_LIMITS: dict[str, tuple[int, int]] = {
     "preview": (4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN),
     "1.5": (4 * PIXELS_PER_TOKEN, 20480 * PIXELS_PER_TOKEN),
 }
-DOWNLOAD_TIMEOUT = 30.0
-MAX_DOWNLOAD_BYTES = 256 * 1024 * 1024
-USER_AGENT = "keye_kernels"
 
 
 def check_edition(edition: str) -> None:
@@ -150,100 +141,6 @@ def resized_size(
         min_pixels = part.get("min_pixels") or min_pixels
         max_pixels = part.get("max_pixels") or max_pixels
     return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-
-
-def describe_source(source: Any) -> str:
-    """Short name of a source for error messages."""
-    if isinstance(source, (str, Path)):
-        text = str(source)
-        return repr(text if len(text) <= 120 else text[:60] + "...")
-    if isinstance(source, (bytes, bytearray)):
-        return f"<{len(source)} bytes>"
-    return f"<{type(source).__name__}>"
-
-
-def read_source(source: Any, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
-    """Bytes of a file, address, base64 string or bytes object; errors as for :func:`load_image`."""
-    if isinstance(source, (bytes, bytearray)):
-        return bytes(source)
-    if isinstance(source, str):
-        if source.startswith(("http://", "https://")):
-            return download(source, timeout=timeout, max_bytes=max_bytes)
-        if source.startswith("data:"):
-            return _decode_base64(source)
-        if source.startswith("file://"):
-            path = Path(source[len("file://") :])
-            source = path if path.exists() else Path(urllib.parse.unquote(str(path)))
-    if not isinstance(source, (str, Path)):
-        raise TypeError(
-            "an image must be a path, file:// or http(s) address, base64 data string, bytes, PIL picture or uint8 "
-            f"numpy array, got {type(source).__name__}"
-        )
-    name = describe_source(source)
-    try:
-        return Path(source).read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"file {name} does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read file {name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        # A server must not be able to point the client at its own files.
-        if not newurl.startswith(("http://", "https://")):
-            raise urllib.error.URLError(f"it redirects to {newurl!r}, and only http and https are followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def download(url: str, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
-    """Bytes behind an http(s) address.
-
-    Args:
-        url: the address; redirects are followed to http(s) only.
-        timeout: seconds for the whole download.
-        max_bytes: largest size accepted.
-
-    Raises:
-        ValueError: the address cannot be read within the limits.
-    """
-    name = describe_source(url)
-    deadline = time.monotonic() + timeout
-    opener = urllib.request.build_opener(_HttpRedirectsOnly)
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
-        with opener.open(request, timeout=timeout) as response:
-            # read1 returns after one receive, so that a server that drips bytes meets the deadline too.
-            while size <= max_bytes and (chunk := response.read1(1 << 20)):
-                chunks.append(chunk)
-                size += len(chunk)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-            missing = response.length
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"cannot download {name}: the server answered {error.code} {error.reason}") from error
-    except Exception as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise ValueError(f"{name} did not arrive within timeout={timeout} seconds") from error
-        raise ValueError(f"cannot download {name}: {reason or type(reason).__name__}") from error
-    if size > max_bytes:
-        raise ValueError(f"{name} is larger than max_bytes={max_bytes}; raise it or use a smaller file")
-    if missing:
-        raise ValueError(f"cannot download {name}: the connection ended {missing} bytes early; try again")
-    return b"".join(chunks)
-
-
-def _decode_base64(source: str) -> bytes:
-    header, separator, payload = source.partition("base64,")
-    if not separator:
-        raise ValueError(f"data address {describe_source(source)} must contain 'base64,' before its content")
-    try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"data address {header + 'base64,...'!r} is not valid base64: {error}") from error
 
 
 def _image_from_array(array: np.ndarray) -> Image:

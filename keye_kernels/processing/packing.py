@@ -13,9 +13,8 @@ from itertools import groupby
 import torch
 
 from .patches import PatchConfig
+from .slow_fast import FAST, SLOW
 from .tokenizer import FAST_END, FAST_START, FRAME, VIDEO_PAD
-
-SLOW, FAST = 0, 1
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,15 @@ class PackedVideo:
     """One video ready for the model.
 
     Attributes:
-        patches: float32 ``[P, 3, 14, 14]``, frame by frame in time order.
+        patches: uint8 ``[P, 3, 14, 14]``, frame by frame in time order.
         grid_thw: run-length grids: neighbouring frames of equal size share one row ``(frames, h, w)``.
-        num_frames: N.
-        prompt: what one ``<|video_pad|>`` of the prompt becomes.
+        tokens: number of placeholders of each of the N frames.
+        prompt: what one ``<|video_pad|>`` of the prompt becomes, with one placeholder a frame.
     """
 
     patches: torch.Tensor
     grid_thw: list[tuple[int, int, int]]
-    num_frames: int
+    tokens: list[int]
     prompt: str
 
 
@@ -69,27 +68,23 @@ def pack_video(
     sizes = {SLOW: slow_size or default_size, FAST: fast_size or default_size}
     grids = [config.grid(*sizes[kind]) for kind in frame_types]
 
-    patches = torch.empty(sum(rows * columns for rows, columns in grids), 3, config.patch_size, config.patch_size)
-    targets = patches.split([rows * columns for rows, columns in grids])
+    lengths = [rows * columns for rows, columns in grids]
+    patches = torch.empty(sum(lengths), 3, config.patch_size, config.patch_size, dtype=torch.uint8)
+    targets = patches.split(lengths)
     for frame, kind, target in zip(frames, frame_types, targets, strict=True):
         # On 8-bit pixels, so that the result is rounded to whole grey levels as in the official processor.
         resized = torch.nn.functional.interpolate(frame[None], sizes[kind], mode="bilinear", antialias=True)[0]
         target.copy_(config.patchify(resized))
 
     runs = [(len(list(run)), *grid) for grid, run in groupby(grids)]
-    return PackedVideo(patches, runs, len(frames), _video_prompt(grids, frame_types, timestamps, config.merge_size))
+    tokens = [length // config.merge_size**2 for length in lengths]
+    return PackedVideo(patches, runs, tokens, frame_prompts(frame_types, timestamps))
 
 
-def _video_prompt(
-    grids: Sequence[tuple[int, int]],
-    frame_types: Sequence[int],
-    timestamps: Sequence[float] | None,
-    merge_size: int,
-) -> str:
-    """Per frame: marker, time in seconds with one decimal, and the placeholders, wrapped for fast frames."""
+def frame_prompts(frame_types: Sequence[int], timestamps: Sequence[float] | None) -> str:
+    """Per frame: marker, time in seconds with one decimal, and a placeholder, wrapped for fast frames."""
     pieces = []
-    for index, ((rows, columns), kind) in enumerate(zip(grids, frame_types, strict=True)):
+    for index, kind in enumerate(frame_types):
         time = "" if timestamps is None else format(float(timestamps[index]), ".1f")
-        pads = VIDEO_PAD * (rows * columns // merge_size**2)
-        pieces.append(FRAME + time + (FAST_START + pads + FAST_END if kind == FAST else pads))
+        pieces.append(FRAME + time + (FAST_START + VIDEO_PAD + FAST_END if kind == FAST else VIDEO_PAD))
     return "".join(pieces)

@@ -1,4 +1,4 @@
-"""Pictures to patches: the image processor's arithmetic, from 8-bit pixels to normalised 14 x 14 patches.
+"""Pictures to patches: the image processor's arithmetic, from 8-bit pixels to 14 x 14 patches and their normalisation.
 
 Symbols: P patches, T frames, h and w rows and columns of patches.
 """
@@ -80,20 +80,23 @@ class PatchConfig:
         return height // self.patch_size, width // self.patch_size
 
     def patchify(self, frame: torch.Tensor) -> torch.Tensor:
-        """Normalised patches of one picture whose size is already right.
+        """Patches, row by row, of one picture whose size is already right.
 
         Args:
             frame: uint8 ``[3, H, W]``.
 
         Returns:
-            float32 ``[h * w, 3, patch_size, patch_size]``, row by row; ``(x * rescale_factor - mean) / std``.
+            uint8 ``[h * w, 3, patch_size, patch_size]``.
         """
         rows, columns = self.grid(*frame.shape[-2:])
+        blocks = frame.reshape(3, rows, self.patch_size, columns, self.patch_size)
+        return blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, self.patch_size, self.patch_size)
+
+    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
+        """``(patches * rescale_factor - mean) / std`` of uint8 ``[P, 3, 14, 14]``, float32 of the same shape."""
         mean = torch.tensor(self.image_mean).view(3, 1, 1)
         std = torch.tensor(self.image_std).view(3, 1, 1)
-        pixels = (frame.float() * self.rescale_factor - mean) / std
-        blocks = pixels.view(3, rows, self.patch_size, columns, self.patch_size)
-        return blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, self.patch_size, self.patch_size)
+        return patches.float().mul_(self.rescale_factor).sub_(mean).div_(std)
 
     def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches of one picture or of one Preview video; the first frame decides the size of all.
@@ -102,13 +105,13 @@ class PatchConfig:
             frames: uint8 RGB arrays ``[H, W, 3]``.
 
         Returns:
-            ``(patches, (T, h, w))``: float32 ``[T * h * w, 3, 14, 14]``, frame by frame and row by row.
+            ``(patches, (T, h, w))``: uint8 ``[T * h * w, 3, 14, 14]``, frame by frame and row by row.
         """
         from PIL import Image
 
         height, width = self.resized_size(*frames[0].shape[:2])
         rows, columns = self.grid(height, width)
-        patches = torch.empty(len(frames) * rows * columns, 3, self.patch_size, self.patch_size)
+        patches = torch.empty(len(frames) * rows * columns, 3, self.patch_size, self.patch_size, dtype=torch.uint8)
         for frame, target in zip(frames, patches.split(rows * columns), strict=True):
             resized = Image.fromarray(frame).resize((width, height), resample=self.resample)
             target.copy_(self.patchify(torch.from_numpy(np.array(resized)).permute(2, 0, 1)))
@@ -118,9 +121,7 @@ class PatchConfig:
 def to_frame_array(image: Any, edition: Edition) -> np.ndarray:
     """uint8 RGB array ``[H, W, 3]`` of anything :func:`load_image` takes, or of a tensor ``[3, H, W]``."""
     if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"an image tensor must have shape [3, H, W], got {list(image.shape)}")
-        return to_uint8(image, "an image tensor").permute(1, 2, 0).contiguous().numpy()
+        return _check_tensor(image).permute(1, 2, 0).contiguous().numpy()
     return np.asarray(load_image(image, edition=edition))
 
 
@@ -129,7 +130,7 @@ def to_frame_tensors(video: Any, edition: Edition) -> list[torch.Tensor]:
 
     Args:
         video: tensor ``[T, 3, H, W]`` (uint8, or float holding 0 to 255), uint8 array ``[T, H, W, 3]``, or a list of
-            pictures.
+            pictures or tensors ``[3, H, W]``, which may differ in size.
         edition: whose rule for transparency applies.
 
     Raises:
@@ -142,7 +143,12 @@ def to_frame_tensors(video: Any, edition: Edition) -> list[torch.Tensor]:
     elif isinstance(video, np.ndarray) and video.ndim != 4:
         raise ValueError(f"a video array must have shape [T, H, W, 3], got {list(video.shape)}")
     elif isinstance(video, (list, tuple, np.ndarray)):
-        frames = [torch.from_numpy(to_frame_array(frame, edition).copy()).permute(2, 0, 1) for frame in video]
+        frames = [
+            _check_tensor(frame)
+            if isinstance(frame, torch.Tensor)
+            else torch.from_numpy(np.array(load_image(frame, edition=edition))).permute(2, 0, 1)
+            for frame in video
+        ]
     else:
         raise TypeError(
             "a video must be a tensor [T, 3, H, W], a uint8 array [T, H, W, 3] or a list of pictures, "
@@ -165,3 +171,9 @@ def to_uint8(pixels: torch.Tensor, name: str) -> torch.Tensor:
             raise ValueError(f"{name} must hold values from 0 to 255, got values from 0 to 1; multiply them by 255")
         pixels = pixels.round()
     return pixels.to(torch.uint8)
+
+
+def _check_tensor(image: torch.Tensor) -> torch.Tensor:
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image tensor must have shape [3, H, W], got {list(image.shape)}")
+    return to_uint8(image, "an image tensor")

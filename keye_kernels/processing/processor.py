@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .arguments import (
+    align_timestamps,
     check_count,
     expand,
     frame_size,
@@ -18,6 +19,7 @@ from .arguments import (
     list_prompts,
     list_videos,
     per_video,
+    repeat_ids,
     seconds_per_grid,
 )
 from .batch import BatchFeature
@@ -131,6 +133,8 @@ class KeyeProcessor:
         videos: Any = None,
         padding: bool | str = True,
         return_tensors: str = "pt",
+        padding_side: str = "left",
+        pixel_dtype: str = "float32",
         **video_kwargs: Any,
     ) -> BatchFeature:
         """The model's inputs for prompts with pictures and videos.
@@ -138,15 +142,20 @@ class KeyeProcessor:
         Args:
             text: one prompt or several; each ``<|image_pad|>`` and ``<|video_pad|>`` stands for one picture or video.
             images: pictures in the order of their placeholders over all prompts.
-            videos: videos likewise: tensors ``[T, 3, H, W]``, uint8 arrays ``[T, H, W, 3]`` or lists of pictures.
-            padding: True or "longest" pads shorter prompts on the left; False needs prompts of equal length.
+            videos: videos likewise: tensors ``[T, 3, H, W]``, uint8 arrays ``[T, H, W, 3]``, or lists of pictures or
+                tensors ``[3, H, W]``.
+            padding: True or "longest" pads shorter prompts; False needs prompts of equal length.
             return_tensors: "pt".
+            padding_side: "left" for generation, or "right".
+            pixel_dtype: "float32", or "uint8" for patches not normalised yet, of a quarter of the size; the model
+                then applies ``rescale_factor``, ``image_mean`` and ``image_std`` of :attr:`patch_config`.
             video_kwargs: what :func:`process_vision_info` returned. Preview: ``fps``, a number or one for each video.
                 1.5: ``height``, ``width``, ``fast_height``, ``fast_width``, ``frame_types`` and ``timestamps``, each a
-                list over videos.
+                list over videos. Where keye-vl-utils left out the ``timestamps`` of some videos, they are matched by
+                their lengths.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` int64 ``[B, S]``; with pictures ``pixel_values`` float32
+            ``input_ids`` and ``attention_mask`` int64 ``[B, S]``; with pictures ``pixel_values`` of ``pixel_dtype``
             ``[P, 3, 14, 14]`` and ``image_grid_thw`` int64 ``[images, 3]``; with videos ``pixel_values_videos`` and
             ``video_grid_thw``, and ``second_per_grid_ts`` float32 ``[videos]`` (Preview) or ``num_frames`` int64
             ``[videos]`` (1.5).
@@ -165,33 +174,42 @@ class KeyeProcessor:
                 f"unexpected keyword arguments {unknown}: a checkpoint of edition {self.edition!r} takes "
                 f"{VIDEO_KWARGS[self.edition]}; call process_vision_info with edition={self.edition!r}"
             )
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        finish = self._pixel_finish(pixel_dtype)
         outputs = BatchFeature(input_ids=None, attention_mask=None)
         merged = self.patch_config.merge_size**2
+        # Tokens that each placeholder left in the prompts stands for.
+        image_tokens: list[int] = []
+        video_tokens: list[int] = []
 
         images = list_images(images)
         check_count("image", IMAGE_PAD, prompts, len(images))
         if images:
             packed = [self.patch_config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
-            outputs["pixel_values"] = torch.cat([patches for patches, _ in packed])
+            outputs["pixel_values"] = finish([patches for patches, _ in packed])
             outputs["image_grid_thw"] = torch.tensor([grid for _, grid in packed])
-            prompts = expand(prompts, IMAGE_PAD, [IMAGE_PAD * (math.prod(grid) // merged) for _, grid in packed])
+            image_tokens = [math.prod(grid) // merged for _, grid in packed]
 
         videos = list_videos(videos)
         check_count("video", VIDEO_PAD, prompts, len(videos))
         if videos and self.edition == "preview":
             packed = [self._preview_video(video) for video in videos]
-            outputs["pixel_values_videos"] = torch.cat([patches for patches, _ in packed])
+            outputs["pixel_values_videos"] = finish([patches for patches, _ in packed])
             outputs["video_grid_thw"] = torch.tensor([grid for _, grid in packed])
             outputs["second_per_grid_ts"] = seconds_per_grid(video_kwargs.get("fps"), len(videos))
-            prompts = expand(prompts, VIDEO_PAD, [VIDEO_PAD * (math.prod(grid) // merged) for _, grid in packed])
+            video_tokens = [math.prod(grid) // merged for _, grid in packed]
         elif videos:
             packed = self._slow_fast_videos(videos, video_kwargs)
-            outputs["pixel_values_videos"] = torch.cat([video.patches for video in packed])
+            outputs["pixel_values_videos"] = finish([video.patches for video in packed])
             outputs["video_grid_thw"] = torch.tensor([row for video in packed for row in video.grid_thw])
-            outputs["num_frames"] = torch.tensor([video.num_frames for video in packed])
+            outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed])
             prompts = expand(prompts, VIDEO_PAD, [video.prompt for video in packed])
+            video_tokens = [tokens for video in packed for tokens in video.tokens]
 
-        outputs["input_ids"], outputs["attention_mask"] = self._tokenize(prompts, padding)
+        repeats = {self.image_token_id: iter(image_tokens), self.video_token_id: iter(video_tokens)}
+        rows = [repeat_ids(self.tokenizer.encode(prompt), repeats) for prompt in prompts]
+        outputs["input_ids"], outputs["attention_mask"] = self._pad(rows, padding, padding_side)
         return outputs
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
@@ -207,16 +225,19 @@ class KeyeProcessor:
         return self.patch_config.frames_to_patches([frame.permute(1, 2, 0).contiguous().numpy() for frame in frames])
 
     def _slow_fast_videos(self, videos: list[Any], video_kwargs: Mapping[str, Any]) -> list[PackedVideo]:
+        frames = [to_frame_tensors(video, self.edition) for video in videos]
+        timestamps = align_timestamps(video_kwargs.get("timestamps"), [len(video) for video in frames])
         columns = {
-            name: per_video(name, video_kwargs.get(name), len(videos), nested=name in ("timestamps", "frame_types"))
+            name: per_video(name, value, len(videos), nested=name in ("timestamps", "frame_types"))
             for name in VIDEO_KWARGS["1.5"]
+            for value in [timestamps if name == "timestamps" else video_kwargs.get(name)]
         }
         packed = []
-        for index, video in enumerate(videos):
+        for index, video in enumerate(frames):
             options = {name: column[index] for name, column in columns.items()}
             packed.append(
                 pack_video(
-                    to_frame_tensors(video, self.edition),
+                    video,
                     self.patch_config,
                     slow_size=frame_size("height", "width", options),
                     fast_size=frame_size("fast_height", "fast_width", options),
@@ -229,10 +250,17 @@ class KeyeProcessor:
             self.tokenizer.token_to_id(token)
         return packed
 
-    def _tokenize(self, prompts: list[str], padding: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pixel_finish(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        name = str(pixel_dtype).removeprefix("torch.")
+        if name not in ("float32", "uint8"):
+            raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
+        if name == "uint8":
+            return torch.cat
+        return lambda patches: self.patch_config.normalize(torch.cat(patches))
+
+    def _pad(self, rows: list[list[int]], padding: bool | str, side: str) -> tuple[torch.Tensor, torch.Tensor]:
         if padding not in (True, False, "longest"):
             raise ValueError(f"padding must be True, 'longest' or False, got {padding!r}")
-        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         lengths = [len(row) for row in rows]
         if len(set(lengths)) > 1:
             if not padding:
@@ -242,6 +270,7 @@ class KeyeProcessor:
         input_ids = torch.full((len(rows), max(lengths)), self.tokenizer.pad_token_id or 0, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
-            input_ids[index, -len(row) :] = torch.tensor(row)
-            attention_mask[index, -len(row) :] = 1
+            place = slice(-len(row), None) if side == "left" else slice(len(row))
+            input_ids[index, place] = torch.tensor(row)
+            attention_mask[index, place] = 1
         return input_ids, attention_mask

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from .arguments import DEFAULT_FPS
-from .images import DOWNLOAD_TIMEOUT, MAX_DOWNLOAD_BYTES, Edition, check_edition, fetch_image
+from .images import Edition, check_edition, fetch_image
+from .videos import SampledVideo, fetch_video
 
 VISION_KEYS = ("image", "image_url", "video")
 
@@ -51,8 +52,11 @@ def process_vision_info(
     return_video_kwargs: bool = False,
     *,
     edition: Edition = "preview",
-    timeout: float = DOWNLOAD_TIMEOUT,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    original_size: bool = False,
+    workers: int = 1,
+    progress: bool = False,
+    timeout: float | None = None,
+    max_bytes: int | None = None,
 ) -> tuple[Any, ...]:
     """Loads and resizes every picture and video in the conversations, in order.
 
@@ -60,55 +64,69 @@ def process_vision_info(
         messages: one conversation, or a list of them.
         return_video_kwargs: "preview" only: also return the keyword arguments for the processor.
         edition: whose rules apply; ``KeyeProcessor.edition`` is the right one for a checkpoint.
-        timeout: seconds that each download may take.
-        max_bytes: size that each download may have.
+        original_size: "1.5" only: leave the frames of video files in their size, as the official package does; needed
+            for other processors than :class:`KeyeProcessor`, which gives the same result with less memory.
+        workers: pictures and videos loaded at the same time.
+        progress: show a progress bar.
+        timeout: seconds that each download may take; by default 30 for a picture, 300 for a video.
+        max_bytes: size that each download may have; by default 256 MiB for a picture, 4 GiB for a video.
 
     Returns:
         ``(images, videos)`` or, with ``return_video_kwargs`` and always for "1.5", ``(images, videos, kwargs)``.
         ``images`` is a list of RGB pictures, ``videos`` a list over videos; each is None where there are none.
-        "preview": a video given as pictures is a list of pictures, the last one repeated to an even count, and
-        ``kwargs = {"fps": [...]}``, frames a second of each video. "1.5": ``kwargs`` has ``height``, ``width``,
-        ``fast_height``, ``fast_width``, ``timestamps`` and ``frame_types``, each a list over videos.
+        "preview": a video is uint8 ``[N, 3, H, W]`` or, given as pictures, a list of pictures, the last one repeated to
+        an even count; ``kwargs = {"fps": [...]}``, frames a second of each video. "1.5": a video is uint8
+        ``[N, 3, H, W]``, or a list of uint8 ``[3, h, w]`` where slow and fast frames were shrunk to different sizes;
+        ``kwargs`` has ``height``, ``width``, ``fast_height``, ``fast_width``, ``timestamps`` and ``frame_types``, each
+        a list over videos. Other than in the official package, ``timestamps`` has None for a video without times, so
+        that the lists stay aligned.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: a part that cannot be loaded; the message names its source.
     """
     check_edition(edition)
-    limits = {"edition": edition, "timeout": timeout, "max_bytes": max_bytes}
-    images: list[Any] = []
-    videos: list[Any] = []
-    fps: list[float] = []
-    for part in _vision_parts(messages):
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be a positive integer, got {workers!r}")
+    limits = {name: limit for name, limit in (("timeout", timeout), ("max_bytes", max_bytes)) if limit is not None}
+
+    def fetch(part: Mapping[str, Any]) -> Any:
         if vision_kind(part) == "image":
-            images.append(fetch_image(part, **limits))
-        elif edition == "1.5":
-            raise ValueError("videos are not read for edition '1.5' yet; pass frames to the processor directly")
-        else:
-            frames, frames_per_second = _fetch_frame_list(part, **limits)
-            videos.append(frames)
-            fps.append(frames_per_second)
+            return fetch_image(part, edition=edition, **limits)
+        return fetch_video(part, edition=edition, original_size=original_size, **limits)
+
+    parts = _vision_parts(messages)
+    fetched = _map(fetch, parts, workers, progress)
+    images = [item for item in fetched if not isinstance(item, SampledVideo)] or None
+    sampled = [item for item in fetched if isinstance(item, SampledVideo)]
+    videos = [video.frames for video in sampled] or None
     if edition == "1.5":
-        names = ("height", "width", "fast_height", "fast_width", "timestamps", "frame_types")
-        return images or None, videos or None, {name: [] for name in names}
+        sizes = [(*video.slow_size, *video.fast_size) for video in sampled]
+        columns = zip(*sizes, strict=True) if sizes else [()] * 4
+        kwargs = dict(zip(("height", "width", "fast_height", "fast_width"), map(list, columns), strict=True))
+        kwargs["timestamps"] = [video.seconds for video in sampled]
+        kwargs["frame_types"] = [video.frame_types for video in sampled]
+        return images, videos, kwargs
     if return_video_kwargs:
-        return images or None, videos or None, {"fps": fps}
-    return images or None, videos or None
+        return images, videos, {"fps": [video.fps for video in sampled]}
+    return images, videos
 
 
-def _fetch_frame_list(part: Mapping[str, Any], **limits: Any) -> tuple[list[Any], float]:
-    frames = part.get("video")
-    if not isinstance(frames, (list, tuple)):
-        raise ValueError("a video must be a list of pictures; video files are not read yet")
-    if not frames:
-        raise ValueError("a video must have at least one frame, got an empty list")
-    fps = part.get("fps", DEFAULT_FPS)
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
-        raise ValueError(f"fps must be a positive number, got {fps!r}")
-    options = {name: value for name, value in part.items() if name not in ("type", "video")}
-    pictures = [fetch_image({**options, "image": frame}, **limits) for frame in frames]
-    if len(pictures) % 2:
-        pictures.append(pictures[-1])
-    return pictures, float(fps)
+def _map(function: Callable[[Any], Any], items: Sequence[Any], workers: int, progress: bool) -> list[Any]:
+    """``function`` of each item, in order; the first error ends it."""
+    if not progress and (workers == 1 or len(items) < 2):
+        return [function(item) for item in items]
+    from tqdm import tqdm
+
+    # Decoding and resizing release the GIL, so threads are enough.
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), disable=not progress, unit="file"):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
 
 
 def _vision_parts(messages: Messages) -> list[Mapping[str, Any]]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .processing import KeyeProcessor as KeyeProcessor
     from .processing import process_vision_info as process_vision_info
     from .processing import split_thinking as split_thinking
+    from .small import small_model as small_model
+    from .small import small_processor as small_processor
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,8 @@ _HOMES = {
     "KeyeProcessor": "processing",
     "process_vision_info": "processing",
     "split_thinking": "processing",
+    "small_model": "small",
+    "small_processor": "small",
     "use_impl": "ops",
     "ops": None,
 }

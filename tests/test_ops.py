@@ -313,6 +313,9 @@ def bad_calls():
     x = torch.randn(7, 4, 16)
     yield TypeError, "cu_seqlens must be int32", lambda: kk.ops.varlen_attention(x, x, x, cu.long(), 7)
     yield ValueError, "cu_seqlens must have shape", lambda: kk.ops.varlen_attention(x, x, x, cu[None], 7)
+    for offsets in ([0, 5, 3, 7], [-1, 7], [0, 8]):
+        bad = torch.tensor(offsets, dtype=torch.int32)
+        yield ValueError, "cu_seqlens must", lambda bad=bad: kk.ops.varlen_attention(x, x, x, bad, 7)
     yield TypeError, "max_seqlen must be an int", lambda: kk.ops.varlen_attention(x, x, x, cu, 7.0)
     yield ValueError, "multiple of 8", lambda: kk.ops.varlen_attention(x[..., :4], x[..., :4], x[..., :4], cu, 7)
     yield ValueError, "divides the 4 of q", lambda: kk.ops.varlen_attention(x, x[:, :3], x[:, :3], cu, 7)

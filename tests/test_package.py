@@ -52,7 +52,9 @@ print(seconds)
     assert min(float(run(code)) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("name", ["Keye", "KeyeProcessor", "process_vision_info", "ops", "use_impl", "split_thinking"])
+@pytest.mark.parametrize(
+    "name", ["Keye", "KeyeProcessor", "process_vision_info", "ops", "use_impl", "split_thinking", "small_model"]
+)
 def test_promised_names(name):
     import keye_kernels as kk
 

@@ -26,6 +26,8 @@ def varlen_attention(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((q.shape[1], q.shape[0] if return_lse else 0), -torch.inf, dtype=compute_dtype(q), device=q.device)
     offsets = cu_seqlens.tolist()
+    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > q.shape[0]:
+        raise ValueError(f"cu_seqlens must rise from 0 or more to at most q's {q.shape[0]} tokens, got {offsets}")
     for start, end in pairwise(offsets):
         if start == end:
             continue

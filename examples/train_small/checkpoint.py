@@ -1,0 +1,184 @@
+"""The small Keye's files: configuration, tokenizer, prompt and weights, in the layout of the released models."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+import keye_kernels as kk
+from keye_kernels.model.checkpoint import destinations
+from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE
+from keye_kernels.processing.tokenizer import SPECIAL_TOKENS
+
+from . import world
+
+# Sixteen to about 25 tokens a picture: whatever its size, an object covers about as many patches
+PIXELS = {"min_pixels": 12544, "max_pixels": 20000}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "vision_config": {
+        "hidden_size": 144,
+        "intermediate_size": 288,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 168,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "model_type": "siglip_vision_model",
+    },
+}
+TOKEN_IDS = {
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+
+
+def build_tokenizer() -> Tokenizer:
+    """One token for each word of the world (alone, and after a space), one for each byte of everything else."""
+    bytes_to_characters = _byte_characters()
+    texts = " ".join(
+        [
+            *("system user assistant You are a helpful and at an the", " ".join(world.NUMBERS)),
+            *(world.WHAT, world.COUNT, world.WHICH_WAY, "what colour is the?", "where is the?"),
+            *(" ".join(words) for words in (world.SHAPES, world.COLOURS, world.SIZES)),
+            *(" ".join(words) for words in (world.ROWS, world.COLUMNS, world.DIRECTIONS)),
+        ]
+    )
+    words = sorted(set(texts.replace("?", "").split()))
+    entries = [bytes_to_characters[byte] for byte in range(256)]
+    entries += [
+        space + word for space in ("", bytes_to_characters[ord(" ")]) for word in words if len(space + word) > 1
+    ]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _byte_characters() -> dict[int, str]:
+    """How the byte-level alphabet writes each byte: printable Latin-1 as itself, the others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256))
+    return {byte: chr(byte if byte in printable else 256 + next(others)) for byte in range(256)}
+
+
+def build_config(tokenizer: Tokenizer) -> dict:
+    ids = {name: tokenizer.token_to_id(token) for name, token in TOKEN_IDS.items()}
+    fixed = {"architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", "torch_dtype": "bfloat16"}
+    return fixed | SIZES | ids | {"vocab_size": tokenizer.get_vocab_size()}
+
+
+def write_processor(folder: Path) -> dict:
+    """Writes every file but the weights; returns the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = [config["eos_token_id"], config["bos_token_id"]]
+    files = {
+        "config.json": config,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+        },
+        "chat_template.json": {"chat_template": DEFAULT_CHAT_TEMPLATE},
+        "preprocessor_config.json": PIXELS
+        | {
+            "patch_size": 14,
+            "temporal_patch_size": 1,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "image_processor_type": "SiglipImageProcessor",
+            "processor_class": "KeyeProcessor",
+        },
+        "generation_config.json": {"do_sample": False, "eos_token_id": ends, "pad_token_id": config["pad_token_id"]},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return config
+
+
+def new_model(config: dict, seed: int) -> kk.Keye:
+    """A float32 model with fresh weights, the same for the same seed.
+
+    Matrices start with the variance that keeps activations at one, the last ones of a residual branch smaller; the learned
+    positions start as waves over the picture, so that place is known from the first step on.
+    """
+    torch.manual_seed(seed)
+    model = kk.Keye(kk.KeyeConfig.from_dict(config), impl="reference")
+    layers = 2 * config["num_hidden_layers"], 2 * config["vision_config"]["num_hidden_layers"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            std = parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std *= layers[0] ** -0.5
+            elif name.endswith(("out_proj.weight", "fc2.weight")):
+                std *= layers[1] ** -0.5
+            elif name.endswith("embed_tokens.weight"):
+                std = 0.5
+            elif name == "lm_head.weight":
+                std = 0.02
+            parameter.normal_(std=std)
+        table = model.visual.position_embedding.weight
+        table.copy_(_waves(math.isqrt(table.shape[0]), table.shape[1]))
+    return model
+
+
+def _waves(side: int, channels: int) -> Tensor:
+    """[side², channels] cosines of row and column, from half a wave over the picture upwards."""
+    rng = random.Random(0)
+    place = (torch.arange(side) + 0.5) / side
+    row, column = place.repeat_interleave(side)[:, None], place.repeat(side)[:, None]
+    wave = torch.arange(channels) // 2 % 6 * 0.5 + 0.5
+    phase = torch.tensor([rng.random() for _ in range(channels)])
+    along = torch.where(torch.arange(channels) % 2 == 0, row, column)
+    return 0.5 * torch.cos(2 * math.pi * (along * wave + phase))
+
+
+def save_weights(model: kk.Keye, weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes `weights`, named as the model's parameters, as bfloat16 under Keye's tensor names; never leaves half a file."""
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name]
+        tensors = {name: view.to(torch.bfloat16).contiguous() for name, view in destinations(model).items()}
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = held[name]
+    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")

@@ -1,6 +1,6 @@
 """What the kernels ask of memory and tensor cores, counted without a GPU. Prints the tables of docs/performance.md.
 
-    python benchmarks/counted.py --tools ../shared/tools [--projection-patches 16384]
+    python benchmarks/counted.py --tools ../shared/tools [--projection-patches 1024]
 
 `traffic.py` in that folder counts bytes and multiplies in Triton's interpreter, `sass.py` reads the machine code of
 ahead-of-time compilation. One process cannot do both, so each half runs in one of its own.
@@ -133,7 +133,9 @@ def _bits(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default="../shared/tools", help="folder of traffic.py and sass.py")
-    parser.add_argument("--projection-patches", type=int, default=16384, help="16384 takes minutes and 4 GB")
+    parser.add_argument(
+        "--projection-patches", type=int, default=1024, help="in 16 images; takes minutes, 16384 most of an hour"
+    )
     parser.add_argument("--half", choices=("traffic", "sass"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.half == "traffic":

@@ -277,7 +277,7 @@ def compile_specs(arch: int | str) -> list[CompileSpec]:
             "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **head_parts(head_dim, arch),
             "CAUSAL": causal, "RETURN_LSE": return_lse, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
         }  # fmt: skip
-        launch, label = (config["num_warps"], config["num_stages"]), label
+        launch = config["num_warps"], config["num_stages"]
         return CompileSpec(varlen_attention_fwd_kernel, label, signature, *launch, uses_tensor_cores=dtype != "fp32")
 
     vision, text = (16, 16, 72), (32, 8, 128)

@@ -32,7 +32,7 @@ sys.modules["sass"] = sass
 spec.loader.exec_module(sass)
 from keye_kernels.triton.varlen_attention import compile_specs
 for arch, label in ((80, "vision bf16"), (90, "vision bf16"), (90, "vision bf16 up to 1024"), (100, "vision bf16")):
-    [variant] = [spec for spec in compile_specs(arch) if spec.label == "varlen_attention " + label]
+    [variant] = [spec for spec in compile_specs(arch) if spec.label == label]
     warps, shape = variant.num_warps, variant.signature
     report = sass.analyse(variant.kernel, shape, arch, warps, variant.num_stages)
     categories, memory = report.loop_mix

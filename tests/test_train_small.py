@@ -113,9 +113,28 @@ def test_questions_and_answers_are_those_of_the_world():
         assert set(others) == expected and len(others) == len(expected)
 
 
-def test_nothing_is_asked_about_a_crowded_picture():
+def test_a_crowded_picture_is_neither_described_nor_counted():
     crowd = world.random_crowd(random.Random(0))
-    assert len(crowd.things) > 3 and crowd.questions() == []
+    assert len(crowd.things) > 3 and crowd.questions()
+    assert not {world.WHAT, world.COUNT} & {question for question, _ in crowd.questions()}
+
+
+def test_a_question_that_names_an_object_is_answered_where_it_ends(small):
+    processor, config = small
+    tokenizer = processor.tokenizer
+    data = batches.Batches(processor, kk.KeyeConfig.from_dict(config), batches.Recipe())
+    for question, answer in (("what colour is the star?", "red"), ("where is the red star?", "top left")):
+        tokens, labels = data._row("image", 16, question, answer, random.Random(0))
+        answered = [
+            (tokenizer.decode([token]), tokenizer.decode([label]))
+            for token, label in zip(tokens.tolist(), labels.tolist(), strict=True)
+            if label >= 0
+        ]
+        ahead = list(zip((" star", "?"), answer.replace(" ", "| ").split("|"), strict=False))
+        assert answered[: len(ahead)] == ahead
+        assert "".join(text for _, text in answered[len(ahead) :]) == answer + "<|im_end|>"
+    _, labels = data._row("image", 16, world.COUNT, "two", random.Random(0))
+    assert int((labels >= 0).sum()) == 2
 
 
 def test_clips_move_along_their_main_axis_by_a_third():
@@ -136,12 +155,12 @@ def test_clips_move_along_their_main_axis_by_a_third():
 def test_a_batch_depends_on_seed_and_number_alone(small):
     processor, config = small
     config = kk.KeyeConfig.from_dict(config)
-    first = batches.Batches(processor, config, batches.Recipe(0, 1, 1, 3, 2))
+    first = batches.Batches(processor, config, batches.Recipe(0, 1, 3, 2))
     first[0]
-    again = batches.Batches(processor, config, batches.Recipe(0, 1, 1, 3, 2))[1]
+    again = batches.Batches(processor, config, batches.Recipe(0, 1, 3, 2))[1]
     for name, tensor in first[1]._asdict().items():
         torch.testing.assert_close(tensor, getattr(again, name), rtol=0, atol=0, msg=name)
-    other = batches.Batches(processor, config, batches.Recipe(1, 1, 1, 3, 2))[1]
+    other = batches.Batches(processor, config, batches.Recipe(1, 1, 3, 2))[1]
     assert not torch.equal(first[1].pixel_values[:36], other.pixel_values[:36])
 
 
@@ -150,7 +169,7 @@ def test_a_packed_batch_has_the_loss_of_the_model_itself(small):
     processor, config = small
     model = checkpoint.new_model(config, 0)
     trainee = train.Trainee(model)
-    data = batches.Batches(processor, model.config, batches.Recipe(0, 1, 1, 3, 2))
+    data = batches.Batches(processor, model.config, batches.Recipe(0, 1, 3, 2))
     batch = data[3]
     with train.faster_attention():
         loss, _, _ = trainee(batch)

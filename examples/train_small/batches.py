@@ -41,18 +41,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What batches hold, in three stages.
+    """What batches hold, in two stages.
 
-    For `perception` steps: `crowds` pictures full of objects, for the readouts alone. For `describing` steps: `scenes` to
-    describe (half of them are asked something else, too), some crowded pictures, a clip in every second batch. Then: every
-    scene is asked two questions, and every batch has a clip that is watched forwards and backwards.
+    For `perception` steps: `crowds` pictures full of objects, for the readouts alone. Then: `scenes` pictures, every fourth of
+    them a crowd of up to six, each asked several questions, and a clip that is watched forwards and backwards. All kinds of
+    questions come from the start: a decoder that first learns to describe has a hard time to learn to look up.
     """
 
     seed: int = 0
     perception: int = 1700
-    describing: int = 450
     crowds: int = 16
-    scenes: int = 12
+    scenes: int = 16
 
 
 class Batches(Dataset):
@@ -65,42 +64,37 @@ class Batches(Dataset):
         recipe = self.recipe
         rng = random.Random(f"training {recipe.seed} {index}")
         if index < recipe.perception:
-            return self.pack([world.random_crowd(rng) for _ in range(recipe.crowds)], rng)
-        describing = index < recipe.perception + recipe.describing
-        samples = [world.random_scene(rng) for _ in range(recipe.scenes)]
-        samples += [world.random_crowd(rng) for _ in range(recipe.crowds // (3 if describing else 8))]
-        samples += [world.random_clip(rng)] * (index % 2 if describing else 1)
-        return self.pack(samples, rng, describing)
+            return self.pack([(world.random_crowd(rng), []) for _ in range(recipe.crowds)], rng)
+        samples = [world.random_scene(rng) if i % 4 else world.random_crowd(rng, 6) for i in range(recipe.scenes)]
+        samples.append(world.random_clip(rng))
+        return self.pack([(sample, _choose(sample, rng)) for sample in samples], rng)
 
-    def pack(self, samples: list[world.Scene | world.Clip], rng: random.Random, describing: bool = False) -> Batch:
-        """A batch of these scenes, clips and crowded pictures (which are not asked about)."""
-        packed = [(sample, *self._patches(sample)) for sample in samples]
+    def pack(self, asked: list[tuple[world.Scene | world.Clip, list[tuple[str, str]]]], rng: random.Random) -> Batch:
+        """A batch of pictures and clips, each with the questions, and their answers, that it is asked."""
+        packed = [(*pair, *self._patches(pair[0])) for pair in asked]
         # Pictures of one size and rows of one length stand together: attention takes each such run at once
-        packed.sort(key=lambda entry: len(entry[1]))
-        counts = torch.tensor([len(patches) // 4 for _, patches, _ in packed])
+        packed.sort(key=lambda entry: len(entry[2]))
+        counts = torch.tensor([len(patches) // 4 for *_, patches, _ in packed])
         rows = []
-        for (sample, _, grid), end, count in zip(packed, counts.cumsum(0), counts, strict=True):
+        for (sample, pairs, _, grid), end, count in zip(packed, counts.cumsum(0), counts, strict=True):
             features = torch.arange(end - count, end)
+            indexed = [(*pair, features) for pair in pairs]
             if isinstance(sample, world.Clip):
-                asked = [(world.WHICH_WAY, sample.direction, features)]
-                if not describing:
-                    # The tower does not know the order of frames, so the clip backwards has the same features
-                    backwards = features.view(grid[0], -1).flip(0).flatten()
-                    asked.append((world.WHICH_WAY, world.OPPOSITE[sample.direction], backwards))
-            else:
-                asked = [(*pair, features) for pair in _choose(sample.questions(), rng, describing)]
+                # The tower does not know the order of frames, so the clip backwards has the same features
+                backwards = features.view(grid[0], -1).flip(0).flatten()
+                indexed += [(question, world.OPPOSITE[answer], backwards) for question, answer in pairs]
             kind = "video" if isinstance(sample, world.Clip) else "image"
-            rows += [(*self._row(kind, int(count), *pair, rng), kind, grid, index) for *pair, index in asked]
+            rows += [(*self._row(kind, int(count), *pair, rng), kind, grid, index) for *pair, index in indexed]
         rows.sort(key=lambda row: len(row[0]))
         # An empty row first, so that a batch without questions needs no care
         nothing = torch.zeros(0, dtype=torch.int64)
         input_ids, labels = (torch.cat([nothing, *(row[i] for row in rows)]) for i in (0, 1))
         kinds = torch.tensor([self.config.image_token_id, self.config.video_token_id])
         return Batch(
-            pixel_values=torch.cat([patches for _, patches, _ in packed]),
+            pixel_values=torch.cat([patches for *_, patches, _ in packed]),
             grid_thw=torch.tensor([grid for *_, grid in packed]),
-            looks=torch.cat([_looks(sample, grid) for sample, _, grid in packed]),
-            coverage=torch.cat([_coverage(sample, grid) for sample, _, grid in packed]),
+            looks=torch.cat([_looks(sample, grid) for sample, *_, grid in packed]),
+            coverage=torch.cat([_coverage(sample, grid) for sample, *_, grid in packed]),
             input_ids=input_ids,
             position_ids=self._positions(rows, rng) if rows else nothing.expand(3, 0),
             cu_seqlens=torch.tensor([0, *(len(row[0]) for row in rows)]).cumsum(0).int(),
@@ -108,7 +102,7 @@ class Batches(Dataset):
             feature_index=torch.cat([nothing, *(row[-1] for row in rows)]),
             targets=(labels >= 0).nonzero()[:, 0],
             labels=labels[labels >= 0],
-            weights=torch.cat([nothing.float(), *(_weights(*row[1:3], describing) for row in rows)]),
+            weights=torch.cat([nothing.float(), *(_weights(*row[1:3]) for row in rows)]),
         )
 
     def _positions(self, rows: list[tuple], rng: random.Random) -> Tensor:
@@ -128,7 +122,11 @@ class Batches(Dataset):
         return inputs["pixel_values"], tuple(inputs["image_grid_thw"][0].tolist())
 
     def _row(self, kind: str, count: int, question: str, answer: str, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Tokens [S] of a prompt with its answer, and labels [S]: at each place the answer's token that follows, or -1."""
+        """Tokens [S] of a prompt with its answer, and labels [S]: at each place the answer's token that follows, or -1.
+
+        A question that names an object is answered a first time where it ends (nobody reads that): its last two tokens, the
+        object's shape and "?", must find the object without a detour over the turn's start, which is learnt far sooner.
+        """
         content = [{"type": kind, kind: ""}, {"type": "text", "text": question}]
         messages = [*rng.choice(SYSTEM_TURNS), {"role": "user", "content": content}]
         pad = f"<|{kind}_pad|>"
@@ -136,6 +134,9 @@ class Batches(Dataset):
         tokenizer = self.processor.tokenizer
         prompt, reply = tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.eos_token_id]
         tokens, labels = prompt + reply[:-1], [-1] * (len(prompt) - 1) + reply
+        if question.startswith(world.LOOK_UP):
+            shape = len(tokenizer.encode(text[: text.index(question) + len(question)])) - 2
+            labels[shape : shape + len(reply) - 1] = reply[:-1]
         # What follows the answer is never seen
         extra = -len(tokens) % LENGTH_STEP
         return (
@@ -144,22 +145,18 @@ class Batches(Dataset):
         )
 
 
-def _choose(pairs: list[tuple[str, str]], rng: random.Random, describing: bool) -> list[tuple[str, str]]:
-    """The description of a scene, which teaches most, and perhaps another question: first any, later one of each kind alike."""
-    description, others = pairs[:1], pairs[1:]
-    if describing or not others:
-        return description + rng.sample(others, int(bool(others) and rng.random() < 0.5))
-    kinds = sorted({question.split()[1] for question, _ in others})
-    chosen = [rng.choice([pair for pair in others if pair[0].split()[1] == kind]) for kind in rng.choices(kinds, k=2)]
-    return description * rng.randint(0, 1) + chosen
+def _choose(sample: world.Scene | world.Clip, rng: random.Random) -> list[tuple[str, str]]:
+    """Mostly the description of a scene, which teaches most, and up to three other questions."""
+    pairs = sample.questions()
+    described = [pair for pair in pairs if pair[0] == world.WHAT and rng.random() < 0.7]
+    others = [pair for pair in pairs if pair[0] != world.WHAT]
+    return described + rng.sample(others, min(3, len(others)))
 
 
-def _weights(labels: Tensor, kind: str, describing: bool) -> Tensor:
-    """Weights of one answer's tokens; after the second stage a long answer counts more than a short one by its root only,
-    and the few clips count three times."""
+def _weights(labels: Tensor, kind: str) -> Tensor:
+    """Weights of one row's tokens: a long answer counts more than a short one by its root only, the few clips three times."""
     count = int((labels >= 0).sum())
-    weight = 1.0 if describing else count**-0.5 * (3 if kind == "video" else 1)
-    return torch.full((count,), weight)
+    return torch.full((count,), count**-0.5 * (3 if kind == "video" else 1))
 
 
 def _frames(sample: world.Scene | world.Clip) -> list[tuple[Image.Image, tuple[world.Thing, ...], Image.Image]]:

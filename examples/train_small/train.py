@@ -35,9 +35,8 @@ EMA = 0.995
 LOOKS_WEIGHT = 0.5
 RECIPE = {
     "perception": "first steps, in which only the tower learns, from crowded pictures",
-    "describing": "next steps, in which it learns above all to describe scenes; then come all questions alike",
-    "crowds": "crowded pictures in a batch of the first steps; fewer of them later",
-    "scenes": "scenes in a batch of the later steps",
+    "crowds": "pictures in a batch of the first steps",
+    "scenes": "pictures in a batch of the later steps",
 }
 # Classes of `Batch.looks`; 0 is "nothing" for the first three
 LOOKS = (len(world.SIZES) + 1, len(world.COLOURS) + 1, len(world.SHAPES) + 1, len(world.ROWS), len(world.COLUMNS))
@@ -172,8 +171,9 @@ class Run:
                     self.save()
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate: a linear warm-up, then constant, then half a cosine over the last steps."""
-        warm = min(1.0, (step + 1) / self.options.warmup)
+        """Share of the learning rate: in each stage a linear warm-up, then constant; half a cosine over the last steps."""
+        began = self.options.perception if step >= self.options.perception else 0
+        warm = min(1.0, (step - began + 1) / self.options.warmup)
         left = min(1.0, (self.options.steps - step) / self.options.decay)
         return warm * (1 - math.cos(math.pi * left)) / 2
 
@@ -217,7 +217,7 @@ def _start_worker(number: int) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.train_small.train", description="Train the small Keye.")
     parser.add_argument("--out", required=True, metavar="DIR", help="the checkpoint; a run that is there goes on")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--decay", type=int, default=1500, help="last steps, in which the rate falls")
     parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--lr", type=float, default=1.5e-3)

@@ -35,6 +35,7 @@ DOMINANCE = (
 
 WHAT, COUNT = "what is in the picture?", "how many objects are there?"
 WHICH_WAY = "which way does it move?"
+LOOK_UP = ("what colour is the ", "where is the ")  # such a question ends in a shape and "?"
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Scene:
     coverage: Image.Image
 
     def questions(self) -> list[tuple[str, str]]:
-        """Every question with its answer, first the full description, then the number; none for a crowded picture."""
-        if len(self.things) > len(NUMBERS):
-            return []
-        pairs = [(WHAT, " and ".join(thing.text for thing in self.things)), (COUNT, NUMBERS[len(self.things) - 1])]
+        """Every question with its answer, first the full description, then the number; neither for a crowded picture."""
+        pairs = []
+        if len(self.things) <= len(NUMBERS):
+            pairs = [(WHAT, " and ".join(thing.text for thing in self.things)), (COUNT, NUMBERS[len(self.things) - 1])]
         shapes = [thing.shape for thing in self.things]
         looks = [(thing.colour, thing.shape) for thing in self.things]
         for thing in self.things:
@@ -114,9 +115,9 @@ def random_scene(rng: random.Random, size: tuple[int, int] | None = None, count:
     return Scene(image, tuple(things), coverage)
 
 
-def random_crowd(rng: random.Random) -> Scene:
-    """A picture with more objects than the world has, to learn their looks from; nothing is asked about it."""
-    return random_scene(rng, count=rng.randint(5, 9))
+def random_crowd(rng: random.Random, most: int = 9) -> Scene:
+    """A picture with more objects than the world has, to learn their looks from, and to look one up among many."""
+    return random_scene(rng, count=rng.randint(4, most))
 
 
 def random_clip(rng: random.Random, size: tuple[int, int] | None = None) -> Clip:

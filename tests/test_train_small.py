@@ -8,7 +8,6 @@ import torch
 
 import keye_kernels as kk
 from examples.train_small import batches, checkpoint, train, world
-from keye_kernels import ops
 
 THING = (
     r"a (large|small) (red|green|blue|yellow|purple|orange|white|black) (circle|square|triangle|star|cross|ring) "
@@ -165,14 +164,13 @@ def test_a_batch_depends_on_seed_and_number_alone(small):
 
 
 def test_a_packed_batch_has_the_loss_of_the_model_itself(small):
-    """The trainer's way through the model (packed rows, its own attention) against `Keye.forward` on single prompts."""
+    """The trainer's way through the model (packed rows) against `Keye.forward` on single prompts."""
     processor, config = small
     model = checkpoint.new_model(config, 0)
     trainee = train.Trainee(model)
     data = batches.Batches(processor, model.config, batches.Recipe(0, 1, 3, 2))
     batch = data[3]
-    with train.faster_attention():
-        loss, _, _ = trainee(batch)
+    loss, _, _ = trainee(batch)
     total, weight, backwards = 0.0, 0.0, 0
     ends = batch.grid_thw.prod(1).cumsum(0).tolist()
     pictures = dict(zip(ends, batch.pixel_values.tensor_split(ends[:-1]), strict=True))
@@ -253,12 +251,6 @@ def test_other_settings_in_a_folder_with_a_run_are_refused(tmp_path, capsys):
     run(tmp_path)
     assert train.main(["--out", str(tmp_path), *TINY, "--lr", "0.5"]) == 2
     assert "other settings" in capsys.readouterr().err
-
-
-def test_training_leaves_the_packages_attention_in_place(tmp_path):
-    packaged = ops.varlen_attention
-    run(tmp_path)
-    assert ops.varlen_attention is packaged
 
 
 def test_the_trained_checkpoint_is_keyes_layout(tmp_path):

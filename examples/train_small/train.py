@@ -10,9 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +20,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import keye_kernels as kk
-from keye_kernels import ops
 from keye_kernels.model.decoder import TextBatch
 
 from . import world
@@ -40,33 +37,6 @@ RECIPE = {
 }
 # Classes of `Batch.looks`; 0 is "nothing" for the first three
 LOOKS = (len(world.SIZES) + 1, len(world.COLOURS) + 1, len(world.SHAPES) + 1, len(world.ROWS), len(world.COLUMNS))
-
-
-def attention_by_runs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, causal: bool = False, impl: str = "auto"
-) -> Tensor:
-    """`kk.ops.varlen_attention` for training: neighbouring segments of one length are one product, and so is their gradient.
-
-    On a CPU, with sixteen pictures a batch, a step takes half the time.
-    """
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
-    parts = []
-    for (length, number), *tensors in zip(runs, *(x.split([n * m for n, m in runs]) for x in (q, k, v)), strict=True):
-        query, key, value = (x.unflatten(0, (number, length)).transpose(1, 2) for x in tensors)
-        key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)
-
-
-@contextmanager
-def faster_attention() -> Iterator[None]:
-    """Lets the model attend with `attention_by_runs` inside the block."""
-    packaged, ops.varlen_attention = ops.varlen_attention, attention_by_runs
-    try:
-        yield
-    finally:
-        ops.varlen_attention = packaged
 
 
 class Trainee(nn.Module):
@@ -133,11 +103,6 @@ class Run:
 
     def train(self) -> None:
         """Trains from the step reached to the last one."""
-        with faster_attention():
-            self._train()
-        draw_curve(self.history, self.out / "loss.png")
-
-    def _train(self) -> None:
         options, model = self.options, self.trainee.model
         processor = kk.KeyeProcessor.from_pretrained(self.out)
         data = Batches(processor, model.config, Recipe(options.seed, *(getattr(options, name) for name in RECIPE)))
@@ -169,6 +134,7 @@ class Run:
                 bar.update()
                 if self.step % options.save_every == 0 or self.step == options.steps:
                     self.save()
+        draw_curve(self.history, self.out / "loss.png")
 
     def rate(self, step: int) -> float:
         """Share of the learning rate: in each stage a linear warm-up, then constant; half a cosine over the last steps."""

@@ -1,6 +1,6 @@
 """Attention of packed sequences: a token attends within its own segment only."""
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +22,29 @@ def varlen_attention(
 
     Returns: out [T, Hq, D], zero for tokens of no segment, and lse [Hq, T] (float32; empty unless `return_lse`).
     """
-    groups = q.shape[1] // k.shape[1]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((q.shape[1], q.shape[0] if return_lse else 0), -torch.inf, dtype=compute_dtype(q), device=q.device)
     offsets = cu_seqlens.tolist()
     if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > q.shape[0]:
         raise ValueError(f"cu_seqlens must rise from 0 or more to at most q's {q.shape[0]} tokens, got {offsets}")
-    for start, end in pairwise(offsets):
-        if start == end:
-            continue
-        # [1, H, L, D]; SDPA's fused CPU path wants as many key heads as query heads
-        query, key, value = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        if groups > 1:
+    # Neighbours of one length are one product, and so is their gradient
+    lengths = (end - start for start, end in pairwise(offsets))
+    runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
+    sizes = [offsets[0], *(length * number for length, number in runs), q.shape[0] - offsets[-1]]
+    first, *inside, last = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+    outs, lses = [torch.zeros_like(first[0])], []
+    for (length, number), packed in zip(runs, inside, strict=True):
+        # [N, H, L, D]; SDPA's fused CPU path wants as many key heads as query heads
+        query, key, value = (x.unflatten(0, (number, length)).transpose(1, 2) for x in packed)
+        if (groups := q.shape[1] // k.shape[1]) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        segment = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=softmax_scale)
-        out[start:end] = segment[0].transpose(0, 1)
+        segments = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=softmax_scale)
+        outs.append(segments.transpose(1, 2).flatten(0, 1))
         if return_lse:
-            lse[:, start:end] = _log_sum_exp(query[0], key[0], softmax_scale, causal)
-    return out, lse
+            lses += [_log_sum_exp(*pair, softmax_scale, causal) for pair in zip(query, key, strict=True)]
+    out = torch.cat([*outs, torch.zeros_like(last[0])])
+    if not return_lse:
+        return out, q.new_zeros(q.shape[1], 0, dtype=compute_dtype(q))
+    lse = torch.cat(lses, dim=1) if lses else q.new_zeros(q.shape[1], 0, dtype=compute_dtype(q))
+    return out, F.pad(lse, (offsets[0], q.shape[0] - offsets[-1]), value=-torch.inf)
 
 
 def _log_sum_exp(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:

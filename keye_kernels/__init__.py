@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .integrations.patching import PatchReport as PatchReport
+    from .integrations.patching import apply_keye_kernels as apply_keye_kernels
+    from .integrations.patching import revert_keye_kernels as revert_keye_kernels
     from .model import Keye as Keye
     from .model import KeyeConfig as KeyeConfig
     from .model import KVCache as KVCache
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from .processing import split_thinking as split_thinking
     from .small import small_model as small_model
     from .small import small_processor as small_processor
+    from .warm_up import warmup as warmup
 
 __version__ = "0.1.0"
 
@@ -25,11 +29,15 @@ _HOMES = {
     "KVCache": "model",
     "TextStreamer": "model",
     "KeyeProcessor": "processing",
+    "PatchReport": "integrations.patching",
+    "apply_keye_kernels": "integrations.patching",
+    "revert_keye_kernels": "integrations.patching",
     "process_vision_info": "processing",
     "split_thinking": "processing",
     "small_model": "small",
     "small_processor": "small",
     "use_impl": "ops",
+    "warmup": "warm_up",
     "ops": None,
 }
 

@@ -15,13 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; bad input prints one sentence and gives 2."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"keye-kernels {options.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="path or URL; may be repeated")
     generate.add_argument("--video", action="append", default=[], metavar="FILE", help="path or URL; may be repeated")
     generate.add_argument("--fps", type=float, metavar="N", help="frames a second to sample from videos")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
     generate.add_argument("--json", action="store_true", help="print the answer with its numbers as JSON")
     generate.add_argument("--thinking", choices=("think", "no_think", "auto"), help="the mode suffix of the prompt")
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(generate)
     generate.set_defaults(run=_generate)
 
-    demo = commands.add_parser("demo", help="write a small random checkpoint and run the whole path on it")
+    demo = commands.add_parser("demo", help="ask the small trained model about a bundled picture and a bundled clip")
     _add_model_options(demo)
     demo.set_defaults(run=_demo)
 
@@ -56,11 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--context", type=int, metavar="N", help="context length; default: that of the edition")
     inspect.add_argument("--plot", metavar="FILE", help="draw the frames on a time line into a PNG, PDF or SVG")
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check every operator and the small model's answers on this machine")
+    verify.add_argument("--device", help="cuda or cpu (in Triton's interpreter); default: a GPU if there is one")
+    verify.add_argument("--seeds", type=int, default=2, metavar="N", help="inputs drawn for each case")
+    verify.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    verify.set_defaults(run=_verify)
+
+    doctor = commands.add_parser(
+        "doctor", help="show what is installed, who would serve each operator, and what is wrong"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--impl", default="auto", help="auto, reference, triton or flash_attn")
     parser.add_argument("--device", help="for instance cuda; default: torch's")
     parser.add_argument("--dtype", help="for instance bfloat16; default: the checkpoint's")
@@ -84,20 +95,17 @@ def answer_question(
 ) -> dict[str, Any]:
     """Loads a checkpoint and answers one turn; `write` receives the text as it grows. Returns the answer and its numbers."""
     from .model import Keye, TextStreamer
-    from .processing import KeyeProcessor, process_vision_info
+    from .processing import KeyeProcessor
 
     if not any(part.get("text", "").strip() for part in content):
         raise ValueError("question must not be empty")
     # The prompt first: a picture that cannot be read should not cost the loading of a model
-    limits = {name: getattr(options, name, None) for name in ("min_pixels", "max_pixels")}
-    processor = KeyeProcessor.from_pretrained(path, **limits)
+    processor = KeyeProcessor.from_pretrained(path, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     messages = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, thinking=getattr(options, "thinking", None))
-    images, videos, video_kwargs = process_vision_info(messages, True, edition=processor.edition)
-    inputs = processor(text=text, images=images, videos=videos, **video_kwargs)
-    show = sys.stderr.isatty() and not getattr(options, "json", False)
+    inputs = processor.apply_chat_template(messages, thinking=options.thinking, tokenize=True)
+    show = sys.stderr.isatty() and not options.json
     model = Keye.from_pretrained(path, dtype=options.dtype, device=options.device, impl=options.impl, progress=show)
-    sampling = {name: getattr(options, name, None) for name in ("temperature", "top_k", "top_p", "seed")}
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     streamer = None
     if write is not None:
         streamer = TextStreamer(lambda ids: processor.decode(ids, skip_special_tokens=True), write)
@@ -105,7 +113,7 @@ def answer_question(
     tokens = model.generate(
         **inputs.to(model.device),
         max_new_tokens=options.max_new_tokens,
-        do_sample=getattr(options, "sample", False),
+        do_sample=options.sample,
         **sampling,
         streamer=streamer,
     )
@@ -130,6 +138,18 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.plot:
         plot_inspection(found, options.plot, context)
         print(f"Drawn into {options.plot}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verify import run
+
+    return run(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import run
+
+    return run(options)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,130 +1,69 @@
-"""A small random checkpoint in the real layout, and the whole path run on it."""
+"""The small Keye, asked about a bundled picture and a bundled clip."""
 
 import argparse
 import json
-import tempfile
+import statistics
+import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from .cli import answer_question
-from .model import Keye, KeyeConfig
-from .model.checkpoint import destinations
-from .processing.prompts import DEFAULT_CHAT_TEMPLATE
-from .processing.tokenizer import build_byte_tokenizer
+from .model import Keye
+from .ops.implementation import resolve
+from .processing import KeyeProcessor
+from .small import small_model, small_processor
 
-PICTURE = Path(__file__).parent / "assets" / "picture.png"
-QUESTION = "what is in the picture?"
-DEMO_TOKENS = 24
-# Real head dims (72 and 128), everything else small
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1_000_000,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {
-        "hidden_size": 144,
-        "intermediate_size": 304,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 384,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "model_type": "siglip_vision_model",
-    },
-}
-PREPROCESSOR = {
-    "min_pixels": 3136,
-    "max_pixels": 1003520,
-    "patch_size": 14,
-    "temporal_patch_size": 1,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "resample": 3,
-    "image_processor_type": "SiglipImageProcessor",
-    "processor_class": "KeyeProcessor",
-}
+ASSETS = Path(__file__).parent / "assets"
+KINDS = {".png": "image", ".mp4": "video"}
+LONGEST_ANSWER = 32
 
 
-def write_random_checkpoint(folder: Path, *, model_type: str = "Keye", shards: int = 2, seed: int = 0) -> None:
-    """Writes a complete checkpoint with random weights: config, sharded safetensors with an index, tokenizer, chat template,
-    preprocessor and generation configuration. `folder` is made; existing files in it raise ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"folder {folder} is not empty; name another, so that nothing is overwritten")
-    tokenizer = build_byte_tokenizer()
-    ids = {
-        f"{name}_token_id": tokenizer.token_to_id(f"<|{token}|>")
-        for name, token in (
-            ("bos", "endoftext"),
-            ("eos", "im_end"),
-            ("pad", "endoftext"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-        )
-    }
-    architecture = {"Keye": "KeyeForConditionalGeneration", "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration"}
-    config = (
-        SIZES
-        | ids
-        | {
-            "architectures": [architecture[model_type]],
-            "model_type": model_type,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "torch_dtype": "float32",
-        }
-    )
-    torch.manual_seed(seed)
-    weights = {name: view.clone() for name, view in destinations(Keye(KeyeConfig.from_dict(config))).items()}
-    names, index = sorted(weights), {"metadata": {"total_size": 0}, "weight_map": {}}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: weights[name].contiguous() for name in names[shard::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(part, file)
-        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in part.values())
-    tokenizer.save(str(folder / "tokenizer.json"))
-    texts = {
-        "config.json": config,
-        "model.safetensors.index.json": index,
-        "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 4096},
-        "chat_template.json": {"chat_template": DEFAULT_CHAT_TEMPLATE},
-        "preprocessor_config.json": PREPROCESSOR,
-        "generation_config.json": {
-            "do_sample": True,
-            "temperature": 0.6,
-            "top_p": 0.95,
-            "top_k": 20,
-            "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]],
-            "pad_token_id": ids["pad_token_id"],
-        },
-    }
-    for name, content in texts.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+class Clock:
+    """A streamer that notes when tokens arrive: the prompt first, then each new one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        tokens.cpu()  # waits for the device
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tuple[str, float, list[float]]:
+    """The answer, the seconds from the question (file unread) to the first token, and those each later token took."""
+    kind, start, clock = KINDS[file.suffix], time.perf_counter(), Clock()
+    content = [{"type": kind, kind: str(file)}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST_ANSWER, streamer=clock)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    first, *later = clock.times[1:]
+    return answer, first - start, [end - begin for begin, end in zip([first, *later], later, strict=False)]
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """Asks the random model about the bundled picture and prints what happened."""
-    options.max_new_tokens = min(options.max_new_tokens, DEMO_TOKENS)
-    with tempfile.TemporaryDirectory(prefix="keye-demo-") as scratch:
-        folder = Path(scratch) / "random-keye"
-        write_random_checkpoint(folder)
+    """Asks every bundled question and prints the answers, whether they are right, and how long they took."""
+    model = small_model(dtype=options.dtype, device=options.device, impl=options.impl)
+    processor, firsts, steps, hits = small_processor(), [], [], []
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"The small Keye, {size / 1e6:.1f} million parameters, {model.dtype} on {model.device}, impl {options.impl!r}"
+    )
+    for name, questions in json.loads((ASSETS / "questions.json").read_text(encoding="utf-8")).items():
+        print(f"\n{ASSETS / name}")
+        for question, right in questions:
+            answer, first, later = ask(model, processor, ASSETS / name, question)
+            hits.append(answer == right)
+            firsts.append(first)
+            steps += later
+            print(f"  {question:34} {answer}   [{'right' if hits[-1] else f'wrong: {right}'}]", flush=True)
+    print(f"\n{sum(hits)} of {len(hits)} right.")
+    if model.device.type == "cpu" and resolve(options.impl, "rope_2d", model.device) == "triton":
+        print("Triton's interpreter ran the kernels: it shows that they are right and nothing about their speed.")
+    else:
         print(
-            f"Wrote a random Keye checkpoint in the real layout: {', '.join(sorted(f.name for f in folder.iterdir()))}"
+            f"Time to first token (median, reading and resizing included): {1000 * statistics.median(firsts):.0f} ms; "
+            f"after it {1 / statistics.median(steps):.0f} tokens a second."
         )
-        content = [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": QUESTION}]
-        answer = answer_question(str(folder), content, options, None)
-    print(f"Picture:  {PICTURE.name}, {answer['prompt_tokens']} tokens with the question")
-    print(f"Question: {QUESTION}")
-    print(f"Answer:   {answer['answer']!r}")
-    print(f"{answer['new_tokens']} tokens in {answer['seconds']} s.")
-    print("The weights are random, so the words mean nothing; what ran is the whole path from picture to text.")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import keye_kernels as kk
-from keye_kernels.demo import write_random_checkpoint
 
+from .random_checkpoint import write_random_checkpoint
 from .tiny import CONFIG, prompt, save_checkpoint, tiny_model
 
 

@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+import keye_kernels as kk
 from keye_kernels.cli import main
-from keye_kernels.demo import PICTURE, write_random_checkpoint
+from keye_kernels.demo import ASSETS, ask
 
+from .random_checkpoint import write_random_checkpoint
 from .video_clips import encode_clip
+
+PICTURE = ASSETS / "picture.png"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,21 @@ def call(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_demo_says_that_its_words_mean_nothing():
-    result = run("demo")
+def test_demo_answers_every_bundled_question_and_says_which_are_right():
+    result = run("demo", "--impl", "reference", "--dtype", "float32")
     assert result.returncode == 0, result.stderr
-    assert "Answer:" in result.stdout and "random" in result.stdout and "mean nothing" in result.stdout
+    asked = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))
+    assert {"picture.png", "clip.mp4"} == asked.keys()
+    model, processor = kk.small_model(dtype="float32"), kk.small_processor()
+    hits = []
+    for name, questions in asked.items():
+        for question, right in questions:
+            answer, *_ = ask(model, processor, ASSETS / name, question)
+            hits.append(answer == right)
+            verdict = "[right]" if hits[-1] else f"[wrong: {right}]"
+            assert f"  {question:34} {answer}   {verdict}" in result.stdout.splitlines()
+    assert f"{sum(hits)} of {len(hits)} right" in result.stdout and sum(hits) >= len(hits) - 1
+    assert "tokens a second" in result.stdout
 
 
 def test_generate_json_stream_and_plain_agree(checkpoint, capsys):

@@ -21,15 +21,10 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def test_everything_works_without_triton_and_transformers(tmp_path):
+def test_everything_works_without_triton_and_transformers():
     code = f"""{BLOCKED}
-import keye_kernels as kk, torch
-from pathlib import Path
-from keye_kernels.demo import write_random_checkpoint
-write_random_checkpoint(Path({str(tmp_path / "model")!r}))
-model = kk.Keye.from_pretrained({str(tmp_path / "model")!r})
-processor = kk.KeyeProcessor.from_pretrained({str(tmp_path / "model")!r})
-import numpy as np
+import keye_kernels as kk, numpy as np
+model, processor = kk.small_model(), kk.small_processor()
 messages = [{{"role": "user", "content": [{{"type": "image", "image": np.zeros((56, 84, 3), np.uint8)}}]}}]
 images, videos = kk.process_vision_info(messages)
 inputs = processor(text=processor.apply_chat_template(messages), images=images)
@@ -53,7 +48,18 @@ print(seconds)
 
 
 @pytest.mark.parametrize(
-    "name", ["Keye", "KeyeProcessor", "process_vision_info", "ops", "use_impl", "split_thinking", "small_model"]
+    "name",
+    [
+        "Keye",
+        "KeyeProcessor",
+        "process_vision_info",
+        "ops",
+        "use_impl",
+        "split_thinking",
+        "small_model",
+        "warmup",
+        "apply_keye_kernels",
+    ],
 )
 def test_promised_names(name):
     import keye_kernels as kk
@@ -92,9 +98,16 @@ def test_imports_point_down():
         "ops": {"geometry", "reference", "triton"},
         "model": {"ops", "geometry"},
         "processing": set(),
-        "demo": {"cli", "model", "processing"},  # the demo runs what `generate` runs
         "small": {"model", "processing"},
-        "cli": {"demo", "model", "processing", "ops"},
+        "demo": {"small", "model", "processing", "ops"},
+        "layers": {"geometry", "ops"},
+        "warm_up": {"model", "geometry", "ops", "triton"},
+        "integrations": {"layers", "model", "processing", "geometry", "ops"},
+        "auto": {"integrations"},
+        "autotune": {"geometry", "ops", "reference", "triton"},
+        "verify": {"small", "geometry", "ops", "reference", "triton"},
+        "doctor": {"verify", "ops", "triton"},
+        "cli": {"demo", "verify", "doctor", "autotune", "model", "processing", "ops"},
     }
     seen = set()
     for file in (ROOT / "keye_kernels").rglob("*.py"):

@@ -32,9 +32,7 @@ LONGEST_ANSWER = 32
 def answer(model: kk.Keye, processor: kk.KeyeProcessor, asked: Sequence[tuple[dict, str]]) -> list[str]:
     """Greedy answers to questions, each with the message part of its picture or clip."""
     conversations = [[{"role": "user", "content": [part, {"type": "text", "text": text}]}] for part, text in asked]
-    images, videos, options = kk.process_vision_info(conversations, return_video_kwargs=True)
-    prompts = processor.apply_chat_template(conversations)
-    inputs = processor(text=prompts, images=images, videos=videos, **options).to(model.device)
+    inputs = processor.apply_chat_template(conversations, tokenize=True).to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -81,9 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out-sizes", action="store_true", help="only picture sizes that training leaves out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--impl", default="auto", help="triton runs on a CPU with TRITON_INTERPRET=1, slowly")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model = kk.Keye.from_pretrained(options.folder, dtype=options.dtype)
+    model = kk.Keye.from_pretrained(options.folder, dtype=options.dtype, impl=options.impl)
     processor = kk.KeyeProcessor.from_pretrained(options.folder)
     sizes = sorted(world.HELD_OUT_SIZES) if options.held_out_sizes else None
     start = time.perf_counter()

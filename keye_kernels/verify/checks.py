@@ -1,0 +1,155 @@
+"""How `verify` checks one case: against float64, for races, and for reads and writes outside of its tensors."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Arguments, Case, Truth, cast
+
+GUARD_ROWS, GUARD_COLUMNS = 8, 8  # around a tensor's rows, and behind each row that may have a stride; 16-byte aligned
+STRIDED = ("q", "k", "v", "features")  # the arguments whose rows need not lie side by side
+SENTINEL = 2**31 - 1  # the integers' NaN
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass
+class Result:
+    """One line of the table: the worst element of all seeds, and what the repetitions and the guards found."""
+
+    operator: str
+    case: str
+    dtype: str
+    error: float
+    allowed: float
+    runs: int
+    runs_that_differ: int
+    guards: str  # "ok", or what is wrong, or what was raised
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        # a comparison that NaN fails
+        return self.error <= self.allowed and not self.runs_that_differ and self.guards == "ok"
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str, seeds: int, runs: int) -> Result:
+    """Runs one case in one dtype: `seeds` inputs against float64, and the first of them `runs` times and between guards.
+
+    What an operator raises is a finding too, and ends the case.
+    """
+    start = time.perf_counter()
+    try:
+        worst, differ, guards = _check(case, dtype, device, impl, seeds, runs)
+    except Exception as error:
+        message = (str(error).strip().splitlines() or [""])[0]
+        worst, differ, guards = (torch.inf, 0.0), 0, f"raised {type(error).__name__}: {message}"
+    seconds = round(time.perf_counter() - start, 2)
+    return Result(case.operator, case.label, DTYPE_NAMES[dtype], *worst, runs, differ, guards, seconds)
+
+
+def _check(
+    case: Case, dtype: torch.dtype, device: torch.device, impl: str, seeds: int, runs: int
+) -> tuple[tuple[float, float], int, str]:
+    worst, differ, guards = (0.0, 0.0), 0, "ok"
+    for seed in range(seeds):
+        drawn = cast(case.draw(torch.Generator().manual_seed(seed)), dtype, torch.device("cpu"))
+        truth = case.truth(cast(drawn, torch.float64, torch.device("cpu")), dtype)
+        arguments = cast(drawn, dtype, device)
+        outputs = case.run(arguments, impl)
+        element = worst_element(outputs, truth)
+        worst = max(worst, element, key=_share)
+        if seed == 0:
+            differ = sum(not _same_bits(outputs, case.run(arguments, impl)) for _ in range(runs - 1))
+            guards = check_guards(case, arguments, truth if element[0] <= element[1] else None, impl)
+    return worst, differ, guards
+
+
+def worst_element(outputs: Sequence[Tensor], truth: Truth) -> tuple[float, float]:
+    """(error, allowed) of the element that uses most of what it is allowed; NaN counts as infinite."""
+    found = (0.0, 0.0)
+    for output, (exact, allowed) in zip(outputs, truth, strict=True):
+        error = (output.cpu().double() - exact).abs().nan_to_num(nan=torch.inf).flatten()
+        if error.numel():
+            at = int((error / allowed.flatten()).argmax())
+            found = max(found, (float(error[at]), float(allowed.flatten()[at])), key=_share)
+    return found
+
+
+def check_guards(case: Case, arguments: Arguments, truth: Truth | None, impl: str) -> str:
+    """Inputs and outputs amid NaN: what leaks in makes the result wrong, what is written outside shows in the guards.
+
+    No truth: the result is wrong without guards already, and is not looked at.
+    """
+    placed = {
+        name: _place(value, GUARD_COLUMNS if name in STRIDED else 0)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and name != "grid_thw"
+    }
+    before = {name: _bits(buffer).clone() for name, (buffer, _) in placed.items()}
+    with guarded_allocations() as allocated:
+        outputs = case.run({**arguments, **{name: view for name, (_, view) in placed.items()}}, impl)
+    changed = [name for name, (buffer, _) in placed.items() if not torch.equal(_bits(buffer), before[name])]
+    if changed:
+        return f"wrote into or beside {', '.join(changed)}"
+    if not all(guard.isnan().all() for guard in allocated):
+        return "wrote beside an output"
+    error, allowed = worst_element(outputs, truth) if truth else (0.0, 0.0)
+    if not error <= allowed:
+        return f"reads beside its inputs, or leaves elements unwritten (error {error:.2e}, allowed {allowed:.2e})"
+    return "ok"
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[list[Tensor]]:
+    """New floating-point memory is NaN and lies between guards; yields those. Python calls only, so not torch's own."""
+    guards: list[Tensor] = []
+
+    def guarded(allocate: Any) -> Any:
+        def allocate_between_guards(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if not tensor.is_floating_point() or not tensor.numel() or not tensor.is_contiguous():
+                return tensor
+            buffer, view = _place(tensor.fill_(torch.nan), 0)
+            guards.extend((buffer[:GUARD_ROWS], buffer[-GUARD_ROWS:]))
+            return view
+
+        return allocate_between_guards
+
+    places = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    originals = [getattr(owner, name) for owner, name in places]
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, guarded(original))
+    try:
+        yield guards
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _place(tensor: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """A larger buffer of NaN (or SENTINEL) and the tensor's copy within it, `columns` elements free behind each row."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    filler = torch.nan if tensor.is_floating_point() else SENTINEL
+    buffer = tensor.new_full((len(rows) + 2 * GUARD_ROWS, rows.shape[1] + columns), filler)
+    view = buffer[GUARD_ROWS : GUARD_ROWS + len(rows), : rows.shape[1]]
+    view.copy_(rows)
+    return buffer, view.unflatten(0, tensor.shape[:-1]) if tensor.ndim > 1 else view[0]
+
+
+def _same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(one, other, strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Integers of the same size, so that NaN equals itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def _share(element: tuple[float, float]) -> float:
+    error, allowed = element
+    return error / allowed if allowed else error

@@ -1,0 +1,186 @@
+"""Each family: the same outputs, the operators in them, a complete report, an exact way back."""
+
+import re
+from collections import Counter
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import keye_kernels as kk
+
+pytest.importorskip("transformers")
+from .models import BUILDERS, batch, build, logits
+
+# float32 sums in another order
+FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
+# Two layers in each tower; rope of q and k is one call
+OPERATORS = {
+    "keye": {"rope": 4, "varlen_attention": 2, "patch_merge_projection": 1},
+    "paddleocr_vl": {"rope": 4, "varlen_attention": 2, "patch_merge_projection": 1},
+    "qwen2_vl": {"rope": 6, "varlen_attention": 4, "patch_merge_projection": 2},
+    "qwen2_5_vl": {"rope": 6, "varlen_attention": 4},
+    "qwen3_vl": {"rope": 4, "varlen_attention": 4, "patch_merge_projection": 4},
+}
+FAMILIES = pytest.mark.parametrize("family", BUILDERS)
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the calls of this package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "keye_kernels":
+            self.calls[function._opname] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def instance_forwards(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+@FAMILIES
+def test_outputs_are_those_of_the_model_and_the_operators_make_them(family):
+    model = build(family)
+    expected = logits(model, family)
+    keys = list(model.state_dict())
+    kk.apply_keye_kernels(model)
+    with CountOperators() as counter:
+        found = logits(model, family)
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    assert counter.calls == OPERATORS[family]
+    assert list(model.state_dict()) == keys
+
+
+@FAMILIES
+@pytest.mark.parametrize("part", ["rope", "attention", "projector"])
+def test_each_part_alone_leaves_the_outputs(family, part):
+    model = build(family)
+    expected = logits(model, family)
+    flags = {name: name == part for name in ("rope", "attention", "projector")}
+    report = kk.apply_keye_kernels(model, **flags)
+    assert {entry.part for entry in report.replaced} <= {part}
+    with CountOperators() as counter:
+        torch.testing.assert_close(logits(model, family), expected, **FLOAT32)
+    operator = {"rope": "rope", "attention": "varlen_attention", "projector": "patch_merge_projection"}[part]
+    wanted = OPERATORS[family].get(operator, 0)
+    if (family, part) == ("keye", "rope"):
+        wanted = 2  # its tower's rope runs inside the replaced attention
+        assert any("attention=True" in entry.note for entry in report.left_alone)
+    assert counter.calls == Counter({operator: wanted} if wanted else {})
+
+
+@FAMILIES
+def test_report_names_every_attention_rope_and_projector_module(family):
+    model = build(family)
+    report = kk.apply_keye_kernels(model)
+    named = {(entry.module, entry.class_name) for entry in (*report.replaced, *report.left_alone)}
+    suspects = {
+        (name, type(module).__name__)
+        for name, module in model.named_modules()
+        if re.search("Attention|Rotary|Merger|Projector", type(module).__name__)
+    }
+    assert suspects - {("visual.vision_model.head.attention", "MultiheadAttention")} <= named
+    assert all(entry.note for entry in report.left_alone)
+    parts = [(entry.module, entry.part) for entry in (*report.replaced, *report.left_alone)]
+    assert len(parts) == len(set(parts))
+
+
+@FAMILIES
+def test_revert_is_exact_and_leaves_nothing(family):
+    model = build(family)
+    expected = logits(model, family)
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    kk.apply_keye_kernels(model)
+    assert instance_forwards(model)
+    kk.revert_keye_kernels(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+    assert torch.equal(logits(model, family), expected)
+
+
+@pytest.mark.parametrize("family", ["keye", "qwen2_5_vl"])
+def test_low_precision_is_no_further_from_float32_than_the_model_itself(family):
+    model = build(family)
+    exact = logits(model, family)
+    model.bfloat16()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch(family).items()}
+    with torch.no_grad():
+        own = model(**inputs).logits
+        kk.apply_keye_kernels(model)
+        found = model(**inputs).logits
+    # Both round in many places; twice the model's own error is the margin of chance
+    error, own_error = ((x.float() - exact).abs().max().item() for x in (found, own))
+    assert error <= 2 * own_error
+
+
+@pytest.mark.parametrize(
+    "family, flag, words",
+    [
+        ("qwen2_5_vl", "projector", "Qwen2_5_VLRMSNorm"),
+        ("qwen3_vl", "rope", "interleaves"),
+    ],
+)
+def test_strict_raises_with_the_list_and_changes_nothing(family, flag, words):
+    model = build(family)
+    with pytest.raises(ValueError, match=words):
+        kk.apply_keye_kernels(model, strict=True)
+    assert not instance_forwards(model)
+    kk.apply_keye_kernels(model, strict=True, **{flag: False})
+    assert instance_forwards(model)
+
+
+@pytest.mark.parametrize("family", ["keye", "paddleocr_vl", "qwen2_vl"])
+def test_strict_accepts_a_model_in_which_everything_fits(family):
+    assert kk.apply_keye_kernels(build(family), strict=True).replaced
+
+
+def test_gradients_are_those_of_the_model():
+    model = build("qwen2_vl").train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**batch("qwen2_vl")).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    kk.apply_keye_kernels(model)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **FLOAT32
+        )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "paddleocr_vl"])
+def test_generation_with_a_cache_gives_the_same_tokens(family):
+    model = build(family)
+    expected = model.generate(**batch(family), max_new_tokens=6, do_sample=False)
+    kk.apply_keye_kernels(model)
+    assert torch.equal(model.generate(**batch(family), max_new_tokens=6, do_sample=False), expected)
+
+
+def test_kernels_run_inside_a_patched_model(monkeypatch):
+    from keye_kernels.triton import patch_merge, rope, varlen_attention
+
+    launched = []
+
+    def watch(module: ModuleType, name: str) -> None:
+        launcher = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: launched.append(name) or launcher(*arguments))
+
+    watch(rope, "rope")
+    watch(varlen_attention, "varlen_attention")
+    watch(patch_merge, "patch_merge_projection")
+    # One head, one layer: the interpreter is slow
+    vision = {"hidden_size": 72, "num_attention_heads": 1, "num_hidden_layers": 1}
+    model = build("paddleocr_vl", vision=vision, text={"num_hidden_layers": 1})
+    expected = logits(model, "paddleocr_vl")
+    kk.apply_keye_kernels(model, strict=True)
+    with kk.use_impl("triton"):
+        torch.testing.assert_close(logits(model, "paddleocr_vl"), expected, **FLOAT32)
+    assert launched == ["rope", "varlen_attention", "patch_merge_projection", "rope"]

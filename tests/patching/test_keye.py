@@ -1,0 +1,81 @@
+"""What the code of Keye's own repository can do beyond a plain call: it stays possible."""
+
+import pytest
+import torch
+from torch import nn
+
+import keye_kernels as kk
+
+from .models import IMAGE_GRIDS, batch, build
+
+FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
+PATCHES = sum(t * h * w for t, h, w in IMAGE_GRIDS)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return build("keye")
+
+
+def encode(model: nn.Module, **options) -> tuple[torch.Tensor, tuple]:
+    offsets = torch.tensor([0, 24, PATCHES], dtype=torch.int32)
+    x = torch.randn(1, PATCHES, 144, generator=torch.Generator().manual_seed(2))
+    arguments = {"inputs_embeds": x, "cu_seqlens": offsets, "image_grid_thw": list(IMAGE_GRIDS), "use_rope": True}
+    with torch.no_grad():
+        return model.visual.vision_model.encoder(**arguments | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_grid_thw": [[(2, 2, 6), (1, 4, 4)], (1, 4, 4)]},
+        {"cu_seqlens": torch.tensor([0, 24, 40, 56])},
+        {"use_rope": False},
+        {"height_position_ids": torch.arange(PATCHES), "width_position_ids": torch.arange(PATCHES) // 3},
+        {"output_attentions": True},
+    ],
+    ids=["grids-in-lists", "segments-by-frame", "no-rope", "positions-of-the-caller", "attention-weights"],
+)
+def test_options_of_the_encoder_work_as_before(model, options):
+    expected, weights = encode(model, **options)
+    kk.apply_keye_kernels(model, strict=True)
+    found, found_weights = encode(model, **options)
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    torch.testing.assert_close(found_weights, weights, **FLOAT32)
+
+
+def test_pictures_do_not_see_each_other(model):
+    kk.apply_keye_kernels(model, strict=True)
+    x = torch.randn(1, PATCHES, 144)
+    changed = x.clone()
+    changed[:, 24:] += 1
+    before, after = (encode(model, inputs_embeds=inputs)[0] for inputs in (x, changed))
+    assert torch.equal(before[:, :24], after[:, :24])
+    assert not torch.equal(before[:, 24:], after[:, 24:])
+
+
+def test_projector_takes_blocks_that_lie_side_by_side_its_own_way(model):
+    x = torch.randn(24, 144)
+    expected = model.mlp_AR(x, None)
+    kk.apply_keye_kernels(model)
+    assert torch.equal(model.mlp_AR(x, None), expected)
+
+
+def test_rope_and_attention_can_be_taken_in_two_steps(model):
+    kk.apply_keye_kernels(model, rope=False)
+    assert not any(entry.missing for entry in kk.apply_keye_kernels(model, attention=False).left_alone)
+    together = build("keye")
+    kk.apply_keye_kernels(together)
+    inputs = batch("keye")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, together(**inputs).logits)
+
+
+def test_one_layer_alone_keeps_its_rope(model):
+    """Cos and sin come from outside of it."""
+    inputs = batch("keye")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        report = kk.apply_keye_kernels(model.model.layers[0])
+        assert not report.replaced
+        assert torch.equal(model(**inputs).logits, expected)

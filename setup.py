@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TRANSFORMERS = "transformers>=4.57"
 PLOTS = "matplotlib>=3.7"
+HUB = "kernels>=0.17"
 
 setup(
     name="keye_kernels",
@@ -28,11 +29,18 @@ setup(
         "av>=17",
     ],
     extras_require={
-        "transformers": [TRANSFORMERS],
+        "transformers": [TRANSFORMERS, "accelerate>=1.10"],
+        "hub": [HUB],
         "flash": ["flash-attn>=2.6"],
         "vllm": ["vllm>=0.20"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", PLOTS],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8", PLOTS, TRANSFORMERS],
+        "test": [
+            *("pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8"),
+            *(PLOTS, TRANSFORMERS, "accelerate>=1.10", "peft>=0.17"),
+        ],
     },
-    entry_points={"console_scripts": ["keye-kernels = keye_kernels.cli:main"]},
+    entry_points={
+        "console_scripts": ["keye-kernels = keye_kernels.cli:main"],
+        "vllm.general_plugins": ["keye_kernels = keye_kernels.integrations.vllm:register"],
+    },
 )

@@ -1,0 +1,96 @@
+"""Image processors in transformers' form; the work is done by `keye_kernels.processing`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from keye_kernels.processing.arguments import list_images
+from keye_kernels.processing.images import Edition
+from keye_kernels.processing.patches import PatchConfig, to_frame_array
+
+SETTINGS = (
+    *("min_pixels", "max_pixels", "size", "patch_size", "merge_size", "temporal_patch_size"),
+    *("image_mean", "image_std", "rescale_factor", "resample"),
+)
+
+
+class SiglipImageProcessor(BaseImageProcessor):
+    """Preview's, under the name that its checkpoints use (transformers has another class of this name).
+
+    Takes what `preprocessor_config.json` holds. `size` is {"min_pixels": ..., "max_pixels": ...}; `min_pixels` and
+    `max_pixels` read and set its entries. Changing an attribute changes what the processor does from then on.
+    """
+
+    model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012 - transformers reads a class attribute
+    edition: Edition = "preview"
+
+    def __init__(self, **settings: Any):
+        config = PatchConfig.from_dict(settings, self.edition)
+        super().__init__(**{name: value for name, value in settings.items() if name not in SETTINGS})
+        self.size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self.patch_size, self.merge_size, self.temporal_patch_size = config.patch_size, config.merge_size, 1
+        self.image_mean, self.image_std = list(config.image_mean), list(config.image_std)
+        self.rescale_factor, self.resample = config.rescale_factor, config.resample
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the content of `preprocessor_config.json`; settings among `kwargs` come before those of the file."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        processor = cls(**{**image_processor_dict, **given})
+        return (processor, kwargs) if return_unused else processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the limits also under the names that the official code reads."""
+        return {**super().to_dict(), **self.size}
+
+    @property
+    def min_pixels(self) -> int:
+        return self.size["min_pixels"]
+
+    @min_pixels.setter
+    def min_pixels(self, value: int) -> None:
+        self.size = {**self.size, "min_pixels": value}
+
+    @property
+    def max_pixels(self) -> int:
+        return self.size["max_pixels"]
+
+    @max_pixels.setter
+    def max_pixels(self, value: int) -> None:
+        self.size = {**self.size, "max_pixels": value}
+
+    def patch_config(self, overrides: Mapping[str, Any] | None = None) -> PatchConfig:
+        """The settings as `keye_kernels.processing` takes them, some of them replaced for one call."""
+        overrides = {name: value for name, value in (overrides or {}).items() if value is not None}
+        values = {name: getattr(self, name) for name in SETTINGS}
+        if "size" in overrides:
+            # Its limits would otherwise stand behind the processor's own
+            values.update(min_pixels=None, max_pixels=None)
+        return PatchConfig.from_dict({**values, **overrides}, self.edition)
+
+    def preprocess(self, images: Any, return_tensors: str = "pt", **overrides: Any) -> BatchFeature:
+        """Pictures to `pixel_values` float32 [T, 3, 14, 14] and `image_grid_thw` [images, 3]."""
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        config = self.patch_config({name: overrides[name] for name in SETTINGS if name in overrides})
+        packed = [config.frames_to_patches([to_frame_array(image, self.edition)]) for image in list_images(images)]
+        if not packed:
+            raise ValueError("images must hold at least one picture, got none")
+        pixels = config.normalize(torch.cat([patches for patches, _ in packed]))
+        return BatchFeature({"pixel_values": pixels, "image_grid_thw": torch.tensor([grid for _, grid in packed])})
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+
+class KeyeVL1_5ImageProcessor(SiglipImageProcessor):
+    """That of 1.5: transparency is dropped, and pictures are resized bilinearly unless the checkpoint says otherwise."""
+
+    edition: Edition = "1.5"
+
+
+IMAGE_PROCESSORS = {"Keye": SiglipImageProcessor, "KeyeVL1_5": KeyeVL1_5ImageProcessor}

@@ -1,0 +1,208 @@
+"""The processor through AutoProcessor: the lean processor's tensors under transformers' interface."""
+
+import base64
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
+from transformers import BatchFeature as TransformersBatchFeature
+
+import keye_kernels as kk
+from keye_kernels.small import SMALL
+
+PICTURE = SMALL.parent / "picture.png"
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+def conversation(**source):
+    return [
+        {"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": "what is in the picture?"}]}
+    ]
+
+
+@pytest.fixture(scope="module")
+def v1_5_folder(tmp_path_factory):
+    """The small checkpoint's processor files, said to be those of a 1.5 model."""
+    folder = tmp_path_factory.mktemp("small_1_5")
+    for file in SMALL.glob("*.json"):
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "KeyeVL1_5"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def lean_answer():
+    """Tokens of the lean small model about the picture, and the text of the new ones."""
+    inputs = kk.small_processor().apply_chat_template(conversation(image=Image.open(PICTURE)), tokenize=True)
+    tokens = kk.small_model(dtype=torch.float32).generate(**inputs, max_new_tokens=24)
+    text = kk.small_processor().decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert " at " in text
+    return tokens, text
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_small_model_answers_as_the_lean_one(small):
+    model, processor = small
+    messages = conversation(image=Image.open(PICTURE))
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert isinstance(inputs, TransformersBatchFeature)
+    tokens = model.generate(**inputs, **GREEDY)
+    expected, text = lean_answer()
+    assert torch.equal(tokens, expected)
+    assert processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == [text]
+
+
+def test_the_official_calls_give_the_same_tensors(small):
+    processor = small[1]
+    messages = [conversation(image=Image.open(PICTURE)), [{"role": "user", "content": "hello"}]]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, videos = kk.process_vision_info(messages)
+    inputs = processor(text=text, images=images, videos=videos, padding=True, return_tensors="pt")
+    assert_same(inputs, kk.small_processor().apply_chat_template(messages, tokenize=True))
+    assert inputs["attention_mask"][1, 0] == 0
+
+
+@pytest.mark.parametrize("key", ["url", "path", "base64"])
+def test_pictures_as_transformers_writes_them(small, key):
+    value = base64.b64encode(PICTURE.read_bytes()).decode() if key == "base64" else str(PICTURE)
+    template = {"tokenize": True, "return_dict": True}
+    found = small[1].apply_chat_template(conversation(**{key: value}), **template)
+    assert_same(found, small[1].apply_chat_template(conversation(image=Image.open(PICTURE)), **template))
+
+
+def test_limits_of_a_picture_by_loading_by_call_and_by_attribute(small):
+    messages, limit = conversation(image=Image.open(PICTURE)), 16 * 784
+    template = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    expected = kk.small_processor(max_pixels=limit).apply_chat_template(messages, tokenize=True)
+    assert len(expected["pixel_values"]) < len(small[1].apply_chat_template(messages, **template)["pixel_values"])
+    loaded = AutoProcessor.from_pretrained(SMALL, max_pixels=limit)
+    assert loaded.image_processor.size == {"min_pixels": 12544, "max_pixels": limit}
+    assert_same(loaded.apply_chat_template(messages, **template), expected)
+    assert_same(small[1].apply_chat_template(messages, max_pixels=limit, **template), expected)
+    changed = AutoProcessor.from_pretrained(SMALL)
+    changed.image_processor.max_pixels = limit
+    assert_same(changed.apply_chat_template(messages, **template), expected)
+
+
+@pytest.mark.parametrize("edition", ["preview", "1.5"])
+def test_what_is_saved_loads_everywhere(edition, v1_5_folder, tmp_path):
+    folder = v1_5_folder if edition == "1.5" else SMALL
+    AutoProcessor.from_pretrained(folder, max_pixels=15680).save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.edition == edition and again.image_processor.max_pixels == 15680
+    assert again.chat_template == kk.small_processor().chat_template
+    shutil.copy(folder / "config.json", tmp_path)
+    lean = kk.KeyeProcessor.from_pretrained(tmp_path)
+    assert lean.edition == edition and lean.patch_config == again.image_processor.patch_config()
+
+
+def test_the_edition_is_the_configurations_whatever_the_file_calls_the_class(v1_5_folder):
+    processor = AutoProcessor.from_pretrained(v1_5_folder)
+    assert json.loads((v1_5_folder / "preprocessor_config.json").read_text())["processor_class"] == "KeyeProcessor"
+    assert type(processor).__name__ == "KeyeVL1_5Processor" and processor.edition == "1.5"
+    assert (processor.frame_token, processor.fast_start, processor.fast_end) == (
+        "<|frame|>",
+        "<|fast_start|>",
+        "<|fast_end|>",
+    )
+
+
+def test_slow_and_fast_frames(v1_5_folder):
+    frames = torch.randint(0, 256, (3, 3, 84, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    options = {
+        **{"height": [84], "width": [112], "fast_height": [56], "fast_width": [56]},
+        **{"timestamps": [[0.0, 0.5, 1.0]], "frame_types": [[0, 1, 0]]},
+    }
+    text = "<|vision_start|><|video_pad|><|vision_end|>what happens?"
+    found = AutoProcessor.from_pretrained(v1_5_folder)(text=[text], videos=[frames], **options)
+    assert_same(found, kk.KeyeProcessor.from_pretrained(v1_5_folder)(text, videos=[frames], **options))
+    assert found["num_frames"].tolist() == [3] and found["video_grid_thw"].tolist() == [[1, 6, 8], [1, 4, 4], [1, 6, 8]]
+
+
+def test_the_image_processor_alone(small):
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 takes its own class of the same name; use AutoProcessor's image_processor")
+    alone = AutoImageProcessor.from_pretrained(SMALL)
+    picture = np.asarray(Image.open(PICTURE))
+    expected = small[1](text="<|image_pad|>", images=[picture])
+    found = alone(picture, return_tensors="pt")
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
+
+
+@pytest.mark.parametrize("edition, grey", [("preview", 1.0), ("1.5", -1.0)])
+def test_transparency_follows_the_edition(edition, grey, v1_5_folder):
+    """Black and fully transparent: white where it is composited, black where transparency is dropped."""
+    processor = AutoProcessor.from_pretrained(v1_5_folder if edition == "1.5" else SMALL)
+    pixels = processor(text="<|image_pad|>", images=[Image.new("RGBA", (56, 56))])["pixel_values"]
+    assert (pixels == grey).all()
+
+
+def test_going_on_with_the_last_message(small):
+    messages = [*conversation(image=Image.open(PICTURE)), {"role": "assistant", "content": "a large red "}]
+    prompt = small[1].apply_chat_template(messages, continue_final_message=True)
+    assert prompt.endswith("<|im_start|>assistant\na large red")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"truncation": True}, "truncation must be False"),
+        ({"frame_types": [[0]]}, "unexpected keyword arguments"),
+        ({"return_tensors": "np"}, "return_tensors must be 'pt'"),
+    ],
+    ids=["truncation", "other edition's", "numpy"],
+)
+def test_arguments_that_would_be_ignored_are_refused(small, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        small[1](text="hello", **options)
+
+
+def test_a_tokenizer_that_wants_remote_code_is_refused(tmp_path):
+    for file in SMALL.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    remote = {
+        "tokenizer_class": "KeyeTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_keye.KeyeTokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(remote))
+    (tmp_path / "tokenization_keye.py").write_text("raise SystemExit('ran')")
+    try:
+        processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    else:
+        assert type(processor.tokenizer).__module__.startswith("transformers.")
+
+
+def test_the_pipeline_answers_a_chat_with_a_picture(small):
+    model, processor = small
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    for messages in (conversation(image=Image.open(PICTURE)), conversation(url=str(PICTURE))):
+        answer = pipe(text=messages, return_full_text=False, max_new_tokens=24)[0]["generated_text"]
+        assert answer == lean_answer()[1]
+
+
+def test_a_folder_written_by_both_runs_again(small, tmp_path):
+    model, processor = small
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    messages = conversation(image=Image.open(io.BytesIO(PICTURE.read_bytes())))
+    again = AutoModel.from_pretrained(tmp_path)
+    inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True
+    )
+    lean = kk.Keye.from_pretrained(tmp_path).generate(
+        **kk.KeyeProcessor.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True), max_new_tokens=24
+    )
+    assert torch.equal(again.generate(**inputs, **GREEDY), lean)

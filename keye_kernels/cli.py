@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import autotune
+
 EXIT_BAD_INPUT = 2
 CONTEXT_LENGTHS = {"preview": 40960, "1.5": 131072}  # max_position_embeddings of the released models
 
@@ -16,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"keye-kernels {options.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -68,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     doctor.set_defaults(run=_doctor)
+
+    tune = commands.add_parser("autotune", help="find the best tiles on this GPU, or rank them without one")
+    autotune.add_arguments(tune)
+    tune.set_defaults(run=autotune.run)
     return parser
 
 

@@ -107,7 +107,8 @@ def test_imports_point_down():
         "autotune": {"geometry", "ops", "reference", "triton"},
         "verify": {"small", "geometry", "ops", "reference", "triton"},
         "doctor": {"verify", "ops", "triton"},
-        "cli": {"demo", "verify", "doctor", "autotune", "model", "processing", "ops"},
+        "bench": {"small", "model", "processing", "geometry", "ops", "reference", "triton"},
+        "cli": {"demo", "verify", "doctor", "autotune", "bench", "model", "processing", "ops"},
     }
     seen = set()
     for file in (ROOT / "keye_kernels").rglob("*.py"):

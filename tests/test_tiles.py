@@ -1,5 +1,6 @@
 import json
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -22,16 +23,17 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("KEYE_KERNELS_TILES", str(places["named"]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(tiles, "PACKAGE_TABLES", places["package"])
-    monkeypatch.setattr(tiles, "_triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(tiles, "triton_version", lambda: "3.9.0")
     tiles.clear_cache()
     yield places
     tiles.clear_cache()
 
 
-def write(folder, entries, triton="3.9.0"):
+def write(folder, entries, triton="3.9.0", name="cpu", **head):
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "rope.cpu.json"
-    path.write_text(json.dumps({"device": "cpu", "triton": triton, "kernel": "rope", "entries": entries}))
+    path = folder / f"{name}.json"
+    table = {"device": name, "triton": triton, "method": "timed", **head, "kernels": {"rope": entries}}
+    path.write_text(json.dumps(table))
     return path
 
 
@@ -70,6 +72,12 @@ def test_text_must_match_and_integers_choose_the_nearest_bucket(folders):
     assert warps(dtype="float32") == HEURISTIC["num_warps"]
 
 
+def test_sizes_that_are_no_buckets_must_match_exactly(folders):
+    write(folders["named"], [entry(10, head_dim=128)])
+    assert warps(head_dim=128, tokens=1) == 10
+    assert warps(head_dim=72) == warps(head_dim=256) == HEURISTIC["num_warps"]
+
+
 def test_entries_of_other_fields_do_not_fit(folders):
     without = {name: value for name, value in entry(10).items() if name != "head_dim"}
     write(folders["named"], [without, entry(11, groups=4), entry(12, tokens="1024")])
@@ -83,8 +91,9 @@ def test_what_an_entry_leaves_out_comes_from_the_heuristic(folders):
 
 @pytest.mark.parametrize(
     "content",
-    ["", '{"entries": [{"dty', "[]", "3", '{"entries": 3}', '{"triton": "3.9.0", "entries": [{"config": [1]}]}',
-     '{"triton": 3, "entries": []}', '{"triton": "3.9.0", "entries": [{"tokens": null, "config": {}}]}', "\x00\xff"],
+    ["", '{"kernels": {"rope": [{"dty', '{"kernels": 3}', '{"triton": "3.9.0", "kernels": {"rope": [{"config": [1]}]}}',
+     "[]", '{"triton": 3, "method": "timed", "kernels": {}}', '{"triton": "3.9.0", "kernels": {}}', '{"kernels": {"rope": 3}}',
+     '{"triton": "3.9.0", "method": "timed", "kernels": {"rope": [{"tokens": null, "config": {}}]}}', "\x00\xff"],
 )  # fmt: skip
 def test_a_broken_table_is_ignored_with_one_warning(content, folders, caplog):
     path = write(folders["named"], [])
@@ -113,7 +122,7 @@ def test_the_file_that_serves_is_logged_once(folders, caplog):
 def test_the_file_that_would_serve_is_logged_once(folders, caplog):
     caplog.set_level(logging.INFO)
     warps(tokens=1024), warps(tokens=2048)
-    assert [str(folders["named"] / "rope.cpu.json") in record.getMessage() for record in caplog.records] == [True]
+    assert [str(folders["named"] / "cpu.json") in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_tables_are_read_once(folders):
@@ -125,34 +134,79 @@ def test_tables_are_read_once(folders):
     assert warps() == HEURISTIC["num_warps"]
 
 
+@pytest.fixture
+def sm_90(monkeypatch):
+    """The CPU passes for a GPU of 132 multiprocessors."""
+    monkeypatch.setattr(tiles, "device_name", cache(lambda device: "NVIDIA H100"))
+    monkeypatch.setattr(tiles, "target_name", cache(lambda device: "sm_90"))
+
+
+RANKED = {"name": "sm_90", "method": "ranked, not timed"}
+
+
+def test_timed_tables_of_the_device_go_before_ranked_ones_of_its_target(folders, sm_90):
+    write(folders["named"], [entry(10)], **RANKED)
+    assert warps() == 10
+    tiles.clear_cache()
+    write(folders["package"], [entry(11)], name="NVIDIA_H100")
+    assert warps() == 11
+
+
+def test_a_ranked_table_serves_its_own_triton_only_and_no_word_of_warning(folders, sm_90, caplog):
+    write(folders["package"], [entry(10)], triton="3.4.0", **RANKED)
+    assert warps() == HEURISTIC["num_warps"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("processors", "serves"), [(132, True), (90, True), (78, False), (300, False)])
+def test_a_ranked_table_serves_chips_of_about_its_size(folders, sm_90, monkeypatch, processors, serves):
+    properties = type("Properties", (), {"multi_processor_count": processors})
+    monkeypatch.setattr(tiles.torch.cuda, "get_device_properties", lambda device: properties)
+    write(folders["package"], [entry(10)], processors=132, **RANKED)
+    key = tuple(KEY.items())
+    found = tiles._look_up.__wrapped__("rope", torch.device("cuda", 0), key)
+    assert (found is not None) == serves
+
+
+def test_what_is_no_gpu_reads_no_table_of_a_target(folders):
+    write(folders["package"], [entry(10)], **RANKED)
+    assert warps() == HEURISTIC["num_warps"]
+    assert tiles.tables(CPU) == [folders[place] / "cpu.json" for place in ("named", "cache", "package")]
+
+
+def saved(tokens=1024, **config):
+    return {**KEY, "tokens": tokens, "config": config, "median_us": 2.5}
+
+
 def test_saved_entries_are_found_and_replaced(folders):
-    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
-    assert path == folders["named"] / "rope.cpu.json"
+    path = tiles.save("cpu", "rope", [saved(num_warps=5)])
+    assert path == folders["named"] / "cpu.json"
     assert warps() == 5
-    tiles.save("rope", CPU, KEY | {"tokens": 16}, {"num_warps": 6}, 0.5)
-    tiles.save("rope", CPU, KEY, {"num_warps": 7}, 2.0)
+    tiles.save("cpu", "rope", [saved(16, num_warps=6), saved(num_warps=7)])
+    tiles.save("cpu", "linear", [saved(num_warps=8)])
     assert warps() == 7 and warps(tokens=16) == 6
-    assert [saved["tokens"] for saved in json.loads(path.read_text())["entries"]] == [16, 1024]
+    assert [found["tokens"] for found in json.loads(path.read_text())["kernels"]["rope"]] == [16, 1024]
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_saved_tables_are_readable_sorted_and_end_with_a_newline(tmp_path):
-    path = tiles.save("rope", CPU, KEY, {"num_warps": 5, "BLOCK_T": 2}, 2.5, folder=tmp_path / "elsewhere")
+def test_saved_tables_have_one_entry_a_line(tmp_path):
+    path = tiles.save("cpu", "rope", [saved(num_warps=5, BLOCK_T=2), saved(16, num_warps=1)], tmp_path / "elsewhere")
     text = path.read_text()
     table = json.loads(text)
-    assert text == json.dumps(table, indent=2, sort_keys=True) + "\n"
-    assert (table["device"], table["triton"], table["kernel"]) == ("cpu", "3.9.0", "rope")
-    assert table["entries"] == [{**KEY, "config": {"num_warps": 5, "BLOCK_T": 2}, "median_us": 2.5}]
+    assert (table["device"], table["triton"], table["method"]) == ("cpu", "3.9.0", "timed")
+    assert table["kernels"] == {"rope": [saved(16, num_warps=1), saved(num_warps=5, BLOCK_T=2)]}
+    assert sum("median_us" in line for line in text.splitlines()) == 2 and text.endswith("\n")
 
 
-def test_saving_drops_what_another_triton_measured(folders):
-    write(folders["named"], [entry(10, tokens=16)], triton="3.4.0")
-    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
-    assert [saved["tokens"] for saved in json.loads(path.read_text())["entries"]] == [1024]
+def test_saving_drops_what_another_triton_measured_or_was_ranked(folders):
+    for head in ({"triton": "3.4.0"}, {"method": "ranked, not timed"}):
+        write(folders["named"], [entry(10, tokens=16)], **head)
+        path = tiles.save("cpu", "rope", [saved(num_warps=5)])
+        assert [found["tokens"] for found in json.loads(path.read_text())["kernels"]["rope"]] == [1024]
 
 
-def test_a_table_that_cannot_be_replaced_stays_whole(folders, monkeypatch):
-    path = tiles.save("rope", CPU, KEY, {"num_warps": 5}, 2.5)
+def test_a_table_that_cannot_be_replaced_stays_whole(monkeypatch):
+    path = tiles.save("cpu", "rope", [saved(num_warps=5)])
     before = path.read_text()
 
     def fail(*_):
@@ -160,5 +214,5 @@ def test_a_table_that_cannot_be_replaced_stays_whole(folders, monkeypatch):
 
     monkeypatch.setattr(tiles.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        tiles.save("rope", CPU, KEY, {"num_warps": 6}, 2.0)
+        tiles.save("cpu", "rope", [saved(num_warps=6)])
     assert path.read_text() == before

@@ -54,6 +54,7 @@ ARGUMENT_TYPE = re.compile(r"(\*k?)?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8\w
 LABEL = {"cuda": r"^\s*(\.L_x_\d+):", "hip": r"^(\.LBB\d+_\d+):"}
 JUMP = {"cuda": r"\bBRA\b.*(\.L_x_\d+)", "hip": r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"}
 SPILL = {"cuda": r"\*/\s+(?:@!?U?P\w+\s+)?(?:LDL|STL)\b", "hip": r"^\s*(?:scratch_(?:load|store)|buffer_\w+.*Folded)"}
+INSTRUCTION = {"cuda": r"^\s*/\*[0-9a-f]{4,}\*/", "hip": r"^\s+[a-z]\w+(?:\s|$)"}
 TENSOR = {"cuda": r"\*/\s+(?:@!?U?P\w+\s+)?[A-Z]+MMA\b", "hip": r"^\s*v_mfma_"}
 
 
@@ -70,6 +71,8 @@ class Report:
     shared_bytes: int = 0
     resident_blocks: int = 0
     tensor_core_instructions: int = 0
+    instructions: int = 0
+    loop_instructions: int = 0  # in one pass of the hot loop: of the innermost ones that with most tensor-core work
     failures: list[str] = field(default_factory=list)
 
 
@@ -84,8 +87,10 @@ def check(target: str, kernel: str, spec: CompileSpec) -> Report:
         return report
     vendor = compiled.metadata.target.backend
     listing = _read_nvidia(compiled, report) if vendor == "cuda" else _read_amd(compiled, report)
-    report.spills_in_loop = sum(bool(re.search(SPILL[vendor], line)) for line in _lines_in_loops(listing, vendor))
-    report.tensor_core_instructions = sum(bool(re.search(TENSOR[vendor], line)) for line in listing)
+    report.spills_in_loop = _count(SPILL[vendor], _lines_in_loops(listing, vendor))
+    report.tensor_core_instructions = _count(TENSOR[vendor], listing)
+    report.instructions = _count(INSTRUCTION[vendor], listing)
+    report.loop_instructions = _count(INSTRUCTION[vendor], _hot_loop(listing, vendor))
     if report.spills_in_loop:
         report.failures.append(f"spills inside a loop ({report.spills_in_loop} instructions)")
     if report.shared_bytes > chip.shared_by_block:
@@ -166,14 +171,34 @@ def _read_amd(compiled: Any, report: Report) -> list[str]:
     return text.splitlines()
 
 
+def _loops(listing: list[str], vendor: str) -> list[range]:
+    """Lines from a label to a jump back to it."""
+    labels = {match[1]: line for line, text in enumerate(listing) if (match := re.search(LABEL[vendor], text))}
+    jumps = [(labels.get(match[1], line), line) for line, text in enumerate(listing)
+             if (match := re.search(JUMP[vendor], text))]  # fmt: skip
+    return [range(start, end) for start, end in jumps if start < end]
+
+
 def _lines_in_loops(listing: list[str], vendor: str) -> list[str]:
     """The lines between a label and a jump back to it."""
-    labels = {match[1]: line for line, text in enumerate(listing) if (match := re.search(LABEL[vendor], text))}
-    inside: set[int] = set()
-    for line, text in enumerate(listing):
-        if (match := re.search(JUMP[vendor], text)) and labels.get(match[1], line) < line:
-            inside.update(range(labels[match[1]], line))
-    return [listing[line] for line in sorted(inside)]
+    return [listing[line] for line in sorted({line for loop in _loops(listing, vendor) for line in loop})]
+
+
+def _hot_loop(listing: list[str], vendor: str) -> list[str]:
+    """The innermost loop with most tensor-core instructions, then most lines.
+
+    Short loops wait for a barrier. A jump that crosses the end of a loop comes from such a wait, moved out of the way.
+    """
+    loops = [range(loop.start, loop.stop + 1) for loop in _loops(listing, vendor)]
+    loops = [loop for loop in loops if _count(INSTRUCTION[vendor], listing[loop.start : loop.stop]) > 8]
+    loops = [b for b in loops if not any(a.start < b.start < a.stop < b.stop for a in loops)]
+    inner = [a for a in loops if not any(a.start <= b.start and b.stop <= a.stop and a != b for b in loops)]
+    bodies = [listing[loop.start : loop.stop] for loop in inner]
+    return max(bodies, key=lambda body: (_count(TENSOR[vendor], body), len(body)), default=[])
+
+
+def _count(pattern: str, listing: list[str]) -> int:
+    return sum(bool(re.search(pattern, line)) for line in listing)
 
 
 def check_kernel(target: str, kernel: str) -> list[Report]:
@@ -195,6 +220,8 @@ def table(reports: list[Report]) -> str:
         "shared B",
         "blocks",
         "tensor-core",
+        "instructions",
+        "hot loop",
     )
     rows = [head, *(tuple(map(str, list(asdict(report).values())[:-1])) for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

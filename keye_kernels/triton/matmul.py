@@ -42,11 +42,15 @@ def linear_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(o_m < num_rows)[:, None] & (o_n < OUT)[None, :])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [M, IN] @ weight [OUT, IN].T + bias [OUT], all contiguous; IN is a multiple of 16."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, config: Config | None = None) -> Tensor:
+    """x [M, IN] @ weight [OUT, IN].T + bias [OUT], all contiguous; IN is a multiple of 16.
+
+    `config` is the tile; None: the table's or the heuristic's.
+    """
     (rows, width), columns = x.shape, weight.shape[0]
-    heuristic = matmul_tile(*multiprocessors(x.device), rows, columns, x.dtype)
-    config = tile("linear", x.device, tile_key(rows, x, columns=columns), heuristic)
+    if config is None:
+        heuristic = matmul_tile(*multiprocessors(x.device), rows, columns, x.dtype)
+        config = tile("linear", x.device, tile_key(rows, x.dtype, columns=columns), heuristic)
     out = x.new_empty(rows, columns)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
@@ -81,9 +85,9 @@ def matmul_tile(arch: int, processors: int, rows: int, columns: int, dtype: torc
     }
 
 
-def tile_key(rows: int, x: Tensor, **sizes: int | str) -> dict[str, int | str]:
+def tile_key(rows: int, dtype: torch.dtype, **sizes: int | str) -> dict[str, int | str]:
     """What a table is asked for; rows go by powers of two."""
-    return {"rows": 1 << (rows - 1).bit_length(), "dtype": str(x.dtype).removeprefix("torch."), **sizes}
+    return {"rows": 1 << (rows - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
 
 
 def launch_options(config: Config, width: int) -> Config:
@@ -100,17 +104,21 @@ def multiprocessors(device: torch.device) -> tuple[int, int]:
     return 0 if torch.version.hip else 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+def compile_spec(dtype: str, config: Config) -> CompileSpec:
+    """The projector's second product, 4608 to 4096, in a tile; `dtype` is Triton's name."""
+    signature = {
+        **dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}:16"),
+        **{"num_rows": "i32", "IN": 4608, "OUT": 4096, "GROUP_M": 8},
+        **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+    }
+    label = f"{dtype}-{config['BLOCK_M']}x{config['BLOCK_N']}"
+    return CompileSpec(linear_kernel, label, signature, config["num_warps"], config["num_stages"], dtype != "fp32")
+
+
 def compile_specs(arch: int | str) -> list[CompileSpec]:
-    """The projector's second product, 4608 to 4096."""
+    """The variants that ship for a target."""
     specs = {}
     for dtype, name, rows in SHIPPED_ROWS:
-        config = matmul_tile(0 if isinstance(arch, str) else arch, 132, rows, 4096, dtype)
-        signature = {
-            **dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr"), f"*{name}:16"),
-            **{"num_rows": "i32", "IN": 4608, "OUT": 4096, "GROUP_M": 8},
-            **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
-        }
-        label = f"{name}-{config['BLOCK_M']}x{config['BLOCK_N']}"
-        warps, stages = config["num_warps"], config["num_stages"]
-        specs[label] = CompileSpec(linear_kernel, label, signature, warps, stages, name != "fp32")
+        spec = compile_spec(name, matmul_tile(0 if isinstance(arch, str) else arch, 132, rows, 4096, dtype))
+        specs[spec.label] = spec
     return list(specs.values())

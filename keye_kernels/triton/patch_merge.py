@@ -87,17 +87,19 @@ def patch_merge_projection(
     linear_2_bias: Tensor,
     merge_size: int = 2,
     eps: float = 1e-5,
+    config: Config | None = None,
 ) -> Tensor:
     """linear_2(gelu(linear_1(merged))); arguments and result as in the reference.
 
     Weights are contiguous, of any floating dtype; they are rounded to the features' on their way into the products.
     The fused products need channels in multiples of 16; others go to torch, as all do where a table says "cublas".
+    `config` is the tile of the first product; None: the table's or the heuristic's.
     """
     patches, channels, norm_width = merge_size**2, features.shape[1], norm_weight.shape[0]
     rows, hidden_width, out_width = features.shape[0] // patches, linear_1_weight.shape[0], linear_2_weight.shape[0]
     if rows == 0:
         return features.new_empty(0, out_width)
-    config = _config(features, rows, hidden_width, out_width, merge_index is not None)
+    config = config or _config(features, rows, hidden_width, out_width, merge_index is not None)
     sizes = {"PATCHES": patches, "CHANNELS": channels, "STRIDE": features.stride(0), "NORM_WIDTH": norm_width}
     mean, rstd = (features.new_empty(features.numel() // norm_width, dtype=torch.float32) for _ in range(2))
 
@@ -118,10 +120,11 @@ def patch_merge_projection(
             launch_norm(None)
         hidden = features.new_empty(rows, hidden_width)
         tiles_n = triton.cdiv(hidden_width, config["BLOCK_N"])
-        grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(tiles_n, config["tiles_per_program"]),)
+        per_program = config.get("tiles_per_program") or tiles_per_program(features.device, config, rows, hidden_width)
+        grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(tiles_n, per_program),)
         patch_merge_linear_kernel[grid](
             hidden, mean, rstd, features, norm_weight, norm_bias, linear_1_weight, linear_1_bias, merge_index,
-            rows, config["tiles_per_program"], eps, **sizes, HIDDEN=hidden_width,
+            rows, per_program, eps, **sizes, HIDDEN=hidden_width,
             STATISTICS=config["statistics"] == "fused", BLOCK_S=min(STATISTICS_BLOCK_K, channels & -channels),
             **launch_options(config, channels),
         )  # fmt: skip
@@ -150,23 +153,50 @@ def heuristic(
         # An index read before the features takes stages of the pipeline. AMD's shared memory has no room for more.
         config["num_stages"] += 2
     separate = arch == 0 or 32 * rows * width <= hidden_width * (width + out_width)
+    return {**config, "path": "triton", "statistics": "separate" if separate else "fused"}
+
+
+def tiles_per_program(device: torch.device, config: Config, rows: int, hidden_width: int) -> int:
+    """Column tiles that share one reading of the statistics: as many as leave every multiprocessor busy at 8 warps."""
+    if config["statistics"] == "separate":
+        return 1
     blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(hidden_width, config["BLOCK_N"])
-    resident = processors * (8 // config["num_warps"])
-    return {
-        **config,
-        "path": "triton",
-        "statistics": "separate" if separate else "fused",
-        "tiles_per_program": 1 if separate else triton.cdiv(blocks, resident),
-    }
+    return triton.cdiv(blocks, multiprocessors(device)[1] * max(1, 8 // config["num_warps"]))
 
 
 def _config(features: Tensor, rows: int, hidden_width: int, out_width: int, gathered: bool) -> Config:
     channels = features.shape[1]
     width = features.shape[0] // rows * channels
     arch, processors = multiprocessors(features.device)
-    key = tile_key(rows, features, channels=channels, order="raster" if gathered else "block")
+    key = tile_key(rows, features.dtype, channels=channels, order="raster" if gathered else "block")
     chosen = heuristic(arch, processors, rows, features.dtype, width, hidden_width, out_width, gathered)
     return tile("patch_merge", features.device, key, chosen)
+
+
+def compile_spec(
+    label: str, dtype: str, config: Config, norm_width: int, gathered: bool, fused_statistics: bool
+) -> CompileSpec:
+    """The first product, 4 x 1152 to 4608, in a tile; `dtype` is Triton's name."""
+    signature = {
+        "hidden_ptr": f"*{dtype}:16", **_norm_arguments(dtype, gathered), "weight_ptr": f"*{dtype}:16",
+        "bias_ptr": f"*{dtype}:16", "tiles_per_program": "i32", "eps": "fp32", **_sizes(norm_width), "HIDDEN": 4608,
+        "STATISTICS": fused_statistics, "BLOCK_S": STATISTICS_BLOCK_K,
+        **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+    }  # fmt: skip
+    launch = config["num_warps"], config["num_stages"]
+    return CompileSpec(patch_merge_linear_kernel, label, signature, *launch, uses_tensor_cores=dtype != "fp32")
+
+
+def _norm_arguments(dtype: str, gathered: bool) -> dict[str, str | None]:
+    return {
+        **{"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16", "features_ptr": f"*{dtype}:16"},
+        **{"norm_weight_ptr": f"*{dtype}:16", "norm_bias_ptr": f"*{dtype}:16"},
+        **{"merge_index_ptr": "*i32:16" if gathered else None, "num_rows": "i32"},
+    }
+
+
+def _sizes(norm_width: int) -> dict[str, int]:
+    return {"PATCHES": 4, "CHANNELS": 1152, "STRIDE": 1152, "NORM_WIDTH": norm_width}
 
 
 def compile_specs(arch: int | str) -> list[CompileSpec]:
@@ -174,25 +204,13 @@ def compile_specs(arch: int | str) -> list[CompileSpec]:
     specs = {}
     for (generation, norm_width), gathered in product((("preview", 1152), ("1.5", 4608)), (True, False)):
         order = "raster" if gathered else "block"
-        sizes = {"PATCHES": 4, "CHANNELS": 1152, "STRIDE": 1152, "NORM_WIDTH": norm_width}
         for dtype, name, rows in SHIPPED_ROWS:
             config = heuristic(0 if isinstance(arch, str) else arch, 132, rows, dtype, 4608, 4608, 4096, gathered)
-            tensors = {
-                **{"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16", "features_ptr": f"*{name}:16"},
-                **{"norm_weight_ptr": f"*{name}:16", "norm_bias_ptr": f"*{name}:16"},
-            }
-            index = {"merge_index_ptr": "*i32:16" if gathered else None, "num_rows": "i32"}
-            signature = {
-                **{"hidden_ptr": f"*{name}:16", **tensors, "weight_ptr": f"*{name}:16", "bias_ptr": f"*{name}:16"},
-                **{**index, "tiles_per_program": "i32", "eps": "fp32", **sizes, "HIDDEN": 4608},
-                **{"STATISTICS": config["statistics"] == "fused", "BLOCK_S": STATISTICS_BLOCK_K},
-                **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
-            }
             label = f"{generation}-{order}-{name}-{config['BLOCK_M']}x{config['BLOCK_N']}-{config['statistics']}"
-            warps, stages = config["num_warps"], config["num_stages"]
-            specs[label] = CompileSpec(patch_merge_linear_kernel, label, signature, warps, stages, name != "fp32")
+            fused = config["statistics"] == "fused"
+            specs[label] = compile_spec(label, name, config, norm_width, gathered, fused)
         for label, merged in (("statistics", None), ("norm", "*bf16:16")):
-            signature = {"merged_ptr": merged, **tensors, **index, "eps": "fp32", **sizes}
+            signature = {"merged_ptr": merged, **_norm_arguments("bf16", gathered), "eps": "fp32", **_sizes(norm_width)}
             signature |= {"BLOCK_M": NORM_BLOCK_M, "BLOCK_K": NORM_BLOCK_K}
             label = f"{generation}-{order}-{label}"
             specs[label] = CompileSpec(patch_merge_norm_kernel, label, signature, NORM_WARPS, 3, False)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .spec import CompileSpec
-from .tiles import tile
+from .tiles import Config, tile
 
 
 @triton.jit(do_not_specialize=["num_patches", "stride_token"])
@@ -44,18 +44,26 @@ def heuristic(warp_size: int) -> dict[str, int]:
     return {"BLOCK_T": 4, "BLOCK_C": 128, "num_warps": 64 // warp_size}
 
 
-def position_embedding_2d(features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor) -> Tensor:
-    """Launches the kernel; arguments and result as in `keye_kernels.reference.position_embedding_2d`."""
+def tile_key(dtype: torch.dtype, channels: int, num_patches: int) -> dict[str, int | str]:
+    """What a tile table tells cases apart by."""
+    name = str(dtype).removeprefix("torch.")
+    return {"channels": channels, "dtype": name, "patches": triton.next_power_of_2(num_patches)}
+
+
+def position_embedding_2d(
+    features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor, config: Config | None = None
+) -> Tensor:
+    """Launches the kernel; arguments and result as in `keye_kernels.reference.position_embedding_2d`.
+
+    `config` is the tile; None: the table's or the heuristic's.
+    """
     num_patches, channels = features.shape
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     if num_patches == 0:
         return out
-    key = {
-        "channels": channels,
-        "dtype": str(features.dtype).removeprefix("torch."),
-        "patches": triton.next_power_of_2(num_patches),
-    }
-    config = tile("position_embedding_2d", features.device, key, heuristic(64 if torch.version.hip else 32))
+    if config is None:
+        key = tile_key(features.dtype, channels, num_patches)
+        config = tile("position_embedding_2d", features.device, key, heuristic(64 if torch.version.hip else 32))
     unit = 8 if features.stride(0) % 8 == 0 else 1  # the JIT learns "divisible by 16" of an integer and nothing weaker
     with torch.cuda.device_of(features):
         position_embedding_2d_kernel[(triton.cdiv(num_patches, config["BLOCK_T"]),)](
@@ -65,18 +73,19 @@ def position_embedding_2d(features: Tensor, table: Tensor, corner_index: Tensor,
     return out
 
 
+def compile_spec(dtype: str, config: Config) -> CompileSpec:
+    """The vision tower's variant in a tile; `dtype` is Triton's name."""
+    signature = {
+        "out_ptr": f"*{dtype}:16", "features_ptr": f"*{dtype}:16", "table_ptr": f"*{dtype}:16",
+        "index_ptr": "*i32:16", "weight_ptr": "*fp32:16", "num_patches": "i32", "stride_token": "i32",
+        "CHANNELS": 1152, "STRIDE_UNIT": 8, "BLOCK_T": config["BLOCK_T"], "BLOCK_C": config["BLOCK_C"],
+    }  # fmt: skip
+    return CompileSpec(
+        position_embedding_2d_kernel, dtype, signature, config["num_warps"], num_stages=3, uses_tensor_cores=False
+    )
+
+
 def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The vision tower's variants, the same for every target."""
     config = heuristic(64 if isinstance(arch, str) else 32)
-
-    def spec(dtype: str) -> CompileSpec:
-        signature = {
-            "out_ptr": f"*{dtype}:16", "features_ptr": f"*{dtype}:16", "table_ptr": f"*{dtype}:16",
-            "index_ptr": "*i32:16", "weight_ptr": "*fp32:16", "num_patches": "i32", "stride_token": "i32",
-            "CHANNELS": 1152, "STRIDE_UNIT": 8, "BLOCK_T": config["BLOCK_T"], "BLOCK_C": config["BLOCK_C"],
-        }  # fmt: skip
-        return CompileSpec(
-            position_embedding_2d_kernel, dtype, signature, config["num_warps"], num_stages=3, uses_tensor_cores=False
-        )
-
-    return [spec(dtype) for dtype in ("bf16", "fp16", "fp32")]
+    return [compile_spec(dtype, config) for dtype in ("bf16", "fp16", "fp32")]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .spec import CompileSpec
-from .tiles import tile
+from .tiles import Config, tile
 
 ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves that integer in the low bits
 INVERSE_PI = tl.constexpr(0.31830988618379067)
@@ -133,6 +133,12 @@ def heuristic(head_dim: int, warp_size: int) -> dict[str, int]:
     return {"BLOCK_T": 4, "BLOCK_H": 16, "num_warps": 64 // warp_size}
 
 
+def tile_key(dtype: torch.dtype, head_dim: int, num_tokens: int) -> dict[str, int | str]:
+    """What a tile table tells cases apart by."""
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "head_dim": head_dim, "tokens": triton.next_power_of_2(num_tokens)}
+
+
 def cover_pairs(head_dim: int, has_norm: bool) -> dict[str, int]:
     """Powers of two that cover the pairs of a head: 36 = 32 + 4, or one of 64 where a norm needs the head as a whole."""
     half = head_dim // 2
@@ -154,19 +160,20 @@ def rope(
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     conjugate: bool = False,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches `rope_kernel`; arguments and results as in `keye_kernels.reference.rope`, outputs contiguous."""
+    """Launches `rope_kernel`; arguments and results as in `keye_kernels.reference.rope`, outputs contiguous.
+
+    `config` is the tile; None: the table's or the heuristic's.
+    """
     (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if num_tokens == 0:
         return q_out, k_out
-    key = {
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "head_dim": head_dim,
-        "tokens": triton.next_power_of_2(num_tokens),
-    }
-    config = tile("rope", q.device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
+    if config is None:
+        key = tile_key(q.dtype, head_dim, num_tokens)
+        config = tile("rope", q.device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
     has_norm = q_norm_weight is not None or k_norm_weight is not None
     # The JIT learns "divisible by 16" of an integer and nothing weaker: a stride of 72 goes over as 9 units of 8.
     strides = (*q.stride()[:2], *k.stride()[:2])
@@ -183,33 +190,50 @@ def rope(
     return q_out, k_out
 
 
+TEXT, VISION = ((32, 8), 128, (16, 24, 24), 64), ((16, 16), 72, (18, 18), 18)  # heads, head dim, sections, frequencies
+
+
+def compile_spec(
+    label: str,
+    config: Config,
+    dtype: str,
+    weight: str | None,
+    heads: tuple[int, int],
+    head_dim: int,
+    sections: tuple[int, ...],
+    frequencies: int,
+    conjugate: bool = False,
+) -> CompileSpec:
+    """One variant; `dtype` and `weight` are Triton's names, `weight` None where no norm goes before the rotation."""
+    data, weights = f"*{dtype}:16", weight and f"*{weight}:16"
+    signature = {
+        "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
+        "q_weight_ptr": weights, "k_weight_ptr": weights, "inv_freq_ptr": "*fp32:16", "position_ptr": "*i64:16",
+        "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
+        "stride_k_token": "i32", "stride_k_head": "i32", "stride_p_axis": "i32", "stride_p_token": "i32",
+        "Q_HEADS": heads[0], "K_HEADS": heads[1], "HEAD_DIM": head_dim, "NUM_FREQUENCIES": frequencies,
+        "SECTIONS": sections, "CONJUGATE": conjugate, "STRIDE_UNIT": 8, "INT64_OFFSETS": False,
+        **cover_pairs(head_dim, weight is not None), "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
+    }  # fmt: skip
+    return CompileSpec(rope_kernel, label, signature, config["num_warps"], 3, uses_tensor_cores=False)
+
+
 def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The text model's and the vision tower's variants, the same for every target."""
 
-    def spec(label, dtype, weight, heads, head_dim, sections, frequencies, conjugate=False) -> CompileSpec:
+    def spec(label, dtype, weight, heads, head_dim, *rest, **options) -> CompileSpec:
         config = heuristic(head_dim, 64 if isinstance(arch, str) else 32)
-        data, weights = f"*{dtype}:16", weight and f"*{weight}:16"
-        signature = {
-            "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
-            "q_weight_ptr": weights, "k_weight_ptr": weights, "inv_freq_ptr": "*fp32:16", "position_ptr": "*i64:16",
-            "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
-            "stride_k_token": "i32", "stride_k_head": "i32", "stride_p_axis": "i32", "stride_p_token": "i32",
-            "Q_HEADS": heads[0], "K_HEADS": heads[1], "HEAD_DIM": head_dim, "NUM_FREQUENCIES": frequencies,
-            "SECTIONS": sections, "CONJUGATE": conjugate, "STRIDE_UNIT": 8, "INT64_OFFSETS": False,
-            **cover_pairs(head_dim, weight is not None), "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
-        }  # fmt: skip
-        return CompileSpec(rope_kernel, label, signature, config["num_warps"], 3, uses_tensor_cores=False)
+        return compile_spec(label, config, dtype, weight, heads, head_dim, *rest, **options)
 
-    text, vision = ((32, 8), 128, (16, 24, 24), 64), ((16, 16), 72, (18, 18), 18)
     return [
-        spec("text norm bf16", "bf16", "bf16", *text),
-        spec("text norm bf16, fp32 weights", "bf16", "fp32", *text),
-        spec("text norm fp16", "fp16", "fp16", *text),
-        spec("text norm fp32", "fp32", "fp32", *text),
-        spec("text bf16", "bf16", None, *text),
-        spec("text bf16 backward", "bf16", None, *text, conjugate=True),
-        spec("vision bf16", "bf16", None, *vision),
-        spec("vision fp16", "fp16", None, *vision),
-        spec("vision fp32", "fp32", None, *vision),
-        spec("vision bf16 backward", "bf16", None, *vision, conjugate=True),
+        spec("text norm bf16", "bf16", "bf16", *TEXT),
+        spec("text norm bf16, fp32 weights", "bf16", "fp32", *TEXT),
+        spec("text norm fp16", "fp16", "fp16", *TEXT),
+        spec("text norm fp32", "fp32", "fp32", *TEXT),
+        spec("text bf16", "bf16", None, *TEXT),
+        spec("text bf16 backward", "bf16", None, *TEXT, conjugate=True),
+        spec("vision bf16", "bf16", None, *VISION),
+        spec("vision fp16", "fp16", None, *VISION),
+        spec("vision fp32", "fp32", None, *VISION),
+        spec("vision bf16 backward", "bf16", None, *VISION, conjugate=True),
     ]

@@ -155,15 +155,18 @@ def varlen_attention(
     softmax_scale: float,
     causal: bool,
     return_lse: bool,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launches `varlen_attention_fwd_kernel`; arguments and results as in `keye_kernels.reference.varlen_attention`.
 
-    `max_seqlen` chooses the tile only and may be an upper bound. Raises ValueError if `cu_seqlens` decreases or passes q.
+    `max_seqlen` chooses the tile only and may be an upper bound; `config` is the tile (None: the table's or the
+    heuristic's). Raises ValueError if `cu_seqlens` decreases or passes q.
     """
     (num_tokens, num_heads, head_dim), num_key_heads = q.shape, k.shape[1]
     arch = _arch(q.device)
-    key = tile_key(q.dtype, head_dim, max_seqlen, causal)
-    config = tile("varlen_attention", q.device, key, heuristic(arch, head_dim, q.dtype, max_seqlen))
+    if config is None:
+        key = tile_key(q.dtype, head_dim, max_seqlen, causal)
+        config = tile("varlen_attention", q.device, key, heuristic(arch, head_dim, q.dtype, max_seqlen))
     schedule = tile_schedule(cu_seqlens, config["BLOCK_M"], causal)
     if schedule.end_token > num_tokens:
         raise ValueError(f"cu_seqlens must end at or before q's {num_tokens} tokens, got {schedule.end_token}")
@@ -262,32 +265,49 @@ def _arch(device: torch.device) -> int | str:
     return 10 * major + minor
 
 
+VISION, TEXT = (16, 16, 72), (32, 8, 128)  # query heads, key heads, head dim
+
+
+def compile_spec(
+    label: str,
+    arch: int | str,
+    config: Config,
+    dtype: str,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    causal: bool,
+    return_lse: bool = False,
+) -> CompileSpec:
+    """One variant in a tile; `dtype` is Triton's name."""
+    data = f"*{dtype}:16"
+    # as the model calls it: q and k fresh from the rotation, v a view of the fused projection
+    signature = {
+        "out_ptr": data, "lse_ptr": "*fp32:16", "q_ptr": data, "k_ptr": data, "v_ptr": data,
+        "schedule_ptr": "*i32:16", "scale": "fp32", "num_tokens": "i32", "num_tiles": "i32", "near_heads": "i32",
+        "stride_q_head": "i32", "stride_k_head": "i32", "stride_v_head": "i32", "STRIDE_Q": heads * head_dim,
+        "STRIDE_K": key_heads * head_dim, "STRIDE_V": (heads + 2 * key_heads) * head_dim, "STRIDE_UNIT": 8,
+        "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **head_parts(head_dim, arch),
+        "CAUSAL": causal, "RETURN_LSE": return_lse, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
+    }  # fmt: skip
+    launch = config["num_warps"], config["num_stages"]
+    return CompileSpec(varlen_attention_fwd_kernel, label, signature, *launch, uses_tensor_cores=dtype != "fp32")
+
+
 def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The vision tower's and the text model's variants that ship for a target."""
 
     def spec(label, dtype, heads, key_heads, head_dim, max_seqlen, causal, return_lse=False):
         config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, max_seqlen)
-        data = f"*{dtype}:16"
-        # as the model calls it: q and k fresh from the rotation, v a view of the fused projection
-        signature = {
-            "out_ptr": data, "lse_ptr": "*fp32:16", "q_ptr": data, "k_ptr": data, "v_ptr": data,
-            "schedule_ptr": "*i32:16", "scale": "fp32", "num_tokens": "i32", "num_tiles": "i32", "near_heads": "i32",
-            "stride_q_head": "i32", "stride_k_head": "i32", "stride_v_head": "i32", "STRIDE_Q": heads * head_dim,
-            "STRIDE_K": key_heads * head_dim, "STRIDE_V": (heads + 2 * key_heads) * head_dim, "STRIDE_UNIT": 8,
-            "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **head_parts(head_dim, arch),
-            "CAUSAL": causal, "RETURN_LSE": return_lse, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
-        }  # fmt: skip
-        launch = config["num_warps"], config["num_stages"]
-        return CompileSpec(varlen_attention_fwd_kernel, label, signature, *launch, uses_tensor_cores=dtype != "fp32")
+        return compile_spec(label, arch, config, dtype, heads, key_heads, head_dim, causal, return_lse)
 
-    vision, text = (16, 16, 72), (32, 8, 128)
     return [
-        spec("vision bf16", "bf16", *vision, 4096, causal=False),
-        *([spec("vision bf16 up to 1024", "bf16", *vision, 1024, causal=False)] if arch == 90 else []),
-        spec("vision bf16 lse", "bf16", *vision, 4096, causal=False, return_lse=True),
-        spec("vision fp16", "fp16", *vision, 4096, causal=False),
-        spec("vision fp32", "fp32", *vision, 4096, causal=False),
-        spec("text bf16", "bf16", *text, 4096, causal=True),
-        spec("text fp16", "fp16", *text, 4096, causal=True),
-        spec("text fp32", "fp32", *text, 4096, causal=True),
+        spec("vision bf16", "bf16", *VISION, 4096, causal=False),
+        *([spec("vision bf16 up to 1024", "bf16", *VISION, 1024, causal=False)] if arch == 90 else []),
+        spec("vision bf16 lse", "bf16", *VISION, 4096, causal=False, return_lse=True),
+        spec("vision fp16", "fp16", *VISION, 4096, causal=False),
+        spec("vision fp32", "fp32", *VISION, 4096, causal=False),
+        spec("text bf16", "bf16", *TEXT, 4096, causal=True),
+        spec("text fp16", "fp16", *TEXT, 4096, causal=True),
+        spec("text fp32", "fp32", *TEXT, 4096, causal=True),
     ]

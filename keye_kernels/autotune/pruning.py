@@ -1,0 +1,74 @@
+"""Compiles candidates ahead of time in other processes and says which cannot serve: spills, registers, shared memory."""
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..triton.compile import Report
+from ..triton.tiles import Config
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tile of one kernel, by names: what a process that compiles needs to know."""
+
+    target: str
+    kernel: str
+    part: str
+    dtype: str
+    config: tuple[tuple[str, int | str | bool], ...]
+    every: bool = False  # all that the tile serves, not the commonest alone
+
+    @classmethod
+    def of(cls, target: str, kernel: str, part: str, dtype: str, config: Config, every: bool = False) -> "Variant":
+        return cls(target, kernel, part, dtype, tuple(sorted(config.items())), every)
+
+
+def compile_variant(variant: Variant) -> list[Report]:
+    """Runs in a process whose Triton compiles; what is wrong with a tile stands in its reports."""
+    from ..triton.compile import check
+    from .kernels import specs
+
+    found = specs(variant.kernel, variant.part, variant.dtype, variant.target, dict(variant.config))
+    return [check(variant.target, variant.kernel, spec) for spec in (found if variant.every else found[:1])]
+
+
+class Compiler:
+    """Reports of variants, each compiled once; Triton's own cache, at TRITON_CACHE_DIR, serves later runs."""
+
+    def __init__(self, executor: Executor):
+        self.executor, self.known = executor, {}
+
+    def submit(self, variants: Iterable[Variant]) -> None:
+        """Starts what is not known yet."""
+        for variant in variants:
+            if variant not in self.known:
+                self.known[variant] = self.executor.submit(compile_variant, variant)
+
+    def reports(self, variant: Variant) -> list[Report]:
+        """Waits for one variant."""
+        self.submit([variant])
+        return self.known[variant].result()
+
+    def failures(self, variant: Variant) -> list[str]:
+        """Why a tile cannot serve; empty where it can."""
+        return [failure for report in self.reports(variant) for failure in report.failures]
+
+
+@contextmanager
+def compiler(workers: int | None = None) -> Iterator[Compiler]:
+    """A compiler of its own processes: Triton either interprets or compiles for good, as its first import finds it."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield Compiler(executor)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before

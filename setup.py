@@ -32,7 +32,7 @@ setup(
         "transformers": [TRANSFORMERS, "accelerate>=1.10"],
         "hub": [HUB],
         "flash": ["flash-attn>=2.6"],
-        "vllm": ["vllm>=0.20"],
+        "vllm": ["vllm>=0.32"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", PLOTS],
         "test": [
             *("pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff>=0.8"),

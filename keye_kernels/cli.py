@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import autotune
+from . import autotune, bench
 
 EXIT_BAD_INPUT = 2
 CONTEXT_LENGTHS = {"preview": 40960, "1.5": 131072}  # max_position_embeddings of the released models
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("autotune", help="find the best tiles on this GPU, or rank them without one")
     autotune.add_arguments(tune)
     tune.set_defaults(run=autotune.run)
+
+    measure = commands.add_parser("bench", help="count work without a GPU, plot timed results, serve under load")
+    bench.add_arguments(measure)
+    measure.set_defaults(run=bench.run)
     return parser
 
 

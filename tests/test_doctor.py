@@ -78,7 +78,7 @@ def test_versions_that_go_together_are_no_problem():
         ({"transformers": "4.56.2"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
         ({"transformers": "5.24.0"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
         ({"vllm": "0.32.0"}, None, "vllm 0.32.0 does not work", 'pip install "transformers>=4.57,<5.20"'),
-        ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.20", 'pip install -U "vllm>=0.20"'),
+        ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.32", 'pip install -U "vllm>=0.32"'),
         ({"kernels": "0.18.1"}, None, "kernels 0.18.1 fails", 'pip install -U "kernels>=0.18.2"'),
         ({"torch": None}, None, "torch is not installed", 'pip install "torch>=2.6"'),
     ],

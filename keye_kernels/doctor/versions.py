@@ -142,7 +142,7 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None) -> list[tupl
             f"vllm {shown['vllm']} does not work with {transformers}",
             'pip install "transformers>=4.57,<5.20"',
         ),
-        (below("vllm", "0.20"), f"vllm {shown['vllm']} is older than 0.20", 'pip install -U "vllm>=0.20"'),
+        (below("vllm", "0.32"), f"vllm {shown['vllm']} is older than 0.32", 'pip install -U "vllm>=0.32"'),
         (
             below("kernels", "0.18.2") and at_least("transformers", "5.23"),
             f"kernels {shown['kernels']} fails with use_kernels=True of {transformers}",

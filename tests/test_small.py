@@ -11,9 +11,9 @@ import keye_kernels as kk
 from examples.train_small.evaluate import answer, evaluate, fresh
 from keye_kernels.small import SMALL, small_model, small_processor
 
-# Measured on 200 scenes: counting 99.0 %, colour 99.4 %, place 100 %, descriptions of one, two and three objects 98.5, 91.0 and
-# 78.8 %, motion 98.5 %. Less what so few scenes may miss by chance
-LEAST = {"counting": 0.91, "colour": 0.9, "place": 0.9, "one object": 0.8, "two objects": 0.7, "three objects": 0.5}
+# Measured on 200 scenes: counting 99.0 %, colour 99.7 %, place 100 %, descriptions of one, two and three objects 97.0, 95.5 and
+# 93.9 %, motion 99.0 %. Less what so few scenes may miss by chance
+LEAST = {"counting": 0.91, "colour": 0.9, "place": 0.9, "one object": 0.8, "two objects": 0.7, "three objects": 0.7}
 LEAST_MOTION = 0.8
 
 

@@ -183,8 +183,8 @@ def _start_worker(number: int) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.train_small.train", description="Train the small Keye.")
     parser.add_argument("--out", required=True, metavar="DIR", help="the checkpoint; a run that is there goes on")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--decay", type=int, default=1500, help="last steps, in which the rate falls")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--decay", type=int, default=1200, help="last steps, in which the rate falls")
     parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     for name, meaning in RECIPE.items():

@@ -1,0 +1,149 @@
+"""`keye-kernels bench --counted`: what the kernels cost, without a GPU, beside floors, limits and installed peers."""
+
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from typing import Any
+
+from tqdm import tqdm
+
+from keye_kernels import __version__
+
+from . import cases
+
+NOTES = f"""\
+floor: every input read once, every output written once, no padded multiply; practical floor: plus the hidden activation,
+written and read once. requested: bytes of all unmasked lanes, as if no cache helped; unique: distinct bytes of each launch.
+Counted in Triton's interpreter in 16 bit, at sizes that keep the ratios: {cases.TOKENS} tokens for rope,
+{cases.ATTENTION_HEADS} head of attention, a narrower projector, smaller images.
+Liger's norm takes one row a program below 32,768 rows, as here. Nothing here is a timing."""
+
+
+def count(targets: Sequence[str], chosen: Sequence[str] = tuple(cases.CASES)) -> dict[str, Any]:
+    """Counts `chosen` cases in the interpreter and compiles for `targets`, each in a process of its own.
+
+    Shows a bar on a terminal.
+
+    Raises ImportError without Triton, ValueError for an unknown case or target.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("counting needs Triton; install it with: pip install triton")
+    if unknown := [name for name in chosen if name not in cases.CASES]:
+        raise ValueError(f"no case matches {', '.join(map(repr, unknown))}: choose from {', '.join(cases.CASES)}")
+    needed = {name: cases.CASES[name][1] for name in chosen}
+    here = [name for name, package in needed.items() if package is None or importlib.util.find_spec(package)]
+    absent = sorted({package for name, package in needed.items() if name not in here})
+    traffic = _in_process("1", "counted", [(cases.count_case, (name,)) for name in here])
+    code = []
+    if targets:
+        (found,) = _in_process("0", None, [(_variants, (tuple(targets),))])
+        code = _in_process("0", "compiled", [(_read_variant, variant) for variant in found])
+    versions = {"keye_kernels": __version__, "triton": version("triton"), "torch": version("torch")}
+    return {"versions": versions, "traffic": traffic, "machine_code": code, "absent_peers": absent}
+
+
+def _in_process(interpret: str, label: str | None, calls: Sequence[tuple[Callable, tuple]]) -> list[Any]:
+    """Triton interprets or compiles for good, as its first import finds the environment: hence processes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_set_interpret, initargs=(interpret,)) as pool:
+        futures = [pool.submit(call, *arguments) for call, arguments in calls]
+        bar = tqdm(futures, desc=label, disable=None if label else True)
+        try:
+            return [future.result() for future in bar]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _set_interpret(value: str) -> None:
+    os.environ["TRITON_INTERPRET"] = value
+
+
+def _variants(targets: Sequence[str]) -> list[tuple[str, str, str]]:
+    from . import machine_code
+
+    if unknown := [target for target in targets if target not in machine_code.TARGETS]:
+        raise ValueError(f"target must be of {', '.join(machine_code.TARGETS)}, got {', '.join(unknown)}")
+    return [(target, *variant) for target in targets for variant in machine_code.variants(target)]
+
+
+def _read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
+    from . import machine_code
+
+    return machine_code.read_variant(target, kernel, label)
+
+
+TRAFFIC_HEAD = (
+    *("operator", "by", "launches"),
+    *("requested / floor", "unique / floor", "multiplies / needed", "idle", "limits"),
+)
+CODE_HEAD = (
+    *("kernel", "target", "registers", "stack B", "shared B", "blocks x warps"),
+    *("instructions a score", "integer", "narrowest B", "limits"),
+)
+
+
+def traffic_rows(traffic: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the first table."""
+    rows = []
+    for found in traffic:
+        eager = f" + {found['eager_operators']} ops" if found["eager_operators"] else ""
+        kept = ", ".join(
+            f"{name} {'ABOVE ' if name in found['above'] else '<= '}{limit:g}"
+            for name, limit in found["limits"].items()
+        )
+        multiplies = "-" if found["multiplies"] is None else f"{found['multiplies']:.3f}"
+        ratios = (f"{found['requested']:.3f}", f"{found['unique']:.3f}", multiplies)
+        rows.append(
+            (found["operator"], found["by"], f"{found['launches']}{eager}", *ratios, str(found["idle"]), kept or "-")
+        )
+    return rows
+
+
+def code_rows(code: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the second table."""
+
+    def score(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    return [
+        (
+            f"{found['kernel']}: {found['variant']}",
+            found["target"],
+            *(str(found[name]) for name in ("registers", "stack_bytes", "shared_bytes")),
+            f"{found['blocks']} x {found['warps']}",
+            score(found["instructions_a_score"]),
+            score(found["integer_a_score"]),
+            str(found["narrowest_access"] or "-"),
+            "; ".join(f"ABOVE: {name}" for name in found["above"]) or "kept",
+        )
+        for found in code
+    ]
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """Both tables in Markdown, and what they mean."""
+    versions = ", ".join(f"{name} {text}" for name, text in found["versions"].items())
+    parts = [versions, "", _markdown(TRAFFIC_HEAD, traffic_rows(found["traffic"]))]
+    if found["machine_code"]:
+        parts += ["", _markdown(CODE_HEAD, code_rows(found["machine_code"]))]
+    parts += ["", NOTES]
+    if found["absent_peers"]:
+        parts.append(f"Not installed, so not counted: {', '.join(found['absent_peers'])}.")
+    return "\n".join(parts)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rows = [head, *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def exceeds_limits(found: dict[str, Any]) -> bool:
+    return any(row["above"] for row in found["traffic"] + found["machine_code"])

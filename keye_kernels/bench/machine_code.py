@@ -4,7 +4,7 @@ import re
 from importlib import import_module
 from typing import Any
 
-from keye_kernels.triton.compile import Report, _hot_loop, _read_nvidia, check, compile_spec
+from keye_kernels.triton.compile import Report, check, compile_spec, hot_loop, read_nvidia
 from keye_kernels.triton.spec import CompileSpec
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -60,8 +60,8 @@ def read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
     }
     if not report.instructions:
         return row
-    listing = _read_nvidia(compile_spec(target, spec), Report(target, kernel, label))
-    row |= read_loop(_hot_loop(listing, "cuda") or listing)
+    listing = read_nvidia(compile_spec(target, spec), Report(target, kernel, label))
+    row |= read_loop(hot_loop(listing, "cuda") or listing)
     if kernel == "varlen_attention":
         scores = spec.signature["BLOCK_M"] * spec.signature["BLOCK_N"] / (32 * spec.num_warps)  # a thread
         row["instructions_a_score"], row["integer_a_score"] = row["instructions"] / scores, row["integer"] / scores

@@ -86,11 +86,11 @@ def check(target: str, kernel: str, spec: CompileSpec) -> Report:
         report.failures.append(f"does not compile: {type(error).__name__}: {message[-1]}")
         return report
     vendor = compiled.metadata.target.backend
-    listing = _read_nvidia(compiled, report) if vendor == "cuda" else _read_amd(compiled, report)
+    listing = read_nvidia(compiled, report) if vendor == "cuda" else _read_amd(compiled, report)
     report.spills_in_loop = _count(SPILL[vendor], _lines_in_loops(listing, vendor))
     report.tensor_core_instructions = _count(TENSOR[vendor], listing)
     report.instructions = _count(INSTRUCTION[vendor], listing)
-    report.loop_instructions = _count(INSTRUCTION[vendor], _hot_loop(listing, vendor))
+    report.loop_instructions = _count(INSTRUCTION[vendor], hot_loop(listing, vendor))
     if report.spills_in_loop:
         report.failures.append(f"spills inside a loop ({report.spills_in_loop} instructions)")
     if report.shared_bytes > chip.shared_by_block:
@@ -125,7 +125,7 @@ def compile_spec(target: str, spec: CompileSpec) -> Any:
     return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
 
 
-def _read_nvidia(compiled: Any, report: Report) -> list[str]:
+def read_nvidia(compiled: Any, report: Report) -> list[str]:
     """Fills in the report and returns the disassembly."""
     import triton
 
@@ -184,7 +184,7 @@ def _lines_in_loops(listing: list[str], vendor: str) -> list[str]:
     return [listing[line] for line in sorted({line for loop in _loops(listing, vendor) for line in loop})]
 
 
-def _hot_loop(listing: list[str], vendor: str) -> list[str]:
+def hot_loop(listing: list[str], vendor: str) -> list[str]:
     """The innermost loop with most tensor-core instructions, then most lines.
 
     Short loops wait for a barrier. A jump that crosses the end of a loop comes from such a wait, moved out of the way.

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from keye_kernels import ops
@@ -40,8 +41,9 @@ def prompts(model_type: str) -> list[dict]:
     video = {"prompt": TURN.format(VIDEO + "which way?"), "multi_modal_data": {"video": noise(9, 4, 112, 84, 3)}}
     if model_type == "KeyeVL1_5":
         video["mm_processor_kwargs"] = {
-            "frame_types": [[0, 1, 1, 0]],
-            "timestamps": [[0.0, 0.5, 1.0, 1.5]],
+            # tensors, as process_vision_info gives them: vLLM cannot hash a list in a list
+            "frame_types": [torch.tensor([0, 1, 1, 0], dtype=torch.int32)],
+            "timestamps": [torch.tensor([0.0, 0.5, 1.0, 1.5])],
             **{"height": [112], "width": [84], "fast_height": [56], "fast_width": [56]},
         }
     return [*found, video]

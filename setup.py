@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         # A CUDA build of torch brings the Triton it was made for; elsewhere on Linux this brings the newest
-        'triton>=3.2; platform_system == "Linux"',
+        'triton>=3.4; platform_system == "Linux"',
         "numpy>=1.24",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",

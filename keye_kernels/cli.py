@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--impl", default="auto", help="auto, reference, triton or flash_attn")
+    parser.add_argument("--impl", default="auto", help="auto, reference, triton or (generate only) flash_attn")
     parser.add_argument("--device", help="for instance cuda; default: torch's")
     parser.add_argument("--dtype", help="for instance bfloat16; default: the checkpoint's")
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .model import Keye
@@ -45,7 +46,13 @@ def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tup
 
 def run_demo(options: argparse.Namespace) -> None:
     """Asks every bundled question and prints the answers, whether they are right, and how long they took."""
-    model = small_model(dtype=options.dtype, device=options.device, impl=options.impl)
+    device = torch.device(options.device or torch.get_default_device())
+    interpreted = resolve(options.impl, "rope_2d", device) == "triton" and device.type == "cpu"
+    if interpreted and options.dtype not in (None, "float32", "float16"):
+        raise ValueError(
+            f"dtype must be float32 or float16 in Triton's interpreter, whose bf16 is wrong, got {options.dtype}"
+        )
+    model = small_model(dtype=options.dtype or ("float32" if interpreted else None), device=device, impl=options.impl)
     processor, firsts, steps, hits = small_processor(), [], [], []
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -60,7 +67,7 @@ def run_demo(options: argparse.Namespace) -> None:
             steps += later
             print(f"  {question:34} {answer}   [{'right' if hits[-1] else f'wrong: {right}'}]", flush=True)
     print(f"\n{sum(hits)} of {len(hits)} right.")
-    if model.device.type == "cpu" and resolve(options.impl, "rope_2d", model.device) == "triton":
+    if interpreted:
         print("Triton's interpreter ran the kernels: it shows that they are right and nothing about their speed.")
     else:
         print(

@@ -76,6 +76,10 @@ def warmup(
 
 
 def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> list[Tensor]:
+    if not isinstance(grids, Sequence) or any(isinstance(entry, int) for entry in grids):
+        raise TypeError(
+            f"grids must be a list of (frames, patch rows, patch columns), or of lists of those, got {grids!r}"
+        )
     checked = []
     for entry in grids:
         try:
@@ -91,6 +95,8 @@ def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> lis
 
 
 def _check_lengths(prompt_lengths: Sequence[int], most: int) -> list[int]:
+    if not isinstance(prompt_lengths, Sequence):
+        raise TypeError(f"prompt_lengths must be a list of numbers of tokens, got {prompt_lengths!r}")
     for length in prompt_lengths:
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < most:
             raise ValueError(f"prompt_lengths must hold numbers of tokens from 1 to {most - 1}, got {length!r}")

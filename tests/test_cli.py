@@ -54,6 +54,12 @@ def test_demo_answers_every_bundled_question_and_says_which_are_right():
     assert "tokens a second" in result.stdout
 
 
+def test_demo_refuses_the_interpreters_bf16(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code, out, err = call(capsys, "demo", "--impl", "triton", "--dtype", "bfloat16")
+    assert code == 2 and out == "" and "bf16 is wrong" in err
+
+
 def test_generate_json_stream_and_plain_agree(checkpoint, capsys):
     common = ("generate", "--model", checkpoint, "--image", PICTURE, "--max-new-tokens", 12, "what is it?")
     answer = json.loads(call(capsys, *common, "--json")[1])

@@ -11,7 +11,7 @@ import torch
 
 from keye_kernels import doctor, reference
 from keye_kernels.doctor import machine
-from keye_kernels.doctor.versions import Package, version_problems
+from keye_kernels.doctor.versions import PACKAGES, REQUIRED, Package, version_problems
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.4.6", "transformers": "5.23.0"}
 OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "varlen_attention"]
@@ -32,8 +32,8 @@ def run_doctor(*missing, path=""):
 
 
 def problems(versions, pinned_triton=None, **errors):
-    names = ("torch", "triton", "numpy", "transformers", "flash_attn", "torchvision", "kernels", "vllm")
-    packages = {name: Package(versions.get(name), errors.get(name)) for name in names}
+    versions = dict.fromkeys(REQUIRED, "99.0") | versions
+    packages = {name: Package(versions.get(name), errors.get(name)) for name in PACKAGES}
     return [(problem.what, problem.mend) for problem in version_problems(packages, pinned_triton)]
 
 
@@ -81,6 +81,7 @@ def test_versions_that_go_together_are_no_problem():
         ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.32", 'pip install -U "vllm>=0.32"'),
         ({"kernels": "0.18.1"}, None, "kernels 0.18.1 fails", 'pip install -U "kernels>=0.18.2"'),
         ({"torch": None}, None, "torch is not installed", 'pip install "torch>=2.6"'),
+        ({"PIL": None}, None, "PIL is not installed", "pip install pillow"),
     ],
 )
 def test_a_known_bad_pair_is_named_with_the_command_that_mends_it(versions, pinned, what, mend):

@@ -216,3 +216,15 @@ def test_a_table_that_cannot_be_replaced_stays_whole(monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         tiles.save("cpu", "rope", [saved(num_warps=6)])
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("config", [{"num_warps": "three"}, {"num_warps": 4, "FOO": 1}], ids=["type", "name"])
+def test_an_entry_that_the_kernel_cannot_take_is_passed_over_with_a_warning(folders, caplog, config):
+    write(folders["named"], [{**KEY, "config": config, "median_us": 1.0}])
+    assert tiles.tile("rope", CPU, KEY, HEURISTIC) == HEURISTIC
+    assert "is ignored" in caplog.text
+
+
+def test_json_nested_without_end_is_ignored(folders):
+    write(folders["named"], []).write_text("[" * 100_000)
+    assert tiles.tile("rope", CPU, KEY, HEURISTIC) == HEURISTIC

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from examples.train_small import batches, checkpoint, train, world
+from examples.train_small import batches, checkpoint, evaluate, train, world
 
 THING = (
     r"a (large|small) (red|green|blue|yellow|purple|orange|white|black) (circle|square|triangle|star|cross|ring) "
@@ -261,3 +261,27 @@ def test_the_trained_checkpoint_is_keyes_layout(tmp_path):
     assert model.config.mrope_section == (16, 24, 24) and model.config.edition == "preview"
     text = "naïve 你好 🎉\t\n\x00 red"
     assert processor.decode(processor.tokenizer.encode(text)) == text
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("precious")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "state.pt").write_bytes(b"junk")
+    for arguments, said in (
+        (["--out", str(tmp_path / "file")], "file"),
+        (["--out", str(other)], "holds something else"),
+        (["--out", str(broken), *TINY], "is not a saved run"),
+        (["--out", str(tmp_path / "new"), "--steps", "0"], "--steps must be at least 1"),
+        (["--out", str(tmp_path / "new"), "--save-every", "0"], "--save-every must be at least 1"),
+    ):
+        assert train.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1, error
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]
+    for arguments, said in (([str(tmp_path / "nowhere")], "nowhere"), (["--scenes", "0"], "--scenes")):
+        assert evaluate.main(arguments) == 2
+        assert said in capsys.readouterr().err

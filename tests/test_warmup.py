@@ -119,6 +119,12 @@ def test_bad_sizes_are_named(sizes, message):
         kk.warmup(tiny_model(), **sizes)
 
 
+@pytest.mark.parametrize("sizes", [{"grids": (1, 4, 4)}, {"grids": 5}, {"prompt_lengths": 5}], ids=str)
+def test_sizes_that_are_no_lists_are_named(sizes):
+    with pytest.raises(TypeError, match=f"{next(iter(sizes))} must be a list"):
+        kk.warmup(tiny_model(), **sizes)
+
+
 def test_only_a_keye_can_be_warmed_up():
     with pytest.raises(TypeError, match=r"model must be a keye_kernels.Keye, got Linear"):
         import torch

@@ -96,6 +96,12 @@ def build_config(tokenizer: Tokenizer) -> dict:
     return fixed | SIZES | ids | {"vocab_size": tokenizer.get_vocab_size()}
 
 
+PROCESSOR_FILES = {
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json"),
+    *("preprocessor_config.json", "generation_config.json"),
+}
+
+
 def write_processor(folder: Path) -> dict:
     """Writes every file but the weights; returns the configuration."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -81,6 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--impl", default="auto", help="triton runs on a CPU with TRITON_INTERPRET=1, slowly")
     options = parser.parse_args(arguments)
+    try:
+        _evaluate(options)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, got {options.scenes}")
     torch.set_num_threads(options.threads)
     model = kk.Keye.from_pretrained(options.folder, dtype=options.dtype, impl=options.impl)
     processor = kk.KeyeProcessor.from_pretrained(options.folder)
@@ -88,13 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     found = evaluate(model, processor, fresh("image", options.scenes, sizes), progress=True)
     found |= evaluate(model, processor, fresh("video", options.scenes, sizes), progress=True)
-    for goal, wanted in GOALS.items():
-        hits, number = found[goal]
+    for goal, (hits, number) in found.items():
+        wanted = GOALS[goal]
         print(
             f"{goal:14} {hits / number:6.1%} of {number:4}   goal {wanted:.0%}{'' if hits >= wanted * number else '   missed'}"
         )
     print(f"{time.perf_counter() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

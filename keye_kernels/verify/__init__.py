@@ -125,6 +125,8 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> int:
     """The command: prints the table or a JSON object; 1 if something fails."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     setup = choose_setup(options.device)
     about, start = describe(setup), time.perf_counter()
     if options.json:

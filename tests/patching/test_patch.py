@@ -1,6 +1,7 @@
 """How patches live on an instance: once, together with copies, devices, compilers, hooks, and gone when asked."""
 
 import copy
+import io
 from types import MethodType
 
 import pytest
@@ -12,7 +13,7 @@ from keye_kernels.integrations.patching.patch import patched_parts
 from tests.tiny import CONFIG, tiny_model
 
 pytest.importorskip("transformers")
-from .models import build, logits
+from .models import BUILDERS, build, logits
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 FAMILY = "qwen2_vl"
@@ -78,6 +79,35 @@ def test_context_manager_leaves_what_was_there_before(model):
     assert forwards(model) == before
 
 
+def test_a_report_takes_back_once(model):
+    with kk.apply_keye_kernels(model) as report:
+        pass
+    kk.apply_keye_kernels(model)
+    before = forwards(model)
+    with report:
+        pass
+    assert forwards(model) == before
+
+
+@pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn", "rotary_pos_emb"])
+def test_a_part_that_exchanges_positions_with_the_rest_is_not_reverted_alone(model, part):
+    expected = logits(model, FAMILY)
+    kk.apply_keye_kernels(model)
+    before = forwards(model)
+    with pytest.raises(ValueError, match="exchanges positions with modules outside of it"):
+        kk.revert_keye_kernels(model.model.visual.get_submodule(part))
+    assert forwards(model) == before
+    kk.revert_keye_kernels(model.model.visual)
+    torch.testing.assert_close(logits(model, FAMILY), expected, **FLOAT32)
+    assert forwards(model).keys() and not forwards(model.model.visual)
+
+
+def test_a_part_without_rope_is_reverted_alone(model):
+    kk.apply_keye_kernels(model, rope=False)
+    kk.revert_keye_kernels(model.model.visual.blocks[0])
+    assert forwards(model).keys() == {"model.visual.blocks.1.attn", "model.visual.merger"}
+
+
 def test_copy_of_a_patched_model_runs_its_own_modules(model):
     expected = logits(model, FAMILY)
     kk.apply_keye_kernels(model)
@@ -89,6 +119,21 @@ def test_copy_of_a_patched_model_runs_its_own_modules(model):
     torch.testing.assert_close(logits(twin, FAMILY), expected, **FLOAT32)
     kk.revert_keye_kernels(twin)
     assert forwards(model) and not forwards(twin)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_saved_model_loads_without_the_patch(family):
+    model = build(family)
+    expected = logits(model, family)
+    report, file = kk.apply_keye_kernels(model), io.BytesIO()
+    torch.save(model, file)
+    assert b"keye_kernels" not in file.getvalue()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert not any(patched_parts(module) for module in loaded.modules())
+    assert torch.equal(logits(loaded, family), expected)
+    assert kk.apply_keye_kernels(loaded).replaced == report.replaced
+    torch.testing.assert_close(logits(loaded, family), expected, **FLOAT32)
 
 
 def test_dtype_and_device_changes_keep_the_patch(model):
@@ -186,6 +231,43 @@ def test_weights_that_accelerate_brings_in_are_never_read_past_it(model):
     report = kk.apply_keye_kernels(model)
     assert "hooks" in {entry.part: entry.note for entry in report.left_alone if entry.missing}["projector"]
     assert {entry.part for entry in report.replaced} == {"rope", "attention"}
+    torch.testing.assert_close(logits(model, FAMILY), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "family, projector, layers",
+    [
+        ("keye", "mlp_AR", ["linear_1", "linear_2"]),
+        ("paddleocr_vl", "model.projector", ["linear_1", "linear_2"]),
+        ("qwen2_vl", "model.visual.merger", ["mlp.0", "mlp.2"]),
+        ("qwen3_vl", "model.visual.merger", ["linear_fc1", "linear_fc2"]),
+    ],
+)
+def test_an_adapter_added_after_the_patch_takes_part(family, projector, layers):
+    peft = pytest.importorskip("peft")
+    names = [f"{projector}.{layer}" for layer in layers]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+
+    def adapted(model: nn.Module) -> nn.Module:
+        torch.manual_seed(3)
+        return peft.inject_adapter_in_model(config, model)
+
+    expected = logits(adapted(build(family)), family)
+    model = build(family)
+    plain = logits(model, family)
+    kk.apply_keye_kernels(model)
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(logits(adapted(model), family), expected, **FLOAT32)
+
+
+def test_a_hook_added_to_a_projector_after_the_patch_runs(model):
+    kk.apply_keye_kernels(model)
+    seen = []
+    handle = model.model.visual.merger.mlp[0].register_forward_hook(lambda *_: seen.append(1))
+    expected = logits(model, FAMILY)
+    assert seen and "patch_merge_projection" not in operators_run(model)
+    handle.remove()
+    assert "patch_merge_projection" in operators_run(model)
     torch.testing.assert_close(logits(model, FAMILY), expected, **FLOAT32)
 
 

@@ -172,6 +172,17 @@ def test_embeddings_in_place_of_ids(tiny):
     assert torch.equal(tiny.generate(inputs_embeds=embeds, **GREEDY), new_tokens(tiny, inputs))
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_embeddings_with_ids_and_pictures(tiny, beams):
+    inputs = prompt([(1, 4, 6)])
+    embeds = tiny.get_input_embeddings()(inputs["input_ids"])
+    expected = new_tokens(tiny, inputs, num_beams=beams)
+    assert torch.equal(new_tokens(tiny, {**inputs, "inputs_embeds": embeds}, num_beams=beams), expected)
+    del inputs["input_ids"]
+    with pytest.raises(ValueError, match="pictures and videos need input_ids"):
+        tiny.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+
+
 def test_a_second_turn_with_a_picture_goes_on_from_the_cache(tiny):
     first, second = prompt([(1, 4, 6)]), prompt([(1, 4, 4)], seed=1)
     whole = {name: torch.cat([first[name], second[name]], dim=int(name == "input_ids")) for name in first}
@@ -217,6 +228,21 @@ def test_attention_by_name_gives_the_same_logits(tiny, tiny_folder, implementati
     assert torch.equal(new_tokens(model, batch, cache_implementation="static"), new_tokens(tiny, batch))
 
 
+def test_the_tower_runs_the_devices_best_unless_told_otherwise(tiny_folder):
+    def names(model):
+        return model.config._attn_implementation, model.visual.config._attn_implementation
+
+    config = AutoConfig.from_pretrained(tiny_folder)
+    assert names(load(tiny_folder)) == ("sdpa", "keye")
+    assert names(AutoModel.from_config(config)) == ("sdpa", "keye")
+    for implementation in ("sdpa", "eager", "keye"):
+        assert names(load(tiny_folder, attn_implementation=implementation)) == (implementation,) * 2
+    assert names(load(tiny_folder, config=AutoConfig.from_pretrained(tiny_folder, attn_implementation="sdpa"))) == (
+        "sdpa",
+        "sdpa",
+    )
+
+
 def test_keye_attention_runs_the_packed_operator(tiny_folder, monkeypatch):
     model, calls = load(tiny_folder, attn_implementation="keye"), []
     real = kk.ops.varlen_attention
@@ -260,7 +286,7 @@ def test_eager_attention_returns_its_weights(tiny_folder):
 def test_flash_attention_that_is_missing_is_named(tiny_folder):
     if transformers.utils.is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
-    with pytest.raises(ImportError, match="FlashAttention2"):
+    with pytest.raises(ImportError, match=r'FlashAttention2.*; pass attn_implementation="keye", which needs no flash'):
         load(tiny_folder, attn_implementation="flash_attention_2")
 
 
@@ -270,9 +296,11 @@ def test_the_patch_embedding_is_the_convolution():
     torch.testing.assert_close(layer(patches), torch.nn.Conv2d.forward(layer, patches), atol=1e-5, rtol=1e-5)
 
 
-def test_pickled_weights_are_refused(tiny, tiny_folder, tmp_path):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickled_weights_are_refused(tiny_folder, tmp_path, name):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
-    torch.save(tiny.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / name).touch()
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match="pickled weights can run code"):
         load(tmp_path)
 
@@ -298,6 +326,19 @@ def test_pictures_that_do_not_fit_the_prompt_are_refused(tiny):
     inputs = prompt([(1, 4, 6)])
     with pytest.raises(ValueError, match="one image placeholder"):
         tiny(**{**inputs, "image_grid_thw": torch.tensor([[1, 4, 4]])})
+
+
+def test_pixels_and_grids_come_together(tiny):
+    inputs = prompt([(1, 4, 6)])
+    for missing, other in (("image_grid_thw", "pixel_values"), ("pixel_values", "image_grid_thw")):
+        with pytest.raises(ValueError, match=f"{other} needs {missing}"):
+            tiny(**{name: value for name, value in inputs.items() if name != missing})
+
+
+def test_features_of_pictures_by_the_processors_names(tiny):
+    inputs = prompt([(1, 4, 6)])
+    features = tiny.get_image_features(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+    assert features.shape == (6, tiny.config.hidden_size)
 
 
 def test_scaled_rope_is_refused():

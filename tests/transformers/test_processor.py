@@ -94,6 +94,38 @@ def test_limits_of_a_picture_by_loading_by_call_and_by_attribute(small):
     assert_same(changed.apply_chat_template(messages, **template), expected)
 
 
+def test_padding_is_on_the_tokenizers_side_unless_the_call_says_otherwise():
+    def side(processor, **options):
+        mask = processor(text=["a", "a long text"], **options)["attention_mask"]
+        return {(0, 1): "left", (1, 0): "right"}[tuple(mask[0, [0, -1]].tolist())]
+
+    processor = AutoProcessor.from_pretrained(SMALL)
+    assert side(processor) == "left" and side(processor, padding_side="right") == "right"
+    processor.tokenizer.padding_side = "right"
+    assert side(processor) == "right" and side(processor, padding_side="left") == "left"
+    assert side(AutoProcessor.from_pretrained(SMALL, padding_side="right")) == "right"
+
+
+def test_arguments_by_kind_are_arguments(small):
+    picture, limit = Image.open(PICTURE), 16 * 784
+    found = small[1](
+        text=["<|image_pad|>", "two words"],
+        images=[picture],
+        images_kwargs={"max_pixels": limit},
+        text_kwargs={"padding_side": "right", "return_token_type_ids": False, "return_attention_mask": True},
+        videos_kwargs={},
+        common_kwargs={"return_tensors": "pt"},
+    )
+    flat = {"max_pixels": limit, "padding_side": "right"}
+    assert_same(found, small[1](text=["<|image_pad|>", "two words"], images=[picture], **flat))
+
+
+def test_loading_names_an_argument_it_does_not_know():
+    with pytest.raises(TypeError, match=r"\['max_pixel'\].*'max_pixels'"):
+        AutoProcessor.from_pretrained(SMALL, max_pixel=5)
+    AutoProcessor.from_pretrained(SMALL, use_fast=True, trust_remote_code=False, revision="main", force_download=False)
+
+
 @pytest.mark.parametrize("edition", ["preview", "1.5"])
 def test_what_is_saved_loads_everywhere(edition, v1_5_folder, tmp_path):
     folder = v1_5_folder if edition == "1.5" else SMALL

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from keye_kernels import layers
+from keye_kernels.integrations.plain import is_plain
 
 from . import forwards
 from .report import Part
@@ -113,8 +114,8 @@ def projector_obstacle(names: tuple[str, str, str, str], module: nn.Module, part
     for name, layer in zip(names[1::2], (linear_1, linear_2), strict=True):
         if type(layer) is not nn.Linear or layer.bias is None:
             return f"{name} is a {type(layer).__name__}, not a torch.nn.Linear with a bias"
-    if any(hasattr(layer, "_hf_hook") or layer._forward_hooks for layer in (norm, linear_1, linear_2)):
-        return "its layers have hooks (of accelerate, for one), which would not run"
+    if not is_plain(norm, linear_1, linear_2):
+        return "its layers have hooks or forwards of their own (of accelerate, for one), which would not run"
     probe = torch.linspace(-3, 3, 13)
     if not torch.allclose(activation(probe), F.gelu(probe), atol=1e-6):
         return f"its activation {type(activation).__name__} is not the exact GELU"
@@ -141,8 +142,9 @@ def fixed(forward: Callable) -> Callable[[nn.Module, frozenset[Part]], Callable]
     return lambda module, parts: forward
 
 
-def projector(forward: Callable, *names: str) -> Role:
-    obstacle = partial(projector_obstacle, names)
+def projector(forward: Callable, norm: str, linear_1: str, activation: str, linear_2: str) -> Role:
+    obstacle = partial(projector_obstacle, (norm, linear_1, activation, linear_2))
+    forward = forwards.while_plain(forward, (norm, linear_1, linear_2))
     return Role({"projector": "patch_merge_projection"}, fixed(forward), obstacle)
 
 
@@ -182,6 +184,7 @@ TEXT_ATTENTION = Role(
 KEYE_ENCODER = Role(
     {"rope": "hands positions to rope_2d"},
     fixed(forwards.keye_encoder),
+    lambda module, part: attribute_obstacle(("layers", "rotary_pos_emb"), module),
     rope_group="keye vision",
     gives_positions=True,
 )

@@ -2,6 +2,8 @@
 
 Positions take the place of cos and sin: a patched rotary module returns them instead of its two tables, the model hands the
 pair through to its attention layers as before, and their rope functions (in `rotate_text` and `rotate_vision`) take it.
+All of them are named `forward`: pickle writes a bound method as its module and its name, so that a saved model holds nothing of
+this package and runs its classes' own forwards when loaded.
 B rows, S tokens of a row, T packed tokens or patches, H heads, D head dim.
 """
 
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
+from keye_kernels.integrations.plain import is_plain
 from keye_kernels.layers import KeyeProjector
+
+
+def as_forward(function: FunctionType) -> FunctionType:
+    function.__name__ = "forward"
+    return function
 
 
 def mrope_section(rotary: nn.Module) -> list[int] | None:
@@ -27,6 +35,7 @@ def mrope_section(rotary: nn.Module) -> list[int] | None:
     return getattr(rotary, "mrope_section", None)
 
 
+@as_forward
 def text_positions(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, list[int]]]:
     """In place of cos and sin: positions [3, B, S], and ([D/2] frequencies, sections)."""
     inv_freq = self.inv_freq.to(x.device, torch.float32)
@@ -45,6 +54,7 @@ def rotate_text(
     return q, k
 
 
+@as_forward
 def vision_positions(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """In place of cos and sin: positions [T, 2] and frequencies [T, D/4], every row the same.
 
@@ -65,7 +75,7 @@ def with_rope(forward: FunctionType, name: str, rotate: Callable) -> FunctionTyp
     names = {**forward.__globals__, name: rotate}
     # torch.compile would look the names of a named module up in that module
     names.pop("__name__", None)
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    copy = FunctionType(forward.__code__, names, "forward", forward.__defaults__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
 
@@ -115,13 +125,22 @@ class TowerSegments(NamedTuple):
     inv_freq: Tensor
 
 
+def takes_segments(module: nn.Module) -> bool:
+    # accelerate keeps the forward that it hooks in `_old_forward`
+    own = (module.__dict__.get(slot) for slot in ("forward", "_old_forward"))
+    return any(getattr(forward, "__func__", None) is keye_vision_attention for forward in own)
+
+
+@as_forward
 def keye_encoder(self: nn.Module, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Keye's `SiglipEncoder`, the only place that knows positions: they travel to the layers beside `cu_seqlens`.
 
-    Where the caller chose positions or windows of its own, nothing is added and the layers use the tables.
+    Where the caller chose positions or windows of its own, or a layer no longer takes them, nothing is added and the layers
+    use the tables.
     """
     chosen = kwargs.get("height_position_ids") is not None or kwargs.get("window_size", -1) > 0
-    if kwargs.get("use_rope") and not chosen and kwargs.get("cu_seqlens") is not None:
+    taken = all(takes_segments(layer.self_attn) for layer in self.layers)
+    if taken and kwargs.get("use_rope") and not chosen and kwargs.get("cu_seqlens") is not None:
         grids = []
         for grid in kwargs["image_grid_thw"]:
             grids += grid if isinstance(grid, list) else [grid]
@@ -138,6 +157,7 @@ def keye_encoder(self: nn.Module, inputs_embeds: Tensor, *args: Any, **kwargs: A
     return type(self).forward(self, inputs_embeds, *args, **kwargs)
 
 
+@as_forward
 def keye_vision_attention(
     self: nn.Module,
     hidden_states: Tensor,
@@ -172,3 +192,16 @@ def keye_projector(
     grids = torch.as_tensor([[int(size) for size in grid] for grid in image_grid_thw])
     merged = KeyeProjector.forward(self, torch.cat(list(image_features)), grids)
     return list(merged.split((grids.prod(1) // 4).tolist()))
+
+
+def while_plain(project: Callable, names: tuple[str, ...]) -> Callable:
+    """`project` as long as the layers `names`, whose weights it reads, are plain; else the class's own forward.
+
+    Asked on every call: adapters and hooks may come and go after the patch.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain = is_plain(*(self.get_submodule(name) for name in names))
+        return (project if plain else type(self).forward)(self, *args, **kwargs)
+
+    return forward

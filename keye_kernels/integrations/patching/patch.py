@@ -33,6 +33,11 @@ class Site:
     module: nn.Module
     role: Role
 
+    @property
+    def exchanging(self) -> Part:
+        """The part by which it takes part in the exchange of its rope group; Keye's own attention is replaced as a whole."""
+        return "rope" if "rope" in self.role.parts else "attention"
+
     def entry(self, part: Part, note: str, missing: bool = False) -> Entry:
         return Entry(self.name, type(self.module).__name__, part, note, missing)
 
@@ -83,8 +88,14 @@ def apply_keye_kernels(
         set_parts(site, patched_parts(site.module) | added)
 
     def undo() -> None:
+        broken = {site.role.rope_group for site, added in changes if site.exchanging in added} - {None}
+        for site in sites:
+            if site.role.rope_group in broken:
+                set_parts(site, patched_parts(site.module) - {"rope"})
         for site, added in changes:
             set_parts(site, patched_parts(site.module) - added)
+        # What a later call puts in place is not this one's to take back
+        changes.clear()
 
     return PatchReport(type(model).__name__, tuple(replaced), tuple(left_alone), undo)
 
@@ -92,11 +103,24 @@ def apply_keye_kernels(
 def revert_keye_kernels(model: nn.Module) -> None:
     """Takes out everything that `apply_keye_kernels` put into `model`; a model without is left as it is.
 
-    Raises: TypeError if `model` is no module.
+    Args:
+        model: the module that was given to `apply_keye_kernels`, or one around it. A part of it will do where no positions are
+            exchanged with the rest.
+
+    Raises: TypeError if `model` is no module; ValueError, and nothing is changed, for a part that exchanges positions.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for site in survey(model)[0]:
+    sites = survey(model)[0]
+    for group in {site.role.rope_group for site in sites} - {None}:
+        givers, takers = _sides([site for site in sites if site.role.rope_group == group])
+        for alone, others in ((givers, takers), (takers, givers)):
+            if not others and any("rope" in patched_parts(site.module) for site in alone):
+                raise ValueError(
+                    f"model must be the module that was given to apply_keye_kernels, got {type(model).__name__}, which "
+                    f"exchanges positions with modules outside of it"
+                )
+    for site in sites:
         set_parts(site, frozenset())
 
 
@@ -140,19 +164,23 @@ def find_obstacles(sites: list[Site], strangers: list[Entry], asked: set[Part]) 
     return obstacles
 
 
-def _group_obstacle(members: list[Site], strangers: list[Entry], obstacles: dict, asked: set[Part]) -> str | None:
-    """Why positions cannot travel from the modules that give them to the attention layers that take them."""
+def _sides(members: list[Site]) -> tuple[list[Site], list[Site]]:
+    """The modules of a rope group that give positions, and those that take them."""
     takers = [site for site in members if not site.role.gives_positions]
     # A rotary module inside an attention layer is a spare one: the pair comes from further up
-    inner = tuple(f"{site.name}." for site in takers)
+    inner = tuple(f"{site.name}." if site.name else "" for site in takers)
     givers = [site for site in members if site.role.gives_positions and not site.name.startswith(inner)]
+    return givers, takers
+
+
+def _group_obstacle(members: list[Site], strangers: list[Entry], obstacles: dict, asked: set[Part]) -> str | None:
+    """Why positions cannot travel from the modules that give them to the attention layers that take them."""
+    givers, takers = _sides(members)
     if not givers or not takers:
         missing = "gives it positions" if takers else "takes its positions"
         return f"no module of a known class {missing}"
-    # Keye's own attention takes positions only once its forward is replaced as a whole
-    needed = {site.name: "rope" if "rope" in site.role.parts else "attention" for site in members}
     for site in members:
-        part = needed[site.name]
+        part = site.exchanging
         if (site.name, part) in obstacles:
             return f"{site.name or 'a module'} cannot take part: {obstacles[site.name, part]}"
         if part not in asked and part not in patched_parts(site.module):

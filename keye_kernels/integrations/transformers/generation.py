@@ -13,6 +13,8 @@ PICTURES = (
 
 VISUAL = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "num_frames")
 
+PICTURES_NEED_IDS = "pictures and videos need input_ids, whose placeholders say where they belong"
+
 
 def tokens_or_text(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """The ids [B, S]; in place of ids that were not given, those of text."""
@@ -70,6 +72,12 @@ class KeyeGenerationMixin:
         # transformers looks for the names of these arguments in the signature
         given = {"position_ids": position_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and any(kwargs.get(pixels) is not None for _, pixels, _ in PICTURES):
+            # transformers leaves out the ids where there are embeddings; Keye looks for placeholders in them
+            if input_ids.shape != embeds.shape[:2]:
+                raise ValueError(PICTURES_NEED_IDS)
+            inputs["input_ids"] = input_ids
         cache = inputs.get("past_key_values")
         tokens = tokens_or_text(inputs.get("input_ids"), inputs.get("inputs_embeds"))
         if cache is not None and cache.get_seq_length() and not self._is_new_prompt(tokens, kwargs):

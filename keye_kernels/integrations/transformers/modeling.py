@@ -22,12 +22,13 @@ from keye_kernels.model.positions import check_placeholders, rope_index
 
 from .attention import NAME, register_attention
 from .config import KeyeConfig, KeyeVisionConfig, KeyeVL1_5Config
-from .generation import KeyeGenerationMixin, tokens_or_text
+from .generation import PICTURES_NEED_IDS, KeyeGenerationMixin, tokens_or_text
 from .layers import PatchEmbedding, Projector, TextLayer, VisionLayer, inverse_frequencies
 from .versions import lm_head_plan
 
 register_attention()
 # transformers 4 wants to be told where in the cache the tokens go
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 MASK_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(create_causal_mask).parameters
 
 
@@ -52,14 +53,23 @@ class KeyePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers, from safetensors only. Raises ValueError for a checkpoint that carries pickles."""
+        """As everywhere in transformers, from safetensors only.
+
+        Raises: ValueError for a checkpoint that carries pickles; ImportError for flash-attn that is not installed.
+        """
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+        pickled = any(any(folder.glob(name)) for name in PICKLES) and not any(folder.glob("model*.safetensors"))
         if pickled or kwargs.pop("use_safetensors", None) is False:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: pickled weights can run code and are refused; convert them to safetensors"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        except ImportError as error:
+            if "flash" not in str(error).lower():
+                raise
+            message = str(error).rstrip(". \n")
+            raise ImportError(f'{message}; pass attn_implementation="keye", which needs no flash-attn') from error
 
 
 class KeyeVisionEmbeddings(nn.Module):
@@ -214,6 +224,9 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
     accepts_loss_kwargs = True
 
     def __init__(self, config: KeyeConfig):
+        if config.vision_config._attn_implementation is None:
+            # transformers' default, SDPA, would keep the tower from this package's kernels
+            config.vision_config._attn_implementation = NAME
         super().__init__(config)
         lean = config.lean()
         self.visual = KeyeVisionModel(config.vision_config, segment_by_frame=lean.edition == "1.5")
@@ -222,11 +235,11 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Tower and projector: normalised patches [T, 3, 14, 14] of grid_thw [n, 3] to [T/4, hidden]."""
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Tower and projector: normalised patches [T, 3, 14, 14] of image_grid_thw [n, 3] to [T/4, hidden]."""
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be normalised, of a floating dtype, got {pixel_values.dtype}")
-        return self.mlp_AR(*self.visual(pixel_values, grid_thw))
+        return self.mlp_AR(*self.visual(pixel_values, image_grid_thw))
 
     def get_rope_index(
         self,
@@ -273,10 +286,23 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
             num_frames: of 1.5's processor; not needed.
             logits_to_keep: logits of only the last so many tokens; 0 = all.
 
-        Raises: ValueError where placeholders and pictures disagree, or neither ids nor embeddings are given.
+        Raises: ValueError where placeholders and pictures disagree, pixels or their grids are missing, or neither ids nor
+            embeddings are given.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("forward needs input_ids or inputs_embeds, got neither")
+        visual = (
+            (self.config.image_token_id, pixel_values, image_grid_thw, "pixel_values", "image_grid_thw"),
+            (self.config.video_token_id, pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw"),
+        )
+        for _, pixels, grid_thw, pixels_name, grid_name in visual:
+            if pixels is not None and grid_thw is None:
+                raise ValueError(f"{pixels_name} needs {grid_name}")
+            # Embeddings may hold the features already; the grids are then for the positions
+            if pixels is None and grid_thw is not None and inputs_embeds is None:
+                raise ValueError(f"{grid_name} needs {pixels_name}")
+            if pixels is not None and input_ids is None:
+                raise ValueError(PICTURES_NEED_IDS)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.model.gradient_checkpointing):
             past_key_values = DynamicCache()
@@ -289,14 +315,9 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
             self.remember_positions(position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
-        for token, pixels, grid_thw in (
-            (self.config.image_token_id, pixel_values, image_grid_thw),
-            (self.config.video_token_id, pixel_values_videos, video_grid_thw),
-        ):
+        for token, pixels, grid_thw, *_ in visual:
             if pixels is None:
                 continue
-            if input_ids is None:
-                raise ValueError("pictures and videos need input_ids, whose placeholders say where they belong")
             features = self.get_image_features(pixels, grid_thw).to(inputs_embeds.device, inputs_embeds.dtype)
             place = (input_ids == token).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(place[..., None], features)

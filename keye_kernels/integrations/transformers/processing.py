@@ -17,9 +17,22 @@ from .image_processing import SETTINGS, KeyeVL1_5ImageProcessor, SiglipImageProc
 
 # Of the arguments that transformers hands to every processor, those that the lean one takes
 CALL_ARGUMENTS = ("padding", "padding_side", "return_tensors")
+# Those that change nothing here
+IGNORED_ARGUMENTS = (
+    *("add_special_tokens", "truncation", "max_length"),
+    *("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"),
+)
+# Arguments by kind, as transformers groups them; here all are of one kind
+GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs")
 # Names that transformers' conversations use for the place of a picture or video
 SOURCES = ("url", "path", "base64")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+PARTS = ("tokenizer", "image_processor", "chat_template", "padding_side")
+# What the Auto classes and their callers pass besides
+IGNORED_BY_LOADING = (
+    *("use_fast", "backend", "trust_remote_code", "code_revision", "proxies", "resume_download", "use_auth_token"),
+    *("config", "user_agent", "repo_type", "_from_auto", "_from_pipeline", "_commit_hash"),
+)
 
 
 class KeyeProcessor(ProcessorMixin):
@@ -53,8 +66,18 @@ class KeyeProcessor(ProcessorMixin):
         """Reads a folder or a repository; its configuration, where there is one, decides on the edition.
 
         Args: `min_pixels`, `max_pixels` and other settings of the image processor; `tokenizer` and `image_processor`
-            that are loaded already; transformers' own `cache_dir`, `token`, `revision` and so on.
+            that are loaded already; `padding_side`, "left" unless given (a `tokenizer` of the caller's keeps its own);
+            transformers' own `cache_dir`, `token`, `revision` and so on.
+
+        Raises: TypeError for an argument of another name.
         """
+        known = (*SETTINGS, *PARTS, *HUB_ARGUMENTS)
+        unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING)]
+        # A pipeline hands the model's arguments to the processor as well
+        if unknown and "_from_pipeline" not in kwargs:
+            raise TypeError(
+                f"unexpected keyword arguments {unknown}: from_pretrained of this processor takes {list(known)}"
+            )
         path = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         cls = PROCESSORS.get(PretrainedConfig.get_config_dict(path, **hub)[0].get("model_type"), cls)
@@ -65,6 +88,10 @@ class KeyeProcessor(ProcessorMixin):
         tokenizer = kwargs.get("tokenizer")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)
+            # Files often do not say, and answers cannot be generated behind padding
+            tokenizer.padding_side = "left"
+        if kwargs.get("padding_side") is not None:
+            tokenizer.padding_side = kwargs["padding_side"]
         chat_template = kwargs.get("chat_template") or cls.get_processor_dict(path, **hub)[0].get("chat_template")
         if chat_template is None and IMAGE_PAD in str(tokenizer.chat_template):
             chat_template = tokenizer.chat_template
@@ -73,22 +100,27 @@ class KeyeProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """As `keye_kernels.KeyeProcessor.__call__`; settings of the image processor may be given for one call.
 
+        Rows are padded on the tokenizer's `padding_side` unless the call gives one. Arguments may stand in
+        `text_kwargs`, `images_kwargs`, `videos_kwargs` and `common_kwargs` as well; those given directly come first.
         Of the arguments that transformers has for tokenizers, those are taken and ignored that change nothing here; a
         request to truncate is refused.
         """
+        groups = [kwargs.pop(name, None) or {} for name in GROUPS]
+        kwargs = {name: value for group in (*groups, kwargs) for name, value in group.items()}
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         if kwargs.get("truncation"):
             raise ValueError(
                 f"truncation must be False, got {kwargs['truncation']!r}: a prompt that lost placeholders of its pictures "
                 "cannot be answered; pass smaller max_pixels or fewer frames"
             )
-        for name in ("add_special_tokens", "truncation", "max_length", "return_mm_token_type_ids"):
+        for name in IGNORED_ARGUMENTS:
             kwargs.pop(name, None)
         known = (*CALL_ARGUMENTS, *VIDEO_KWARGS[self.edition])
         unknown = [name for name in kwargs if name not in known]
         if unknown:
             raise TypeError(f"unexpected keyword arguments {unknown}: this processor takes {[*known, *SETTINGS]}")
-        given = {name: value for name, value in kwargs.items() if value is not None}
+        given = {"padding_side": self.tokenizer.padding_side}
+        given |= {name: value for name, value in kwargs.items() if value is not None}
         return BatchFeature(dict(self._lean(settings)(text, images=images, videos=videos, **given)))
 
     def apply_chat_template(
@@ -112,7 +144,7 @@ class KeyeProcessor(ProcessorMixin):
         are for the template.
         """
         messages = _official(conversation)
-        known = (*CALL_ARGUMENTS, *VIDEO_KWARGS[self.edition], *SETTINGS)
+        known = (*CALL_ARGUMENTS, *VIDEO_KWARGS[self.edition], *SETTINGS, *GROUPS)
         options = {name: variables.pop(name) for name in known if name in variables} | dict(processor_kwargs or {})
         lean = self._lean({}, chat_template)
         prompt = lean.apply_chat_template(

@@ -24,7 +24,10 @@ def write_clip(clip: world.Clip, file: Path) -> None:
 
 def main() -> None:
     rng = random.Random("bundled")
-    scene, clip = world.random_scene(rng, (224, 168), count=3), world.random_clip(rng, (168, 168))
+    clip = world.random_clip(rng, (168, 168))
+    scene = world.random_scene(rng, (224, 168), count=3)
+    while len({thing.shape for thing in scene.things}) < 3:  # so that a colour can be asked of each
+        scene = world.random_scene(rng, (224, 168), count=3)
     scene.image.save(ASSETS / "picture.png", optimize=True)
     write_clip(clip, ASSETS / "clip.mp4")
     questions = {"picture.png": scene.questions(), "clip.mp4": clip.questions()}

@@ -62,7 +62,9 @@ def suite(tmp_path_factory):
     (folder / "bench_double.py").write_text(CASES)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "bench_double.py", "-p", "benchmarks.conftest", "-rs", "-p", "no:xdist"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A worker of xdist would be taken for one, and not time
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment = inherited | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [*command, "--benchmark-json=out.json"], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -13,24 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
+from keye_kernels.integrations.plain import is_plain
 from keye_kernels.model import projector, vision
 
 from .attention import VISION_IMPLEMENTATIONS, eager_attention
 from .config import KeyeConfig, KeyeVisionConfig
-
-
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether these are nothing but their weights, so that an operator may read those instead of calling the module.
-
-    Not so for an adapter's layer, nor where somebody hooked in: offloading, tensor parallelism.
-    """
-    return all(
-        type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        for module in modules
-    )
 
 
 def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tensor:

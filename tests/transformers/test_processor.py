@@ -238,3 +238,13 @@ def test_a_folder_written_by_both_runs_again(small, tmp_path):
         **kk.KeyeProcessor.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True), max_new_tokens=24
     )
     assert torch.equal(again.generate(**inputs, **GREEDY), lean)
+
+
+def test_loading_takes_a_requests_arguments_as_vllm_passes_them():
+    request = {
+        "frame_types": [torch.tensor([0, 1])],
+        "timestamps": [torch.tensor([0.0, 0.5])],
+        "height": [112],
+        "fps": 2.0,
+    }
+    assert AutoProcessor.from_pretrained(SMALL, **request).image_processor.size

@@ -72,7 +72,9 @@ class KeyeProcessor(ProcessorMixin):
         Raises: TypeError for an argument of another name.
         """
         known = (*SETTINGS, *PARTS, *HUB_ARGUMENTS)
-        unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING)]
+        # vLLM hands a request's arguments over as well
+        of_calls = (*CALL_ARGUMENTS, *IGNORED_ARGUMENTS, *GROUPS, *VIDEO_KWARGS["preview"], *VIDEO_KWARGS["1.5"])
+        unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING, *of_calls)]
         # A pipeline hands the model's arguments to the processor as well
         if unknown and "_from_pipeline" not in kwargs:
             raise TypeError(

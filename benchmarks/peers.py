@@ -5,7 +5,8 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -65,11 +66,9 @@ def liger_rope_3d(
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """Liger's RMSNorm of q and of k, then its mRoPE in place on their outputs; the tables [3, 1, T, D] are made outside."""
     _require_cuda("liger", q)
-    try:
+    with _imports("liger", "liger-kernel"):
         from liger_kernel.transformers.functional import liger_rms_norm
         from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
-    except Exception as error:
-        raise _missing("liger", "liger-kernel", error) from error
 
     def call() -> tuple[Tensor, Tensor]:
         normed = (liger_rms_norm(x, w, eps)[None].transpose(1, 2) for x, w in ((q, q_weight), (k, k_weight)))
@@ -82,10 +81,8 @@ def liger_rope_3d(
 def flash_rope_2d(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
     """flash-attn's rotary kernel as the official tower calls it: q and k cast up, turned, cast down; tables [T, D/2]."""
     _require_cuda("flash_attn", q)
-    try:
+    with _imports("flash_attn", "flash-attn"):
         from flash_attn.layers.rotary import apply_rotary_emb
-    except Exception as error:
-        raise _missing("flash_attn", "flash-attn", error) from error
     cos, sin = (x[:, : x.shape[1] // 2].contiguous().float() for x in tables)
 
     def turn(x: Tensor) -> Tensor:
@@ -99,10 +96,8 @@ def flash_attention(
 ) -> Callable[[], Tensor]:
     """flash-attn's varlen attention, called directly."""
     _require_cuda("flash_attn", q)
-    try:
+    with _imports("flash_attn", "flash-attn"):
         from flash_attn import flash_attn_varlen_func
-    except Exception as error:
-        raise _missing("flash_attn", "flash-attn", error) from error
     return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
 
 
@@ -122,7 +117,12 @@ def _require_cuda(impl: str, x: Tensor) -> None:
         raise Unavailable(f"{impl}: needs a CUDA device, and these tensors are on {x.device}")
 
 
-def _missing(impl: str, package: str, error: Exception) -> Unavailable:
-    return Unavailable(
-        f"{impl}: cannot import it ({type(error).__name__}: {str(error)[:200]}); pip install {package} --no-build-isolation"
-    )
+@contextmanager
+def _imports(impl: str, package: str) -> Iterator[None]:
+    """Unavailable where an import inside the block fails: a build for another torch may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise Unavailable(
+            f"{impl}: cannot import it ({type(error).__name__}: {str(error)[:200]}); pip install {package} --no-build-isolation"
+        ) from error

@@ -19,6 +19,7 @@ from keye_kernels.processing.patches import BICUBIC, BILINEAR, PatchConfig, to_f
 from keye_kernels.processing.sources import read_source
 
 from .golden import golden
+from .http_answers import answer
 
 # The golden pixels are float32; x * (1 / 255) and x / 255 differ by one rounding.
 PIXEL_ATOL = 1e-6
@@ -54,17 +55,6 @@ def server():
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield http
         http.shutdown()
-
-
-def answer(content, status=200, **headers):
-    def respond(handler):
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return respond
 
 
 # ---------------------------------------------------------------------------------------------------------- sources

@@ -16,6 +16,7 @@ from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.truncation import declared_size
 from keye_kernels.processing.videos import fetch_video
 
+from .http_answers import answer
 from .video_clips import encode_clip
 
 EDITIONS = ["preview", "1.5"]
@@ -38,17 +39,6 @@ def serving(respond):
     finally:
         server.shutdown()
         server.server_close()
-
-
-def answer(content, status=200, **headers):
-    def respond(handler):
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return respond
 
 
 # -------------------------------------------------------------------------------------------------------------- files

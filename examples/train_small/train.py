@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import keye_kernels as kk
 from keye_kernels.model.decoder import TextBatch
+from keye_kernels.model.positions import inverse_frequencies
 
 from . import world
 from .batches import Batch, Batches, Recipe
@@ -78,8 +79,8 @@ class Trainee(nn.Module):
     def _decode(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, hidden] through the decoder's layers, all questions packed: no padding, and none sees another."""
         config = self.model.config
-        exponent = torch.arange(0, config.head_dim, 2) / config.head_dim
-        text = TextBatch(1, batch.position_ids, config.rope_theta**-exponent, torch.empty(0), batch.cu_seqlens, None)
+        inv_freq = inverse_frequencies(config.rope_theta, config.head_dim // 2, x.device)
+        text = TextBatch(1, batch.position_ids, inv_freq, torch.empty(0), batch.cu_seqlens, None)
         for layer in self.model.model.layers:
             x = layer(x, text, None)
         return x

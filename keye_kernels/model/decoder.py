@@ -11,6 +11,7 @@ from keye_kernels import ops
 from .cache import KVCache
 from .config import KeyeConfig
 from .linear import FusedLinear, embedding
+from .positions import inverse_frequencies
 
 
 @dataclass
@@ -123,15 +124,12 @@ class Decoder(nn.Module):
     def forward(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None) -> Tensor:
         """[B, S, hidden] embeddings at positions [3, B, S] to hidden states; `attention_mask` [B, S] is that of these tokens."""
         rows, length = embeds.shape[:2]
-        exponent = (
-            torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=embeds.device) / self.config.head_dim
-        )
         fresh = cache is None or cache.is_empty
         slots = torch.arange(length, device=embeds.device) if cache is None else cache.slots(length)
         batch = TextBatch(
             batch_size=rows,
             position_ids=position_ids.flatten(1),
-            inv_freq=self.config.rope_theta**-exponent,
+            inv_freq=inverse_frequencies(self.config.rope_theta, self.config.head_dim // 2, embeds.device),
             slots=slots,
             cu_seqlens=prompt_segments(attention_mask) if fresh else None,
             cache_mask=None if fresh else cache_mask(cache, slots, attention_mask),

@@ -13,6 +13,12 @@ from keye_kernels.geometry import check_grid_thw
 from .config import KeyeConfig
 
 
+def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tensor:
+    """[pairs] float32, theta^(-i / pairs). Made when needed: a buffer would be garbage after loading through the meta device,
+    and `.half()` would round it."""
+    return theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+
+
 def rope_index(
     config: KeyeConfig,
     input_ids: Tensor,

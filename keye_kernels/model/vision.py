@@ -11,6 +11,7 @@ from keye_kernels.geometry import VisionBatch
 
 from .config import VisionConfig
 from .linear import FusedLinear, embedding
+from .positions import inverse_frequencies
 
 PIXEL_ORIGIN = 128
 
@@ -116,9 +117,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
         """Features [T, C] after the last norm, in the order of `batch`."""
-        pairs = self.config.head_dim // 4
-        exponent = torch.arange(pairs, dtype=torch.float32, device=pixel_values.device) / pairs
-        inv_freq = self.config.rope_theta**-exponent
+        inv_freq = inverse_frequencies(self.config.rope_theta, self.config.head_dim // 4, pixel_values.device)
         x = self.embed(pixel_values, batch)
         for layer in self.layers:
             x = layer(x, batch, inv_freq)

@@ -5,7 +5,6 @@ The work is done by the operators and by the lean model's modules. Symbols: B ro
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,12 +17,6 @@ from keye_kernels.model import projector, vision
 
 from .attention import VISION_IMPLEMENTATIONS, eager_attention
 from .config import KeyeConfig, KeyeVisionConfig
-
-
-def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tensor:
-    """[pairs] float32. Made when needed: a buffer would be garbage after loading through the meta device, and `.half()`
-    would round it."""
-    return theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
 
 
 class PatchEmbedding(nn.Conv2d):

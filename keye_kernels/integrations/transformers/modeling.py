@@ -18,12 +18,12 @@ from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.model.checkpoint import UNUSED
 from keye_kernels.model.decoder import prompt_segments
-from keye_kernels.model.positions import check_placeholders, rope_index
+from keye_kernels.model.positions import check_placeholders, inverse_frequencies, rope_index
 
 from .attention import NAME, register_attention
 from .config import KeyeConfig, KeyeVisionConfig, KeyeVL1_5Config
 from .generation import PICTURES_NEED_IDS, KeyeGenerationMixin, tokens_or_text
-from .layers import PatchEmbedding, Projector, TextLayer, VisionLayer, inverse_frequencies
+from .layers import PatchEmbedding, Projector, TextLayer, VisionLayer
 from .versions import lm_head_plan
 
 register_attention()

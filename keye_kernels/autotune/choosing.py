@@ -41,7 +41,7 @@ def _of_family(
         return []
     default = _shared(same, next(iter(cases.values()))[0].default)
     best: dict[tuple, tuple[float, dict]] = {}  # values of the shared fields -> (sum of logarithms, tile of each case)
-    for values in {_shared(same, dict(config)) for mean in means.values() for config in mean}:
+    for values in dict.fromkeys(_shared(same, dict(config)) for mean in means.values() for config in mean):
         total, tiles = 0.0, {}
         for key, mean in means.items():
             allowed = {config: cost for config, cost in mean.items() if _shared(same, dict(config)) == values}
@@ -65,9 +65,9 @@ def _of_family(
 
 
 def _means(shapes: list[Measured]) -> dict[tuple, float]:
-    """Mean logarithm of each candidate that serves all of the shapes."""
+    """Mean logarithm of each candidate that serves all of the shapes, in the candidates' order: of equals the first is taken."""
     costs = [{_frozen(config): cost for config, cost in shape.costs} for shape in shapes]
-    shared = set(costs[0]).intersection(*costs[1:])
+    shared = [config for config in costs[0] if all(config in cost for cost in costs[1:])]
     return {config: sum(math.log(cost[config]) for cost in costs) / len(costs) for config in shared}
 
 

@@ -171,3 +171,14 @@ def test_a_rank_of_attention_counts_the_tiles_that_a_mask_leaves():
     assert vision["padding"] == 1.056  # 64 + 16 and 64 + 8 columns for twice 72
     text = ranking.rank(Shape("varlen_attention", "text", 1, 1024), "sm_90", config, report)
     assert text["padding"] == round(17 / 16 * 1024 / 1025, 3)  # the tiles on the diagonal count whole
+
+
+def test_of_tiles_that_cost_the_same_the_first_candidate_is_chosen():
+    """Whatever the order of a set: two runs write the same table."""
+    tiles = [{"BLOCK_T": size, "num_warps": warps} for warps in (4, 8, 2) for size in (4, 2, 8, 1, 16)]
+    for first in range(len(tiles)):
+        order = tiles[first:] + tiles[:first]
+        costs = [(config, 2.0 if config is tiles[0] else 1.0) for config in order]
+        key = {"dtype": "bfloat16", "head_dim": 72, "tokens": 256}
+        [(_, chosen)] = choose([Measured("rope", key, tiles[0], costs)], 0.25)
+        assert chosen == next(config for config, cost in costs if cost == 1.0)

@@ -1,8 +1,9 @@
 """Which tiles are tried: around each kernel's heuristic, and what cannot fit a chip left out before it is compiled."""
 
 from ..triton.compile import CHIPS
+from ..triton.descriptors import loads_of
 from ..triton.tiles import Config
-from .kernels import heuristic, warp_size
+from .kernels import arch_of, heuristic, warp_size
 from .shapes import Shape
 
 FEW = 3
@@ -14,7 +15,7 @@ def candidates(shape: Shape, dtype: str, target: str, processors: int, timed: bo
     """The tiles to try for a shape, the heuristic's first.
 
     Unless `timed`, they are fewer, and what only a clock can tell apart is left as the heuristic has it: the number of
-    stages and the K step, the projector's path, and who takes its statistics.
+    stages and the K step, pointers or descriptors, the projector's path, and who takes its statistics.
     """
     first = heuristic(shape, dtype, target, processors)
     propose = {
@@ -48,11 +49,12 @@ def _position_embedding(shape: Shape, target: str, first: Config, timed: bool) -
 def _attention(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
     stages = (1, 2, 3, 4) if timed else (first["num_stages"],)
     return [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": s}
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": s, "loads": loads}
         for m in (64, 128)
         for n in ((32, 64, 128) if timed else (64, 128))
         for warps in (4, 8)
         for s in stages
+        for loads in (loads_of(arch_of(target)) if timed else (first["loads"],))
         # 128 x 128 scores in 4 warps take every register there is
         if m // warps >= ROWS and (timed or m * n < 128 * 128 * warps // 4)
     ]
@@ -65,10 +67,11 @@ def _product(shape: Shape, target: str, first: Config, timed: bool) -> list[Conf
     steps = (32, 64, 128) if timed else (first["BLOCK_K"],)
     stages = (2, 3, 4, 5) if timed else (first["num_stages"],)
     return [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": s}
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": s, "loads": loads}
         for m, n, warps in tiles
         for k in steps
         for s in stages
+        for loads in (loads_of(arch_of(target)) if timed else (first["loads"],))
     ]
 
 

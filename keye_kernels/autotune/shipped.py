@@ -39,6 +39,8 @@ def _part(kernel: str, entry: dict) -> str:
 
 
 def _as_launched(kernel: str, target: str, config: tiles.Config) -> list[tiles.Config]:
+    if kernel not in ("rope", "position_embedding_2d"):
+        config = {"loads": "pointers", **config}
     if kernel != "patch_merge":
         return [config]
     # The launch decides by its rows; on AMD it never takes them in the product

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import describe, describe_types, loads_of
 from .spec import CompileSpec
 from .tiles import Config, tile
 
@@ -14,7 +15,7 @@ SHIPPED_ROWS = [(torch.float32, "fp32", 4096)] + [(torch.bfloat16, "bf16", rows)
 
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
-    out_ptr, x_ptr, weight_ptr, bias_ptr, num_rows,
+    out_ptr, x_ptr, weight_ptr, x_desc, weight_desc, bias_ptr, num_rows,
     IN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -24,8 +25,8 @@ def linear_kernel(
     first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
     group = tl.minimum(num_m - first_m, GROUP_M)
     place = tl.program_id(0) % (GROUP_M * num_n)
-    o_m = (first_m + place % group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = place // group * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, first_column = (first_m + place % group) * BLOCK_M, place // group * BLOCK_N
+    o_m, o_n = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
 
     # Tiles at an edge read the last row again instead of masking: nothing of it is stored.
@@ -34,9 +35,9 @@ def linear_kernel(
     b_bias = tl.load(bias_ptr + o_n, mask=o_n < OUT, other=0.0).to(tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_bias[None, :]
     for k in range(0, IN, BLOCK_K):
-        b_x = tl.load(p_x + k)
-        b_weight = tl.load(weight_ptr + (o_weight + k)).to(b_x.dtype)
-        b_out = tl.dot(b_x, b_weight.T, b_out, input_precision="ieee")
+        b_x = tl.load(p_x + k) if x_desc is None else x_desc.load([first_row, k])
+        b_weight = tl.load(weight_ptr + (o_weight + k)) if weight_desc is None else weight_desc.load([first_column, k])
+        b_out = tl.dot(b_x, b_weight.to(b_x.dtype).T, b_out, input_precision="ieee")
 
     p_out = out_ptr + o_m.to(tl.int64)[:, None] * OUT + o_n[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(o_m < num_rows)[:, None] & (o_n < OUT)[None, :])
@@ -51,12 +52,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, config: Config | None = None
     if config is None:
         heuristic = matmul_tile(*multiprocessors(x.device), rows, columns, x.dtype)
         config = tile("linear", x.device, tile_key(rows, x.dtype, columns=columns), heuristic)
-    out = x.new_empty(rows, columns)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+    out, options = x.new_empty(rows, columns), launch_options(config, width)
+    x_block, weight_block = ([options[name], options["BLOCK_K"]] for name in ("BLOCK_M", "BLOCK_N"))
+    fetched = describe(config, (x, x_block), (weight, weight_block))
+    grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        linear_kernel[grid](
-            out, x, weight, bias, rows, IN=width, OUT=columns, GROUP_M=8, **launch_options(config, width)
-        )
+        linear_kernel[grid](out, x, weight, *fetched, bias, rows, IN=width, OUT=columns, GROUP_M=8, **options)
     return out
 
 
@@ -68,21 +69,21 @@ def matmul_tile(arch: int, processors: int, rows: int, columns: int, dtype: torc
     `arch` is a CUDA capability (90 for 9.0), or 0 for AMD.
     """
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return _tile(64, 256, 32, 8, 2)
     if arch == 0:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return _tile(128, 128, 32, 8, 2)
     for block_m, block_n in ((128, 256), (64, 128), (64, 64)):
         if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) >= processors * (2 if block_m == 128 else 0.75):
             break
     # wgmma and tcgen05 read shared memory; mma.sync wants registers, and consumer chips have 100 KB of shared memory.
     block_k, num_stages = (64, 3) if arch in (90, 100, 103) else (32, 4)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": block_m // 16,
-        "num_stages": num_stages,
-    }
+    return _tile(block_m, block_n, block_k, block_m // 16, num_stages)
+
+
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    # Descriptors where a table says so: only a clock tells the two apart
+    return {**sizes, "num_warps": num_warps, "num_stages": num_stages, "loads": "pointers"}
 
 
 def tile_key(rows: int, dtype: torch.dtype, **sizes: int | str) -> dict[str, int | str]:
@@ -106,12 +107,16 @@ def multiprocessors(device: torch.device) -> tuple[int, int]:
 
 def compile_spec(dtype: str, config: Config) -> CompileSpec:
     """The projector's second product, 4608 to 4096, in a tile; `dtype` is Triton's name."""
+    x_block, weight_block = ([config[name], config["BLOCK_K"]] for name in ("BLOCK_M", "BLOCK_N"))
     signature = {
         **dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}:16"),
+        **dict(zip(("x_desc", "weight_desc"), describe_types(config, dtype, x_block, weight_block), strict=True)),
         **{"num_rows": "i32", "IN": 4608, "OUT": 4096, "GROUP_M": 8},
         **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
     }
     label = f"{dtype}-{config['BLOCK_M']}x{config['BLOCK_N']}"
+    if config["loads"] == "descriptors":
+        label += " descriptors"
     return CompileSpec(linear_kernel, label, signature, config["num_warps"], config["num_stages"], dtype != "fp32")
 
 
@@ -119,6 +124,8 @@ def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The variants that ship for a target."""
     specs = {}
     for dtype, name, rows in SHIPPED_ROWS:
-        spec = compile_spec(name, matmul_tile(0 if isinstance(arch, str) else arch, 132, rows, 4096, dtype))
-        specs[spec.label] = spec
+        config = matmul_tile(0 if isinstance(arch, str) else arch, 132, rows, 4096, dtype)
+        for loads in loads_of(arch) if name == "bf16" else ("pointers",):
+            spec = compile_spec(name, config | {"loads": loads})
+            specs[spec.label] = spec
     return list(specs.values())

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import describe, describe_types
 from .matmul import SHIPPED_ROWS, launch_options, linear, matmul_tile, multiprocessors, tile_key
 from .patch_merge_norm import load_features, normalise, patch_merge_norm_kernel, row_statistics
 from .spec import CompileSpec
@@ -30,8 +31,8 @@ def _store_gelu(hidden_ptr, bias_ptr, x, o_m, o_n, num_rows, HIDDEN: tl.constexp
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_per_program"])
 def patch_merge_linear_kernel(
-    hidden_ptr, mean_ptr, rstd_ptr, features_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, merge_index_ptr,
-    num_rows, tiles_per_program, eps,
+    hidden_ptr, mean_ptr, rstd_ptr, features_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, weight_desc, bias_ptr,
+    merge_index_ptr, num_rows, tiles_per_program, eps,
     PATCHES: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr, NORM_WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -67,8 +68,8 @@ def patch_merge_linear_kernel(
             mean = tl.load(mean_ptr + o_row * PARTS + k // NORM_WIDTH)
             rstd = tl.load(rstd_ptr + o_row * PARTS + k // NORM_WIDTH)
             b_normed = normalise(b_x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k % NORM_WIDTH + o_k)
-            b_weight = tl.load(weight_ptr + (o_weight + k)).to(b_x.dtype)
-            b_hidden = tl.dot(b_normed, b_weight.T, b_hidden, input_precision="ieee")
+            b_weight = tl.load(weight_ptr + (o_weight + k)) if weight_desc is None else weight_desc.load([first_n, k])
+            b_hidden = tl.dot(b_normed, b_weight.to(b_x.dtype).T, b_hidden, input_precision="ieee")
         # GELU by halves: the whole tile at once spills.
         b_left, b_right = b_hidden.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         o_half = first_n + tl.arange(0, BLOCK_N // 2)
@@ -122,11 +123,13 @@ def patch_merge_projection(
         tiles_n = triton.cdiv(hidden_width, config["BLOCK_N"])
         per_program = config.get("tiles_per_program") or tiles_per_program(features.device, config, rows, hidden_width)
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(tiles_n, per_program),)
+        options = launch_options(config, channels)
+        fetched = describe(config, (linear_1_weight, [options["BLOCK_N"], options["BLOCK_K"]]))
         patch_merge_linear_kernel[grid](
-            hidden, mean, rstd, features, norm_weight, norm_bias, linear_1_weight, linear_1_bias, merge_index,
-            rows, per_program, eps, **sizes, HIDDEN=hidden_width,
+            hidden, mean, rstd, features, norm_weight, norm_bias, linear_1_weight, *fetched, linear_1_bias,
+            merge_index, rows, per_program, eps, **sizes, HIDDEN=hidden_width,
             STATISTICS=config["statistics"] == "fused", BLOCK_S=min(STATISTICS_BLOCK_K, channels & -channels),
-            **launch_options(config, channels),
+            **options,
         )  # fmt: skip
     return linear(hidden, linear_2_weight, linear_2_bias)
 
@@ -177,9 +180,11 @@ def compile_spec(
     label: str, dtype: str, config: Config, norm_width: int, gathered: bool, fused_statistics: bool
 ) -> CompileSpec:
     """The first product, 4 x 1152 to 4608, in a tile; `dtype` is Triton's name."""
+    [weight_desc] = describe_types(config, dtype, [config["BLOCK_N"], config["BLOCK_K"]])
     signature = {
         "hidden_ptr": f"*{dtype}:16", **_norm_arguments(dtype, gathered), "weight_ptr": f"*{dtype}:16",
-        "bias_ptr": f"*{dtype}:16", "tiles_per_program": "i32", "eps": "fp32", **_sizes(norm_width), "HIDDEN": 4608,
+        "weight_desc": weight_desc, "bias_ptr": f"*{dtype}:16", "tiles_per_program": "i32", "eps": "fp32",
+        **_sizes(norm_width), "HIDDEN": 4608,
         "STATISTICS": fused_statistics, "BLOCK_S": STATISTICS_BLOCK_K,
         **{key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
     }  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import Block, describe, describe_types, loads_of
 from .schedule import tile_schedule
 from .spec import CompileSpec
 from .tiles import Config, tile
@@ -40,18 +41,34 @@ def _load_rows(ptr, o_row, o_d, num_rows, STRIDE: tl.constexpr, HEAD_DIM: tl.con
 
 
 @triton.jit
-def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, o_query, first_key, num_keys, scale,
+def _load_keys(desc, token, head, ptr, o_row, o_d, num_rows, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+               MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """WIDTH channels from FIRST on of keys or values: through a descriptor, which fills with zeros, or as `_load_rows`."""
+    if desc is not None:
+        return desc.load([token, head, FIRST]).reshape(o_row.shape[0], WIDTH)
+    else:
+        return _load_rows(ptr, o_row, o_d, num_rows, STRIDE, HEAD_DIM, MASK_ROWS, HEAD_DIM < FIRST + WIDTH)
+
+
+@triton.jit
+def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, k_desc, k_tail_desc, v_desc, v_tail_desc,
+            token, head, o_query, first_key, num_keys, scale,
             STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr,
             QK_TAIL: tl.constexpr, PV_TAIL: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
             BLOCK_N: tl.constexpr):  # fmt: skip
-    """One step of the online softmax, over BLOCK_N keys from `k_ptr` on; unless MASKED every query sees all of them."""
+    """One step of the online softmax, over BLOCK_N keys from `k_ptr` on; unless MASKED every query sees all of them.
+
+    With descriptors the keys are those of `head` from `token` on.
+    """
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, MAIN)
     num_keys -= first_key
-    b_k = _load_rows(k_ptr, o_n, o_d, num_keys, STRIDE_K, HEAD_DIM, MASKED, HEAD_DIM < MAIN)
+    b_k = _load_keys(k_desc, token, head, k_ptr, o_n, o_d, num_keys, STRIDE_K, HEAD_DIM, MASKED, 0, MAIN)
     b_score = tl.dot(b_q, b_k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if QK_TAIL:
         o_tail = MAIN + tl.arange(0, QK_TAIL)
-        b_k = _load_rows(k_ptr, o_n, o_tail, num_keys, STRIDE_K, HEAD_DIM, MASKED, HEAD_DIM < MAIN + QK_TAIL)
+        b_k = _load_keys(
+            k_tail_desc, token, head, k_ptr, o_n, o_tail, num_keys, STRIDE_K, HEAD_DIM, MASKED, MAIN, QK_TAIL
+        )
         b_score = tl.dot(b_q_tail, b_k.T, b_score, input_precision="ieee")
     if MASKED:
         m_score = (o_n < num_keys)[None, :]
@@ -66,13 +83,15 @@ def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, o_quer
         b_p = tl.exp2(b_score * scale - b_new_max[:, None])
     b_rescale = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_v = _load_rows(v_ptr, o_n, o_d, num_keys, STRIDE_V, HEAD_DIM, MASKED, HEAD_DIM < MAIN)
+    b_v = _load_keys(v_desc, token, head, v_ptr, o_n, o_d, num_keys, STRIDE_V, HEAD_DIM, MASKED, 0, MAIN)
     b_p = b_p.to(b_v.dtype)
     b_acc = tl.dot(b_p, b_v, b_acc * b_rescale[:, None], input_precision="ieee")
     if PV_TAIL:
         # A thread that holds a whole 8-wide row makes Triton keep the tail transposed and store it two bytes at a time.
         o_tail = tl.max_contiguous(MAIN + tl.arange(0, PV_TAIL), 4 if PV_TAIL == 8 else PV_TAIL)
-        b_v = _load_rows(v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, HEAD_DIM < MAIN + PV_TAIL)
+        b_v = _load_keys(
+            v_tail_desc, token, head, v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, MAIN, PV_TAIL
+        )
         b_acc_tail = tl.dot(b_p, b_v, b_acc_tail * b_rescale[:, None], input_precision="ieee")
     return b_acc, b_acc_tail, b_new_max, b_sum
 
@@ -81,8 +100,8 @@ def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, o_quer
     do_not_specialize=["num_tokens", "num_tiles", "near_heads", "stride_q_head", "stride_k_head", "stride_v_head"]
 )
 def varlen_attention_fwd_kernel(
-    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, schedule_ptr, scale, num_tokens, num_tiles, near_heads,
-    stride_q_head, stride_k_head, stride_v_head,
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, k_desc, k_tail_desc, v_desc, v_tail_desc, schedule_ptr,
+    scale, num_tokens, num_tiles, near_heads, stride_q_head, stride_k_head, stride_v_head,
     STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr, QK_TAIL: tl.constexpr, PV_TAIL: tl.constexpr, CAUSAL: tl.constexpr, RETURN_LSE: tl.constexpr,
@@ -97,9 +116,10 @@ def varlen_attention_fwd_kernel(
     first_token, num_keys, first_query = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
     num_queries = num_keys - first_query
     key_token, query_token = first_token.to(tl.int64), (first_token + first_query).to(tl.int64)
+    key_head = head // GROUP
     q_ptr += query_token * STRIDE_Q + head.to(tl.int64) * (stride_q_head * STRIDE_UNIT)
-    k_ptr += key_token * STRIDE_K + (head // GROUP).to(tl.int64) * (stride_k_head * STRIDE_UNIT)
-    v_ptr += key_token * STRIDE_V + (head // GROUP).to(tl.int64) * (stride_v_head * STRIDE_UNIT)
+    k_ptr += key_token * STRIDE_K + key_head.to(tl.int64) * (stride_k_head * STRIDE_UNIT)
+    v_ptr += key_token * STRIDE_V + key_head.to(tl.int64) * (stride_v_head * STRIDE_UNIT)
 
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, MAIN)
     b_q = _load_rows(q_ptr, o_m, o_d, num_queries, STRIDE_Q, HEAD_DIM, True, HEAD_DIM < MAIN)
@@ -112,7 +132,8 @@ def varlen_attention_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
     b_acc_tail = tl.zeros([BLOCK_M, PV_TAIL if PV_TAIL else 1], tl.float32)
 
-    # Blocks that no mask cuts, then the diagonal or the segment's end in steps of half a block.
+    # Blocks that no mask cuts, then the diagonal or the segment's end in steps of half a block. Descriptors serve the former:
+    # past a segment's end they would read its neighbour, whose NaN times 0 is NaN.
     MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else 16
     whole = (first_query if CAUSAL else num_keys) // BLOCK_N * BLOCK_N
     for first_key in tl.range(0, whole, BLOCK_N):
@@ -120,6 +141,7 @@ def varlen_attention_fwd_kernel(
         at = tl.minimum(first_key, whole - BLOCK_N).to(tl.int64)
         b_acc, b_acc_tail, b_max, b_sum = _attend(
             b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr + at * STRIDE_K, v_ptr + at * STRIDE_V,
+            k_desc, k_tail_desc, v_desc, v_tail_desc, first_token + first_key, key_head,
             first_query + o_m, first_key, num_keys, scale,
             STRIDE_K, STRIDE_V, HEAD_DIM, MAIN, QK_TAIL, PV_TAIL, CAUSAL, False, BLOCK_N,
         )  # fmt: skip
@@ -128,7 +150,7 @@ def varlen_attention_fwd_kernel(
         at = tl.minimum(first_key, end).to(tl.int64)
         b_acc, b_acc_tail, b_max, b_sum = _attend(
             b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr + at * STRIDE_K, v_ptr + at * STRIDE_V,
-            first_query + o_m, first_key, num_keys, scale,
+            None, None, None, None, 0, 0, first_query + o_m, first_key, num_keys, scale,
             STRIDE_K, STRIDE_V, HEAD_DIM, MAIN, QK_TAIL, PV_TAIL, CAUSAL, True, MASKED_N,
         )  # fmt: skip
 
@@ -186,12 +208,15 @@ def varlen_attention(
     unit = 8 if all(stride % 8 == 0 for stride in head_strides) else 1
     group = num_heads // num_key_heads
     near_heads = heads_that_stay_near(num_key_heads, group, 2 * schedule.longest * head_dim * k.element_size())
+    parts = head_parts(head_dim, arch)
+    fetched = describe(config, *zip((k, k, v, v), key_blocks(config["BLOCK_N"], parts), strict=True))
     with torch.cuda.device_of(q):
         varlen_attention_fwd_kernel[(num_tiles * num_heads,)](
-            out, lse, q, k, v, schedule.entries, softmax_scale * math.log2(math.e), num_tokens, num_tiles, near_heads,
+            out, lse, q, k, v, *fetched, schedule.entries,
+            softmax_scale * math.log2(math.e), num_tokens, num_tiles, near_heads,
             *(stride // unit for stride in head_strides), q.stride(0), k.stride(0), v.stride(0), STRIDE_UNIT=unit,
-            NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **head_parts(head_dim, arch),
-            CAUSAL=causal, RETURN_LSE=return_lse, **config,
+            NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **parts, CAUSAL=causal, RETURN_LSE=return_lse,
+            **{name: value for name, value in config.items() if name != "loads"},
         )  # fmt: skip
     return out, lse
 
@@ -219,6 +244,12 @@ def head_parts(head_dim: int, arch: int | str) -> dict[str, int]:
     return {"MAIN": main, "QK_TAIL": max(tail, 16), "PV_TAIL": max(tail, 8 if narrow else 16)}
 
 
+def key_blocks(block_n: int, parts: dict[str, int]) -> list[Block]:
+    """[keys, heads, channels] of what is fetched of k, k's tail, v and v's tail at a time; None where there is no tail."""
+    widths = parts["MAIN"], parts["QK_TAIL"], parts["MAIN"], parts["PV_TAIL"]
+    return [[block_n, 1, width] if width else None for width in widths]
+
+
 def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> Config:
     """The tile where no table has one: few instructions a score in the compiled loop, and no spill.
 
@@ -242,7 +273,8 @@ def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: in
 
 
 def _tile(block_m: int, block_n: int, num_warps: int) -> Config:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+    return {**tile, "loads": "pointers"}  # descriptors where a table says so: only a clock tells the two apart
 
 
 def heads_that_stay_near(num_key_heads: int, group: int, bytes_per_key_head: int) -> int:
@@ -280,14 +312,16 @@ def compile_spec(
     return_lse: bool = False,
 ) -> CompileSpec:
     """One variant in a tile; `dtype` is Triton's name."""
-    data = f"*{dtype}:16"
+    data, parts = f"*{dtype}:16", head_parts(head_dim, arch)
+    fetched = describe_types(config, dtype, *key_blocks(config["BLOCK_N"], parts))
     # as the model calls it: q and k fresh from the rotation, v a view of the fused projection
     signature = {
         "out_ptr": data, "lse_ptr": "*fp32:16", "q_ptr": data, "k_ptr": data, "v_ptr": data,
+        **dict(zip(("k_desc", "k_tail_desc", "v_desc", "v_tail_desc"), fetched, strict=True)),
         "schedule_ptr": "*i32:16", "scale": "fp32", "num_tokens": "i32", "num_tiles": "i32", "near_heads": "i32",
         "stride_q_head": "i32", "stride_k_head": "i32", "stride_v_head": "i32", "STRIDE_Q": heads * head_dim,
         "STRIDE_K": key_heads * head_dim, "STRIDE_V": (heads + 2 * key_heads) * head_dim, "STRIDE_UNIT": 8,
-        "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **head_parts(head_dim, arch),
+        "NUM_HEADS": heads, "GROUP": heads // key_heads, "HEAD_DIM": head_dim, **parts,
         "CAUSAL": causal, "RETURN_LSE": return_lse, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
     }  # fmt: skip
     launch = config["num_warps"], config["num_stages"]
@@ -297,17 +331,20 @@ def compile_spec(
 def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The vision tower's and the text model's variants that ship for a target."""
 
-    def spec(label, dtype, heads, key_heads, head_dim, max_seqlen, causal, return_lse=False):
-        config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, max_seqlen)
+    def spec(label, dtype, heads, key_heads, head_dim, max_seqlen, causal, return_lse=False, **fields):
+        config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, max_seqlen) | fields
         return compile_spec(label, arch, config, dtype, heads, key_heads, head_dim, causal, return_lse)
 
+    described = "descriptors" in loads_of(arch)
     return [
         spec("vision bf16", "bf16", *VISION, 4096, causal=False),
         *([spec("vision bf16 up to 1024", "bf16", *VISION, 1024, causal=False)] if arch == 90 else []),
+        *([spec("vision bf16 descriptors", "bf16", *VISION, 4096, False, loads="descriptors")] if described else []),
         spec("vision bf16 lse", "bf16", *VISION, 4096, causal=False, return_lse=True),
         spec("vision fp16", "fp16", *VISION, 4096, causal=False),
         spec("vision fp32", "fp32", *VISION, 4096, causal=False),
         spec("text bf16", "bf16", *TEXT, 4096, causal=True),
+        *([spec("text bf16 descriptors", "bf16", *TEXT, 4096, True, loads="descriptors")] if described else []),
         spec("text fp16", "fp16", *TEXT, 4096, causal=True),
         spec("text fp32", "fp32", *TEXT, 4096, causal=True),
     ]

@@ -107,6 +107,16 @@ def test_no_candidate_for_amd_takes_statistics_in_the_product(timed):
         assert {config["statistics"] for config in candidates(shape, "bf16", "gfx942", 304, timed)} == {"separate"}
 
 
+@pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
+def test_descriptors_are_timed_where_the_chip_has_them(kernel):
+    shape = Shape(kernel, "vision" if kernel == "varlen_attention" else "block", 1, 1024)
+    for target in CHIPS:
+        loads = {c.get("loads") for c in candidates(shape, "bf16", target, 132, timed=True)}
+        both = {"pointers", "descriptors"} if target in ("sm_90", "sm_100", "sm_120") else {"pointers"}
+        assert loads == both
+        assert {c.get("loads") for c in candidates(shape, "bf16", target, 132, timed=False)} == {"pointers"}
+
+
 def test_the_projector_is_timed_on_both_paths_and_both_statistics():
     tried = candidates(Shape("patch_merge", "block", 1, 1024), "bf16", "sm_90", 132, timed=True)
     assert {config["path"] for config in tried} == {"triton", "cublas"}

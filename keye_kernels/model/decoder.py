@@ -10,7 +10,7 @@ from keye_kernels import ops
 
 from .cache import KVCache
 from .config import KeyeConfig
-from .linear import FusedLinear, embedding
+from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 
 
@@ -58,7 +58,7 @@ class TextAttention(nn.Module):
         self.mrope_section = list(config.mrope_section)
         sizes = [heads * config.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
         self.qkv_proj = FusedLinear(config.hidden_size, sizes, bias=False)
-        self.o_proj = nn.Linear(sizes[0], config.hidden_size, bias=False)
+        self.o_proj = Linear(sizes[0], config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
@@ -91,7 +91,7 @@ class TextMLP(nn.Module):
     def __init__(self, config: KeyeConfig):
         super().__init__()
         self.gate_up_proj = FusedLinear(config.hidden_size, [config.intermediate_size] * 2, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)

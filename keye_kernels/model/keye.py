@@ -16,6 +16,7 @@ from .checkpoint import allocate, load_weights, stored_dtype
 from .config import KeyeConfig
 from .decoder import Decoder
 from .generation import Sampler, Streamer, end_tokens
+from .linear import Linear
 from .positions import check_placeholders, rope_index
 from .projector import Projector
 from .vision import PixelNorm, VisionTower
@@ -44,7 +45,7 @@ class Keye(nn.Module):
         self.visual = VisionTower(config.vision_config, config.edition == "1.5", impl)
         self.mlp_AR = Projector(config, other)
         self.model = Decoder(config, impl)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie()
         if self.device.type != "meta":
             self.init_weights()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
+from keye_kernels.ops.linear import linear
 
 from .config import VisionConfig
-from .linear import FusedLinear, embedding
+from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 
 PIXEL_ORIGIN = 128
@@ -31,7 +32,7 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.impl = config.num_attention_heads, config.head_dim, impl
         self.qkv_proj = FusedLinear(config.hidden_size, [config.hidden_size] * 3, bias=True)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in self.qkv_proj(x))
@@ -43,8 +44,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -74,7 +75,7 @@ class VisionTower(nn.Module):
         self.config, self.segment_by_frame, self.impl = config, segment_by_frame, impl
         self.pixel_norm = PixelNorm()
         # A convolution with stride = kernel is a product: [C, 3 * 14 * 14]
-        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = embedding(config.table_side**2, config.hidden_size)
         self.layers = nn.ModuleList(VisionLayer(config, impl) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -101,7 +102,7 @@ class VisionTower(nn.Module):
             # Around 128 the grey levels are exact in every dtype, and the sums stay small
             pixel_values = pixel_values.to(weight.dtype) - PIXEL_ORIGIN
         patches = pixel_values.flatten(1).to(weight.dtype)[batch.raster_index]
-        x = F.linear(patches, weight, bias)
+        x = linear(patches, weight, bias)
         return ops.position_embedding_2d(x, self.position_embedding.weight, batch, impl=self.impl)
 
     def _fold_normalisation(self) -> tuple[Tensor, Tensor]:

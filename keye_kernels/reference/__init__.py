@@ -5,9 +5,10 @@ keeps memory linear in the number of tokens, and works under autograd. Arguments
 does that. Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 """
 
+from .linear import linear
 from .patch_merge import patch_merge_projection
 from .position_embedding import position_embedding_2d
 from .rope import rms_norm, rope
 from .varlen_attention import varlen_attention
 
-__all__ = ["patch_merge_projection", "position_embedding_2d", "rms_norm", "rope", "varlen_attention"]
+__all__ = ["linear", "patch_merge_projection", "position_embedding_2d", "rms_norm", "rope", "varlen_attention"]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
 from .rope import compute_dtype
 
 
@@ -36,7 +37,7 @@ def patch_merge_projection(
     merged = features.view(-1, width) if merge_index is None else features[merge_index].view(-1, width)
     if not before_merge:
         merged = _layer_norm(merged, norm_weight, norm_bias, eps)
-    return F.linear(F.gelu(F.linear(merged, linear_1_weight, linear_1_bias)), linear_2_weight, linear_2_bias)
+    return linear(F.gelu(linear(merged, linear_1_weight, linear_1_bias)), linear_2_weight, linear_2_bias)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

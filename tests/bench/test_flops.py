@@ -21,8 +21,10 @@ GRIDS = [(1, 4, 6), (2, 2, 4)]
 def counted(monkeypatch):
     """A function that runs a model and gives FLOPs: of linear layers, of attention.
 
-    A counter does not look into a registered operator, so each gets one within; and it knows fused attention on a GPU only.
+    A counter does not look into a registered operator, so each gets one within; it knows fused attention on a GPU only, and
+    no product of oneDNN's.
     """
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     inner = []
 
     def count_within(function):

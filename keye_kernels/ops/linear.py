@@ -1,0 +1,31 @@
+"""The model's linear layers. Compiled for a CPU they are an operator: Inductor would put BLAS in the place of what is faster."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as torch_linear
+
+from keye_kernels.reference.linear import linear as reference_linear
+from keye_kernels.reference.linear import needs_gradient
+
+from .registry import define
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] and weight [out, in] to [..., out], as `torch.nn.functional.linear`; no argument is checked."""
+    if not torch.compiler.is_compiling():
+        return reference_linear(x, weight, bias)
+    if x.device.type != "cpu" or needs_gradient(x, weight, bias):
+        return torch_linear(x, weight, bias)
+    return _linear_op(x, weight, bias)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference_linear(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+define("linear", "Tensor x, Tensor weight, Tensor? bias", "Tensor", _run, _fake)
+_linear_op = torch.ops.keye_kernels.linear.default

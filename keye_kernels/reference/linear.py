@@ -1,0 +1,41 @@
+"""x weightᵀ + bias, on a CPU by whichever of torch's ways through a float32 product is the fastest."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fewer multiplies than this are done before a product by oneDNN, or by parts, has begun
+LEAST_MULTIPLIES = 1 << 20
+MOST_PARTS = 32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `F.linear`: x [..., in] and weight [out, in] to [..., out].
+
+    In float32 on a CPU, and where no gradient is wanted, one row is multiplied by the parts of a weight side by side (torch's
+    matrix-vector product runs on one core), and several rows by oneDNN in place of BLAS: MKL uses the widest vectors on Intel's
+    processors only, and shares few rows badly among cores.
+    """
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or needs_gradient(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if x.numel() * weight.shape[0] < LEAST_MULTIPLIES or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    if x.numel() == weight.shape[1]:
+        return _one_row(x, weight, bias)
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, width = weight.shape
+    parts = math.gcd(out, MOST_PARTS)
+    column = x.reshape(width, 1).expand(parts, width, 1)
+    row = torch.bmm(weight.view(parts, out // parts, width), column).view(*x.shape[:-1], out)
+    return row if bias is None else row + bias

@@ -14,15 +14,15 @@ MOST_PARTS = 32
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`: x [..., in] and weight [out, in] to [..., out].
 
-    In float32 on a CPU, and where no gradient is wanted, one row is multiplied by the parts of a weight side by side (torch's
-    matrix-vector product runs on one core), and several rows by oneDNN in place of BLAS: MKL uses the widest vectors on Intel's
-    processors only, and shares few rows badly among cores.
+    In float32 on a CPU, and where no gradient is wanted, one row is multiplied by the parts of a tall weight side by side
+    (torch's matrix-vector product runs on one core), and all else by oneDNN in place of BLAS: MKL uses the widest vectors on
+    Intel's processors only, and shares few rows badly among cores.
     """
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or needs_gradient(x, weight, bias):
         return F.linear(x, weight, bias)
     if x.numel() * weight.shape[0] < LEAST_MULTIPLIES or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    if x.numel() == weight.shape[1]:
+    if x.numel() == weight.shape[1] <= weight.shape[0]:
         return _one_row(x, weight, bias)
     if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -36,6 +36,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, width = weight.shape
     parts = math.gcd(out, MOST_PARTS)
-    column = x.reshape(width, 1).expand(parts, width, 1)
+    # A column whose stride is 1, too, would be multiplied five times as slowly: BLAS is then told of a transposed weight
+    column = x.reshape(1, width).t().expand(parts, width, 1)
     row = torch.bmm(weight.view(parts, out // parts, width), column).view(*x.shape[:-1], out)
     return row if bias is None else row + bias

@@ -19,11 +19,18 @@ class Linear(nn.Linear):
 
 
 class FusedLinear(Linear):
-    """Several projections of one input in one product; `forward` returns their outputs as views of one buffer."""
+    """Several projections of one input, their parameters in one piece.
+
+    `forward` makes one product, whose parts it returns as views; on a CPU, which gains nothing by that, one for each part, so
+    that the memory of each can go on its own.
+    """
 
     def __init__(self, in_features: int, sizes: list[int], bias: bool):
         super().__init__(in_features, sum(sizes), bias=bias)
         self.sizes = sizes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x).split(self.sizes, dim=-1)
+        if x.device.type != "cpu":
+            return super().forward(x).split(self.sizes, dim=-1)
+        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+        return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))

@@ -47,10 +47,13 @@ class VisionMLP(nn.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def widen(self, x: Tensor) -> Tensor:
         # Nothing is as wide: unless a gradient needs it, it is there once in place of twice
         gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
-        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return gelu(self.fc1(x), approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.widen(x))
 
 
 class VisionLayer(nn.Module):
@@ -63,7 +66,8 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
-        return x + self.mlp(self.layer_norm2(x))
+        # In two steps: a call of the whole would hold the normalised patches beside what is four times as wide
+        return x + self.mlp.fc2(self.mlp.widen(self.layer_norm2(x)))
 
 
 class VisionTower(nn.Module):

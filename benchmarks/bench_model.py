@@ -87,4 +87,4 @@ def test_time_to_first_token(measure_stage, model, size):
 @pytest.mark.cases(impls=["transformers", "auto"], real={"real": None}, smoke={"small": None})
 def test_loading(measure_stage, model, device):
     with stages.checkpoint(model) as path:
-        measure_stage(stages.loading(path, device))
+        measure_stage(stages.loading(path, device, model.dtype))

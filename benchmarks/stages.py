@@ -249,9 +249,17 @@ def checkpoint(model: Keye) -> Iterator[Path]:
         yield path
 
 
-def loading(path: Path, device: torch.device) -> Case:
-    """From a folder to a model on `device`, in the dtype of the file; the floor reads the file's bytes into memory."""
+def loading(path: Path, device: torch.device, dtype: torch.dtype) -> Case:
+    """From a folder to a model on `device` whose weights have all been read once; the floor reads the file's bytes into memory.
+
+    Read once, since transformers only maps what it need not convert: the first forward would pay for the rest.
+    """
     file = path / "model.safetensors"
+
+    def read_once(model: torch.nn.Module) -> Tensor:
+        for parameter in model.parameters():
+            parameter.sum()
+        return model.mlp_AR.linear_2.weight
 
     def shell() -> Call:
         try:
@@ -262,7 +270,7 @@ def loading(path: Path, device: torch.device) -> Case:
             raise Unavailable(f"transformers: cannot import it ({error}); pip install transformers") from error
 
         def call() -> Tensor:
-            return AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).mlp_AR.linear_2.weight
+            return read_once(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device))
 
         return call
 
@@ -279,7 +287,7 @@ def loading(path: Path, device: torch.device) -> Case:
 
     make = {
         "transformers": shell,
-        "keye_kernels": lambda: lambda: Keye.from_pretrained(path, device=device).mlp_AR.linear_2.weight,
+        "keye_kernels": lambda: lambda: read_once(Keye.from_pretrained(path, dtype=dtype, device=device)),
     }
     return Case(Work(0, file.stat().st_size), make, read)
 

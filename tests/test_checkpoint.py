@@ -1,14 +1,18 @@
 """Loading: what is refused, what is accepted, and how much memory it takes."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import keye_kernels as kk
+from keye_kernels.model import checkpoint
 
 from .random_checkpoint import write_random_checkpoint
 from .tiny import CONFIG, prompt, save_checkpoint, tiny_model
@@ -164,3 +168,32 @@ else:
     peak, weights = map(int, result.stdout.split())
     assert weights > 200e6
     assert 0.9 * weights < peak < 1.15 * weights, peak / weights
+
+
+def test_large_parameters_lie_in_huge_pages():
+    """Where Linux gives them to who asks: filling is then bound by memory, not by one fault for every 4 KB."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+
+    def in_huge_pages():
+        return int(re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) * 1024
+
+    with torch.device("meta"):
+        model = torch.nn.Linear(4096, 8192, bias=False)
+    before = in_huge_pages()
+    checkpoint.allocate(model, torch.float32, torch.device("cpu"))
+    model.weight.data.fill_(1)
+    assert in_huge_pages() - before > 0.5 * model.weight.nbytes
+
+
+def test_a_file_is_mapped_anew_only_after_so_many_bytes(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *a: opened.append(a[0]) or safe_open(*a))
+    path = save_checkpoint(tiny_model(), tmp_path)
+    size = (path / "model.safetensors").stat().st_size
+    for limit in (size, size // 4):
+        opened.clear()
+        monkeypatch.setattr(checkpoint, "BYTES_PER_MAPPING", limit)
+        assert torch.equal(logits(kk.Keye.from_pretrained(path)), logits(tiny_model()))
+        assert (once := len(opened)) if limit == size else once < len(opened) <= once + 8

@@ -1,7 +1,9 @@
 """Checkpoints in the official layout: safetensors with Keye's tensor names, copied straight into the model's (fused) tensors."""
 
+import ctypes
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 UNUSED = ("visual.vision_model.head.", "visual.vision_model.embeddings.packing_position_embedding.")
 # A mapped file's pages count as memory of the process until it is unmapped, so it is mapped anew after each so many bytes
 BYTES_PER_MAPPING = 32 << 20
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE = 14  # of Linux, on every architecture that torch runs on
 
 
 def destinations(model: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +54,20 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
     """Gives a model on the meta device its memory, not yet filled (`to_empty` imports torch's whole tracer on the way)."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+            memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+            prefer_huge_pages(memory)
+            setattr(module, name, nn.Parameter(memory))
+
+
+def prefer_huge_pages(x: Tensor) -> None:
+    """Asks Linux for pages of 2 MB under a CPU tensor not yet written to: the kernel then fills it three times as fast.
+
+    Only a hint; where the system knows no such pages, or keeps them to itself, nothing changes.
+    """
+    start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    length = (x.data_ptr() + x.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+    if sys.platform == "linux" and x.device.type == "cpu" and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
 
 def load_weights(model: nn.Module, path: Path, *, progress: bool = False) -> None:
@@ -117,12 +134,17 @@ def _tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
 
 def _pieces(tensors: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, int, Tensor]]:
     """The rows of each tensor in pieces: name, first row, rows. A piece lives in the mapped file until the next is taken."""
+    handle, opened, mapped = None, None, 0
     for name, file in tensors:
         first, rows = 0, 1
         while first < rows:
-            with safe_open(file, "pt") as handle:
-                whole = handle.get_slice(name)
-                rows, *rest = whole.get_shape()
-                count = max(1, BYTES_PER_MAPPING // (4 * math.prod(rest)))
-                yield name, first, whole[first : first + count]
+            if file != opened or mapped >= BYTES_PER_MAPPING:
+                handle, opened, mapped = safe_open(file, "pt"), file, 0
+            whole = handle.get_slice(name)
+            rows, *rest = whole.get_shape()
+            count = max(1, BYTES_PER_MAPPING // (4 * math.prod(rest)))
+            piece = whole[first : first + count]
+            mapped += piece.nbytes
+            yield name, first, piece
+            del piece, whole
             first += count

@@ -3,9 +3,10 @@
     python -m benchmarks.compare --stage all --out compare.json
 
 Contestants take turns, round by round (A B C A B C ...; in loading A A B B C C), so that whatever else the machine does meets
-all of them. A first round warms up and checks that all put out the same. Printed are medians, their spread (interquartile range over median), the
-ratio to the baseline, taken round by round, and the share of the floor. The floor is the same products by torch.mm and
-torch.bmm and nothing else; for decoding, a sum over all bytes that a step must read; for loading, reading the file.
+all of them. A first round warms up and checks that all put out the same. Printed are medians, their spread (interquartile
+range over median), the ratio to the baseline, taken round by round, and the share of the floor. The floor is the same products
+by torch.mm and torch.bmm and nothing else; for decoding, a sum over all bytes that a step must read; for loading, reading the
+file.
 """
 
 import argparse

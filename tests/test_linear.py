@@ -78,6 +78,33 @@ def test_other_dtypes_are_torchs(rows, dtype):
     assert torch.equal(reference(*problem_), F.linear(*problem_))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_autocast_is_obeyed(rows, compiled):
+    layer = Linear(LARGE[1], LARGE[0])
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x, _, _ = problem(rows)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = run(x), F.linear(x, layer.weight, layer.bias)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+class Scaled(torch.Tensor):
+    """A weight of which only its own F.linear knows the product, as of sharded and quantised ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        plain = [x.as_subclass(torch.Tensor) if isinstance(x, Scaled) else x for x in arguments]
+        result = function(*plain, **(options or {}))
+        return 2 * result if function is F.linear else result
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_subclasses_of_tensors_keep_their_own_product(rows):
+    x, weight, bias = problem(rows)
+    torch.testing.assert_close(linear(x, weight.as_subclass(Scaled), bias), 2 * F.linear(x, weight, bias))
+
+
 def test_without_onednn_it_is_torchs(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(reference(*problem(4)), F.linear(*problem(4)))

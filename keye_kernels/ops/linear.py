@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from keye_kernels.reference.linear import has_other_ways
 from keye_kernels.reference.linear import linear as reference_linear
-from keye_kernels.reference.linear import needs_gradient
 
 from .registry import define
 
@@ -14,9 +14,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] and weight [out, in] to [..., out], as `torch.nn.functional.linear`; no argument is checked."""
     if not torch.compiler.is_compiling():
         return reference_linear(x, weight, bias)
-    if x.device.type != "cpu" or needs_gradient(x, weight, bias):
-        return torch_linear(x, weight, bias)
-    return _linear_op(x, weight, bias)
+    return (_linear_op if has_other_ways(x, weight, bias) else torch_linear)(x, weight, bias)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     (torch's matrix-vector product runs on one core), and all else by oneDNN in place of BLAS: MKL uses the widest vectors on
     Intel's processors only, and shares few rows badly among cores.
     """
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or needs_gradient(x, weight, bias):
+    if not has_other_ways(x, weight, bias):
         return F.linear(x, weight, bias)
     if x.numel() * weight.shape[0] < LEAST_MULTIPLIES or not weight.is_contiguous():
         return F.linear(x, weight, bias)
@@ -29,8 +29,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def has_other_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are plain float32 tensors of a CPU, of which neither a gradient nor autocast wants anything."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    # Of a subclass, sharded or quantised, only its own F.linear knows what a product is
+    return all(t.dtype == torch.float32 and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ def describe(config: Config, *blocks: tuple[Tensor, Block]) -> list[Any]:
 
     None for a block of None; None for all of them where the tile loads by pointers, or a tensor is not aligned for the engine.
     """
-    if config["loads"] == "pointers" or not all(_is_aligned(x) for x, _ in blocks):
+    if config["loads"] != "descriptors" or not all(_is_aligned(x) for x, _ in blocks):
         return [None] * len(blocks)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -33,7 +33,7 @@ def describe(config: Config, *blocks: tuple[Tensor, Block]) -> list[Any]:
 
 def describe_types(config: Config, dtype: str, *blocks: Block) -> list[str | None]:
     """The same for a `CompileSpec`; `dtype` is Triton's name."""
-    if config["loads"] == "pointers":
+    if config["loads"] != "descriptors":
         return [None] * len(blocks)
     return [block and f"tensordesc<{dtype}[{','.join(map(str, block))}]>" for block in blocks]
 

@@ -5,7 +5,6 @@ import torch
 from keye_kernels.model.config import VisionConfig
 from keye_kernels.model.vision import VisionTower
 
-
 C, WIDE = 288, 1072  # four times as wide, as in the real tower
 
 

@@ -12,10 +12,11 @@ OPERAND = 2  # bytes of a bf16 or fp16
 
 
 def candidates(shape: Shape, dtype: str, target: str, processors: int, timed: bool) -> list[Config]:
-    """The tiles to try for a shape, the heuristic's first.
+    """The tiles to try first for a shape, the heuristic's before all.
 
-    Unless `timed`, they are fewer, and what only a clock can tell apart is left as the heuristic has it: the number of
-    stages and the K step, pointers or descriptors, the projector's path, and who takes its statistics.
+    Unless `timed`, they are fewer, and what only a clock can tell apart is left as the heuristic has it: attention's
+    stages, pointers or descriptors, the projector's path, and who takes its statistics. Products keep the heuristic's K
+    step and stages here; `refine` varies those of the best.
     """
     first = heuristic(shape, dtype, target, processors)
     propose = {
@@ -28,6 +29,19 @@ def candidates(shape: Shape, dtype: str, target: str, processors: int, timed: bo
     proposed = [first, *(first | fields for fields in propose(shape, target, first, timed))]
     unique = {tuple(sorted(config.items())): config for config in proposed}
     return [config for config in unique.values() if config == first or _may_fit(shape, target, config)]
+
+
+def refine(shape: Shape, target: str, fastest: list[Config]) -> list[Config]:
+    """What to time in a second round: other K steps and stages of a product's fastest tiles, `fastest` first."""
+    if shape.kernel not in ("linear", "patch_merge"):
+        return []
+    varied = [
+        config | {"BLOCK_K": k, "num_stages": stages}
+        for config in [config for config in fastest if config.get("path") != "cublas"][:FEW]
+        for k in (32, 64, 128)
+        for stages in (2, 3, 4, 5)
+    ]
+    return [config for config in varied if _may_fit(shape, target, config)]
 
 
 def _rope(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
@@ -64,13 +78,9 @@ def _product(shape: Shape, target: str, first: Config, timed: bool) -> list[Conf
     tiles = [(128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)]
     if timed:
         tiles += [(128, 128, 4), (64, 256, 8), (64, 256, 4)]
-    steps = (32, 64, 128) if timed else (first["BLOCK_K"],)
-    stages = (2, 3, 4, 5) if timed else (first["num_stages"],)
     return [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": s, "loads": loads}
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "loads": loads}
         for m, n, warps in tiles
-        for k in steps
-        for s in stages
         for loads in (loads_of(arch_of(target)) if timed else (first["loads"],))
     ]
 

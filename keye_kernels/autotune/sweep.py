@@ -15,7 +15,7 @@ from ..triton import tiles
 from ..triton.compile import CHIPS
 from ..triton.matmul import multiprocessors
 from ..triton.tiles import Config
-from .candidates import candidates
+from .candidates import candidates, refine
 from .checking import Checker
 from .choosing import Measured, choose
 from .kernels import DTYPES, heuristic, table_key
@@ -25,6 +25,7 @@ from .records import Record, Records
 from .shapes import Shape
 
 MARGIN = 0.02  # of a median: less is noise, and the heuristic's tile stays
+HOPELESS = 1.3  # times the fastest so far: a tile that a glance finds slower is not timed at length
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Machine:
     device: torch.device
     target: str
     processors: int
-    bench: Callable[[Callable[[], Any]], list[float]]  # milliseconds: median, 20th and 80th percentile
+    # A launch and the fastest median so far, to milliseconds: median, 20th and 80th percentile
+    bench: Callable[[Callable[[], Any], float | None], list[float]]
     compiler: Callable[[], AbstractContextManager[Compiler]] = compiler
 
 
@@ -42,9 +44,15 @@ def on_this_gpu() -> Machine:
     """The current CUDA or ROCm device, timed by Triton's `do_bench`."""
     from triton.testing import do_bench
 
+    quantiles = [0.5, 0.2, 0.8]
+
+    def bench(run: Callable[[], Any], fastest: float | None) -> list[float]:
+        glance = do_bench(run, warmup=1, rep=5, quantiles=quantiles)
+        hopeless = fastest is not None and glance[0] > HOPELESS * fastest
+        return glance if hopeless else do_bench(run, quantiles=quantiles)
+
     device = torch.device("cuda", torch.cuda.current_device())
-    processors = multiprocessors(device)[1]
-    return Machine(device, tiles.target_name(device), processors, lambda run: do_bench(run, quantiles=[0.5, 0.2, 0.8]))
+    return Machine(device, tiles.target_name(device), multiprocessors(device)[1], bench)
 
 
 @dataclass
@@ -106,10 +114,16 @@ def sweep(
         tqdm(total=sum(map(len, left.values())), unit="tile", file=sys.stderr, disable=None) as progress,
     ):
         try:
+            for shape in shapes:  # the pool compiles ahead of the clock
+                compile_pool.submit(_variants(machine, shape, dtype, left[shape]))
             for shape in shapes:
                 progress.set_description(str(shape))
-                _prune(machine, shape, dtype, left[shape], opened[shape], compile_pool, progress)
-                _time(machine, shape, dtype, left[shape], opened[shape], progress)
+                record = opened[shape]
+                _try(machine, shape, dtype, left[shape], record, compile_pool, progress)
+                fastest = [config for config, _ in sorted(record.timings, key=lambda timing: timing[1][0])]
+                further = [c for c in refine(shape, machine.target, fastest) if not record.knows(c)]
+                progress.total += len(further)
+                _try(machine, shape, dtype, further, record, compile_pool, progress)
                 _save(machine, records, shape.kernel, outcome)
                 done += 1
         except (KeyboardInterrupt, RuntimeError):
@@ -121,34 +135,32 @@ def sweep(
     return outcome
 
 
-def _prune(
-    machine: Machine, shape: Shape, dtype: str, left: list[Config], record: Record, pool: Compiler, progress: tqdm
-) -> None:
-    """Rejects what does not compile, spills in a loop or does not fit, before anything of the shape is timed."""
+def _variants(machine: Machine, shape: Shape, dtype: str, configs: list[Config]) -> list[Variant]:
     if machine.target not in CHIPS:
+        return []
+    return [Variant.of(machine.target, shape.kernel, shape.part, dtype, config, every=True) for config in configs]
+
+
+def _try(
+    machine: Machine, shape: Shape, dtype: str, configs: list[Config], record: Record, pool: Compiler, progress: tqdm
+) -> None:
+    """Rejects what does not compile, spills in a loop, does not fit or is wrong, and times the rest."""
+    if not configs:
         return
-    variants = [Variant.of(machine.target, shape.kernel, shape.part, dtype, config, every=True) for config in left]
+    variants = _variants(machine, shape, dtype, configs)
     pool.submit(variants)
-    for config, variant in zip(left, variants, strict=True):
-        if why := pool.failures(variant):
-            record.rejected.append((config, "; ".join(why)))
-            progress.update()
-
-
-def _time(machine: Machine, shape: Shape, dtype: str, left: list[Config], record: Record, progress: tqdm) -> None:
-    todo = [config for config in left if not record.knows(config)]
-    if not todo:
-        return
+    unfit = [pool.failures(variant) for variant in variants] or [[]] * len(configs)
     problem = make_problem(shape, DTYPES[dtype], machine.device)
     checker = Checker(problem, DTYPES[dtype])
-    for config in todo:
+    for config, why in zip(configs, unfit, strict=True):
         try:
-            wrong = checker.error(config)
-            if wrong is None:
-                times = machine.bench(lambda config=config: problem.launch(config))
-                record.timings.append((config, [round(1000 * time, 2) for time in times]))
-            else:
+            wrong = "; ".join(why) or checker.error(config)
+            if wrong:
                 record.rejected.append((config, wrong))
+            else:
+                fastest = min((times[0] / 1000 for _, times in record.timings), default=None)
+                times = machine.bench(lambda config=config: problem.launch(config), fastest)
+                record.timings.append((config, [round(1000 * time, 2) for time in times]))
         except Exception as error:  # whatever compiler, driver or launch raise is the finding
             record.rejected.append((config, f"{type(error).__name__}: {str(error).strip()[:200]}"))
             _check_device(machine.device, config)

@@ -7,7 +7,7 @@ import pytest
 
 from keye_kernels import autotune
 from keye_kernels.autotune import ranking
-from keye_kernels.autotune.candidates import candidates
+from keye_kernels.autotune.candidates import candidates, refine
 from keye_kernels.autotune.choosing import Measured, choose
 from keye_kernels.autotune.kernels import heuristic, table_key
 from keye_kernels.autotune.shapes import KERNELS, SETS, Shape, load_shapes
@@ -121,6 +121,21 @@ def test_the_projector_is_timed_on_both_paths_and_both_statistics():
     tried = candidates(Shape("patch_merge", "block", 1, 1024), "bf16", "sm_90", 132, timed=True)
     assert {config["path"] for config in tried} == {"triton", "cublas"}
     assert {config["statistics"] for config in tried} == {"separate", "fused"}
+
+
+@pytest.mark.parametrize("kernel", ["linear", "patch_merge"])
+def test_the_fastest_products_are_tried_with_every_pipeline(kernel):
+    shape = Shape(kernel, "block", 1, 1024)
+    tried = candidates(shape, "bf16", "sm_90", 132, timed=True)
+    assert len({(config.get("BLOCK_K"), config.get("num_stages")) for config in tried}) == 1
+    fastest = [config for config in tried if config.get("path") != "cublas"][:4]
+    found = refine(shape, "sm_90", [*({"path": "cublas"},) * (kernel == "patch_merge"), *fastest])
+    assert {(config["BLOCK_K"], config["num_stages"]) for config in found} >= {(32, 5), (64, 2), (64, 4), (128, 2)}
+    pipeline = ("BLOCK_K", "num_stages")
+    tiles = [{name: value for name, value in config.items() if name not in pipeline} for config in found]
+    assert all(any(tile.items() <= config.items() for tile in tiles) for config in fastest[:3])
+    assert not any(tile.items() <= fastest[3].items() for tile in tiles)
+    assert refine(Shape("rope", "text", 1, 1024), "sm_90", fastest) == []
 
 
 def measured(bucket, costs, default="a", kernel="rope"):

@@ -27,7 +27,7 @@ class Stub:
     def __init__(self):
         self.tried = candidates(SMALL, "fp16", "sm_90", 132, timed=True)
         self.microseconds = dict.fromkeys(range(len(self.tried)), 100.0)
-        self.bad, self.benched, self.launched, self.stop_after = {}, [], None, None
+        self.bad, self.benched, self.fastest, self.launched, self.stop_after = {}, [], [], None, None
 
     def number(self, config):
         return self.tried.index(config)
@@ -52,7 +52,8 @@ class Stub:
 
         return Problem(launch, lambda dtype: (x.to(dtype),), torch.arange(8))
 
-    def bench(self, run):
+    def bench(self, run, fastest):
+        self.fastest.append(fastest)
         if self.stop_after == len(self.benched):
             raise KeyboardInterrupt
         run()
@@ -147,6 +148,25 @@ def test_an_interrupted_sweep_keeps_what_it_found_and_goes_on(stub, tmp_path, mo
     assert stub.benched == [] and len(outcome.entries["rope"]) == 2
     stub.sweep(tmp_path, [SMALL, LARGE])
     assert stub.benched == 2 * list(range(count))
+
+
+def test_a_second_round_starts_from_the_fastest_and_is_resumed_like_the_first(stub, tmp_path, monkeypatch):
+    first, late = stub.tried[:-1], stub.tried[-1]
+    monkeypatch.setattr(sweeping, "candidates", lambda *arguments, **options: first)
+    asked = []
+    monkeypatch.setattr(sweeping, "refine", lambda shape, target, fastest: asked.append(fastest[0]) or [late, first[2]])
+    stub.microseconds |= {3: 60.0, len(first): 50.0}
+    stub.sweep(tmp_path)
+    assert asked == [stub.tried[3]] and served(tmp_path, monkeypatch) == late
+    assert stub.benched == list(range(len(stub.tried)))
+    stub.sweep(tmp_path, resume=True)
+    assert len(stub.benched) == len(stub.tried)
+
+
+def test_the_clock_is_told_of_the_fastest_so_far(stub, tmp_path):
+    stub.microseconds |= {1: 80.0, 2: 90.0}
+    stub.sweep(tmp_path)
+    assert stub.fastest[:4] == [None, 0.1, 0.08, 0.08]
 
 
 def test_resuming_with_other_versions_starts_again(stub, tmp_path, monkeypatch):

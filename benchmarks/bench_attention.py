@@ -29,7 +29,9 @@ SMOKE = {
 
 
 @pytest.mark.benchmark(group="varlen_attention")
-@pytest.mark.cases(impls=["official", "compiled", "sdpa", "flash_attn", *peers.OURS], real=REAL, smoke=SMOKE)
+@pytest.mark.cases(
+    impls=["official", "compiled", "sdpa", "torch_flash", "flash_attn", *peers.OURS], real=REAL, smoke=SMOKE
+)
 def test_varlen_attention(measure, impl, size, dtype, device, request):
     lengths, heads, kv_heads, head_dim, causal = size
     tokens, dtype = sum(lengths), getattr(torch, dtype)
@@ -53,6 +55,8 @@ def test_varlen_attention(measure, impl, size, dtype, device, request):
             return peers.compiled(official, q, k, v, smoke=request.config.getoption("benchmark_disable"))
         if impl == "sdpa":
             return lambda: peers.sdpa_segments(q, k, v, offsets, causal)
+        if impl == "torch_flash":
+            return peers.torch_flash(q, k, v, cu_seqlens, max_seqlen, causal)
         if impl == "flash_attn":
             return peers.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal)
         peers.check_ours(impl, device)

@@ -1,7 +1,8 @@
 """Whether and how the implementations that a benchmark compares can run here.
 
-`official` is the official code's eager maths (`baseline`), `compiled` torch.compile of it, `sdpa` torch's attention, `liger` and
-`flash_attn` the packages of that name, `reference`, `triton` and `auto` ours. What cannot run raises `Unavailable`.
+`official` is the official code's eager maths (`baseline`), `compiled` torch.compile of it, `sdpa` torch's attention, `torch_flash`
+the FlashAttention-2 for packed sequences that torch brings, `liger` and `flash_attn` the packages of that name, `reference`,
+`triton` and `auto` ours. What cannot run raises `Unavailable`.
 """
 
 import os
@@ -99,6 +100,16 @@ def flash_attention(
     with _imports("flash_attn", "flash-attn"):
         from flash_attn import flash_attn_varlen_func
     return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
+
+
+def torch_flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> Callable[[], Tensor]:
+    """torch's own FlashAttention-2 of packed sequences; what `torch.nn.attention.varlen` calls, and older torch has too."""
+    _require_cuda("torch_flash", q)
+    attend = torch.ops.aten._flash_attention_forward
+    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return lambda: attend(q, k, v, *lengths, 0.0, causal, False, scale=q.shape[-1] ** -0.5)[0]
 
 
 def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], causal: bool) -> Tensor:

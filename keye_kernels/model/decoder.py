@@ -32,6 +32,10 @@ class TextBatch:
 
 def prompt_segments(attention_mask: Tensor) -> Tensor:
     """[3B+1] int32 `cu_seqlens` of rows [B, S] whose tokens stand together: padding attends to padding only."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        # Tensors made in inference mode count no versions: every layer would read the offsets again, and wait for them
+        with torch.inference_mode(False):
+            return prompt_segments(attention_mask)
     length = attention_mask.shape[1]
     count = attention_mask.sum(1)
     # A row of padding only is one segment: argmax of zeros is 0

@@ -8,9 +8,9 @@ from torch.library import opcheck
 import keye_kernels as kk
 from examples.train_small import world
 from examples.train_small.evaluate import answer, fresh
-from keye_kernels.geometry import VisionBatch
 
 from ..golden import golden
+from ..tiny import prompt, tiny_model
 
 IMPLEMENTATIONS = ("reference", "triton")
 LOGITS_TOLERANCE = {"preview": 1e-4, "v1_5": 1e-3}  # those of the golden READMEs
@@ -135,19 +135,18 @@ def test_compiles_at_two_sizes_without_recompiling():
     torch._dynamo.reset()
 
 
-def test_a_tower_reads_its_offsets_once(monkeypatch):
-    """27 layers on a GPU must not stall 27 times: the offsets come to the host once a batch."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tower_and_decoder_read_their_offsets_once(monkeypatch, mode):
+    """27 and 36 layers on a GPU must not stall so often: the offsets come to the host once a batch."""
     from keye_kernels.triton import schedule
 
     reads = []
     read = schedule._read_offsets
     monkeypatch.setattr(schedule, "_read_offsets", lambda offsets: reads.append(1) or read(offsets))
-    with torch.inference_mode():
-        batch = VisionBatch.build(torch.tensor([[1, 4, 4], [1, 2, 4]]), 24, table_side=6)
-        for _ in range(3):
-            q, k, v = torch.randn(3, 24, 1, 8).unbind(0)
-            kk.ops.varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, impl="triton")
-    assert len(reads) == 1
+    model = tiny_model(num_hidden_layers=3)
+    with mode(), kk.use_impl("triton"):
+        model(**prompt([(1, 4, 2)]))
+    assert len(reads) == 2
 
 
 def test_the_small_model_answers_through_the_kernels_as_through_the_reference():

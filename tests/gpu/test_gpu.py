@@ -1,0 +1,157 @@
+"""What only a GPU can show: machine code that runs. `keye-kernels verify` checks the operators' numbers; these check the rest.
+
+TRITON_INTERPRET=0 pytest tests/gpu -n 0
+"""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import keye_kernels as kk
+from tests.golden import golden
+from tests.test_golden_preview import CASES, TOLERANCES, inputs_of
+from tests.test_golden_v1_5 import LOGITS_TOLERANCE, MODEL_CASES, split
+from tests.tiny import prompt, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs a GPU, and kernels that are compiled: TRITON_INTERPRET=0",
+)
+CUDA = torch.device("cuda")
+
+
+def on_gpu(inputs):
+    return {name: value if name.endswith("grid_thw") else value.to(CUDA) for name, value in inputs.items()}
+
+
+def check_golden(edition, inputs, logits, tokens, tolerance):
+    model = kk.Keye.from_pretrained(golden(edition), dtype=torch.float32, device=CUDA, impl="triton")
+    mask, inputs = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool(), on_gpu(inputs)
+    with torch.no_grad():
+        found = model(**inputs).logits.cpu()
+    torch.testing.assert_close(found[mask], logits[mask], atol=tolerance, rtol=0)
+    length = inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=tokens.shape[1], eos_token_id=())[:, length:]
+    assert torch.equal(generated.cpu(), tokens)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_preview_gives_the_official_logits_and_tokens(name):
+    case = load_file(golden("preview", f"case_{name}.safetensors"))
+    check_golden("preview", inputs_of(case), case["logits"], case["generated"], TOLERANCES["logits"])
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_1_5_gives_the_official_logits_and_tokens(name):
+    inputs, outputs = split(load_file(golden("v1_5", "cases.safetensors")), name)
+    check_golden("v1_5", inputs, outputs["logits"], outputs["greedy_tokens"].long(), LOGITS_TOLERANCE)
+
+
+@pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_copy_engine_fetches_what_pointers_read(kernel, dtype):
+    if torch.cuda.get_device_capability() < (9, 0) or torch.version.hip:
+        pytest.skip("tensor descriptors are for Hopper and later")
+    from keye_kernels.autotune.candidates import candidates
+    from keye_kernels.autotune.checking import Checker
+    from keye_kernels.autotune.kernels import DTYPES
+    from keye_kernels.autotune.problems import make_problem
+    from keye_kernels.autotune.shapes import Shape
+    from keye_kernels.triton.tiles import target_name
+
+    parts = {"varlen_attention": ("vision", "text"), "patch_merge": ("block", "raster")}
+    for part in parts.get(kernel, ("block",)):
+        shape = Shape(kernel, part, 3, 300)
+        problem = make_problem(shape, DTYPES[dtype], CUDA)
+        checker = Checker(problem, DTYPES[dtype])
+        first = candidates(shape, dtype, target_name(CUDA), 132, timed=True)[0] | {"num_warps": 4, "num_stages": 2}
+        tile = first | {"BLOCK_M": 64, "BLOCK_N": 64}
+        assert checker.error(tile | {"loads": "descriptors"}) is None
+        [pointers, descriptors] = (problem.launch(tile | {"loads": loads})[0] for loads in ("pointers", "descriptors"))
+        assert torch.equal(pointers, descriptors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_of_the_whole_forward_gives_the_same_numbers(dtype):
+    torch._dynamo.reset()
+    model = tiny_model().to(CUDA, dtype)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    allowed = 1e-4 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        for seed, grids in enumerate([[(1, 4, 6)], [(1, 8, 2)]]):
+            inputs = on_gpu(prompt(grids, seed=seed))
+            expected, found = model(**inputs), compiled(**inputs)
+            torch.testing.assert_close(found.logits, expected.logits, atol=allowed, rtol=allowed)
+            token = expected.logits[:, -1:].argmax(-1)
+            after, after_found = model(token, cache=expected.cache), compiled(token, cache=found.cache)
+            torch.testing.assert_close(after_found.logits, after.logits, atol=allowed, rtol=allowed)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_prompt_waits_for_the_gpu_a_few_times_and_not_in_every_layer(mode):
+    model, inputs = tiny_model(num_hidden_layers=6).to(CUDA), on_gpu(prompt([(1, 4, 6)]))
+    with mode():
+        model(**inputs)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchroniz") as waits:
+                model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 6, [str(wait.message) for wait in waits]
+
+
+def test_a_decoding_step_never_waits_for_the_gpu():
+    model, inputs = tiny_model().to(CUDA), on_gpu(prompt([(1, 4, 6)]))
+    with torch.no_grad():
+        output = model(**inputs)
+        token = output.logits[:, -1:].argmax(-1)
+        model(token, cache=output.cache)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(token, cache=output.cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_after_a_warm_up_nothing_is_compiled():
+    from triton import knobs
+
+    model = tiny_model().to(CUDA, torch.bfloat16)
+    report = kk.warmup(model, grids=[(1, 8, 10)], prompt_lengths=[40])
+    assert report.compiled + report.cached > 0 and "1 sizes" not in report.note
+    asked = []
+    before, knobs.compilation.listener = knobs.compilation.listener, lambda **event: asked.append(event)
+    try:
+        with torch.no_grad():
+            model(**on_gpu(prompt([(1, 8, 10)], lead=15)))
+    finally:
+        knobs.compilation.listener = before
+    assert asked == []
+
+
+def test_the_tuner_times_and_its_table_serves(tmp_path, monkeypatch):
+    from keye_kernels.autotune.shapes import Shape
+    from keye_kernels.autotune.sweep import on_this_gpu, sweep
+    from keye_kernels.triton import tiles
+
+    monkeypatch.setenv("KEYE_KERNELS_TILES", str(tmp_path))
+    outcome = sweep(on_this_gpu(), [Shape("rope", "vision", 1, 1024)], "bf16", tmp_path)
+    [entry] = outcome.entries["rope"]
+    assert 0 < entry["median_us"] < 1000 and outcome.path.is_file()
+    tiles.clear_cache()
+
+
+def test_the_transformers_model_gives_the_official_tokens():
+    transformers = pytest.importorskip("transformers")
+    import keye_kernels.auto  # noqa: F401
+
+    case = load_file(golden("preview", "case_b_two_images.safetensors"))
+    inputs, tokens = on_gpu(inputs_of(case)), case["generated"]
+    model = transformers.AutoModelForImageTextToText.from_pretrained(golden("preview"), dtype=torch.float32).to(CUDA)
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": tokens.shape[1]}
+    found = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(found.cpu(), tokens)

@@ -1,7 +1,7 @@
 """Whether and how the implementations that a benchmark compares can run here.
 
-`official` is the official code's eager maths (`baseline`), `compiled` torch.compile of it, `sdpa` torch's attention, `torch_flash`
-the FlashAttention-2 for packed sequences that torch brings, `liger` and `flash_attn` the packages of that name, `reference`,
+`official` is the official code's eager maths (`baseline`), `compiled` torch.compile of it, `sdpa` torch's attention,
+`torch_flash` the packed FlashAttention-2 that torch brings, `liger` and `flash_attn` the packages of that name, `reference`,
 `triton` and `auto` ours. What cannot run raises `Unavailable`.
 """
 

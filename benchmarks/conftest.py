@@ -69,7 +69,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if on_gpu() and item.get_closest_marker("cases"):
-            item.add_marker(pytest.mark.benchmark(timer=event_timer))
+            # pytest-benchmark reads the closest of its markers only, so that what the test's own says must come along
+            options = item.get_closest_marker("benchmark").kwargs
+            item.add_marker(pytest.mark.benchmark(**options, timer=event_timer), append=False)
 
 
 @pytest.fixture

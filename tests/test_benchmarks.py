@@ -55,11 +55,30 @@ def test_double(measure, impl, size, dtype, device):
 """
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
+# What the suite does on a GPU at the end of its collection, with another clock in place of CUDA's events
+ON_GPU = """
+import time
+import pytest
+from benchmarks import conftest as suite
+
+def clock_of_the_gpu():
+    return time.perf_counter()
+
+suite.event_timer = clock_of_the_gpu
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection_modifyitems():
+    before, suite.on_gpu = suite.on_gpu, lambda: True
+    yield
+    suite.on_gpu = before
+"""
+
+
+def run_suite(folder, **files):
     """The text and the JSON of a timed run of CASES."""
-    folder = tmp_path_factory.mktemp("suite")
-    (folder / "bench_double.py").write_text(CASES)
+    files |= {"bench_double": CASES}
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "bench_double.py", "-p", "benchmarks.conftest", "-rs", "-p", "no:xdist"]
     # A worker of xdist would be taken for one, and not time
@@ -69,6 +88,18 @@ def suite(tmp_path_factory):
         [*command, "--benchmark-json=out.json"], cwd=folder, env=environment, capture_output=True, text=True
     )
     return run.stdout + run.stderr, json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    return run_suite(tmp_path_factory.mktemp("suite"))
+
+
+def test_a_gpu_is_timed_by_its_own_clock(suite, tmp_path):
+    _, found = run_suite(tmp_path, conftest=ON_GPU)
+    [case], [elsewhere] = found["benchmarks"], suite[1]["benchmarks"]
+    assert case["options"]["timer"] == "clock_of_the_gpu" and elsewhere["options"]["timer"] == "perf_counter"
+    assert case["group"] == "double"
 
 
 def test_a_wrong_implementation_fails_and_gets_no_number(suite):

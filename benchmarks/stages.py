@@ -19,6 +19,7 @@ from torch import Tensor
 from keye_kernels.geometry import segment_lengths
 from keye_kernels.model import Keye, KeyeConfig, VisionConfig
 from keye_kernels.model.checkpoint import allocate, destinations
+from keye_kernels.model.step_graph import decoding_step
 
 from .baseline import Baseline
 from .measuring import Work, nbytes
@@ -217,11 +218,12 @@ def decode(model: Keye, rows: int, cached: int) -> Case:
         for index, (key, value) in enumerate(past):
             cache.keys[index][:, :cached], cache.values[index][:, :cached] = key.transpose(1, 2), value.transpose(1, 2)
         cache.valid[:, :cached] = True
-        cache.is_empty, length = False, torch.tensor(cached, device=device)
+        cache.is_empty = False
+        step = decoding_step(model, cache, steps=rows * cached)
 
         def call() -> Tensor:
-            cache.length = length
-            return model(token, cache=cache).logits
+            cache.length.fill_(cached)
+            return step(token)
 
         return call
 

@@ -6,6 +6,7 @@ side by side, blocks row by row; attention does not care, and the merge becomes 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -65,8 +66,9 @@ class VisionBatch:
             tensors = patch_tensors(grids, table_side, merge_size, order)
             # Tensors made in inference mode count no versions, and what follows from the offsets could not be remembered
             with torch.inference_mode(False):
-                cu_seqlens = cumulative(lengths).to(device)
-            position_ids, corner_index, corner_weight, raster_index, merge_index = (t.to(device) for t in tensors)
+                cu_seqlens = cumulative(lengths).to(device, non_blocking=True)
+            moved = (t.to(device, non_blocking=True) for t in tensors)
+            position_ids, corner_index, corner_weight, raster_index, merge_index = moved
         merge_index = None if order == "block" else merge_index
         return cls(cu_seqlens, max_seqlen, position_ids, corner_index, corner_weight, raster_index, merge_index)
 
@@ -105,29 +107,36 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
     positions, corners, weights, raster, merged = [], [], [], [], []
     first = 0
     for t, h, w in grids:
-        row, column = torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)
-        at = torch.arange(h * w).view(h, w)
-        by_block = _block_order(at, merge_size)
-        frame = by_block if order == "block" else at.flatten()
-        index, weight = _bilinear_corners(h, w, table_side)
-        positions.append(torch.stack((row, column)).reshape(2, -1)[:, frame].repeat(1, t))
-        corners.append(index[frame].repeat(t, 1))
-        weights.append(weight[frame].repeat(t, 1))
+        position, index, weight, frame, by_block = _frame_tensors(h, w, table_side, merge_size, order)
+        positions.append(position.repeat(1, t))
+        corners.append(index.repeat(t, 1))
+        weights.append(weight.repeat(t, 1))
         starts = first + h * w * torch.arange(t)[:, None]
         raster.append((starts + frame).flatten())
         merged.append((starts + by_block).view(-1, merge_size**2))
         first += t * h * w
     if not grids:
-        positions, raster = [torch.zeros(2, 0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-        corners, weights = [torch.zeros(0, 4, dtype=torch.int64)], [torch.zeros(0, 4)]
+        positions, raster = [torch.zeros(2, 0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
+        corners, weights = [torch.zeros(0, 4, dtype=torch.int32)], [torch.zeros(0, 4)]
         merged = [torch.zeros(0, merge_size**2, dtype=torch.int64)]
     return (
-        torch.cat(positions, dim=1).int(),
-        torch.cat(corners).int(),
+        torch.cat(positions, dim=1),
+        torch.cat(corners),
         torch.cat(weights),
         torch.cat(raster),
         torch.cat(merged).int(),
     )
+
+
+@lru_cache(maxsize=64)  # a batch has frames of one size, and a service a few sizes
+def _frame_tensors(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
+    """Of one frame: positions, corners and their weights, and in raster indices the order of its patches and block order."""
+    row, column = torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)
+    at = torch.arange(h * w).view(h, w)
+    by_block = _block_order(at, merge_size)
+    frame = by_block if order == "block" else at.flatten()
+    index, weight = _bilinear_corners(h, w, table_side)
+    return torch.stack((row, column)).reshape(2, -1)[:, frame].int(), index[frame].int(), weight[frame], frame, by_block
 
 
 def _block_order(at: Tensor, merge_size: int) -> Tensor:

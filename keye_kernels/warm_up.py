@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -150,27 +149,23 @@ def _compile(steps: Sequence[Callable[[], object]], ready: Callable[[], object])
     nothing.
     """
     from triton import knobs
-    from triton.runtime.jit import JITFunction
+
+    from .triton.launch import compile_only
 
     hits: list[bool] = []
-    launch, thread, listener = JITFunction.run, get_ident(), knobs.compilation.listener
-
-    def compile_without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        # Other threads may be serving already
-        return launch(self, *args, grid=grid, warmup=warmup or get_ident() == thread, **kwargs)
+    listener = knobs.compilation.listener
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         hits.append(cache_hit)
         ready()
 
-    JITFunction.run = compile_without_launch
     knobs.compilation.listener = listen
     try:
-        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool, _beside_each_other(pool):
+        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        with pool, _beside_each_other(pool), compile_only():
             for step in steps:
                 step()
     finally:
-        JITFunction.run = launch
         knobs.compilation.listener = listener
     return hits.count(False), hits.count(True)
 

@@ -13,7 +13,7 @@ from keye_kernels import doctor, reference
 from keye_kernels.doctor import machine
 from keye_kernels.doctor.versions import PACKAGES, REQUIRED, Package, version_problems
 
-GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.4.6", "transformers": "5.23.0"}
+GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
 OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "varlen_attention"]
 
 
@@ -80,6 +80,12 @@ def test_versions_that_go_together_are_no_problem():
         ({"vllm": "0.32.0"}, None, "vllm 0.32.0 does not work", 'pip install "transformers>=4.57,<5.20"'),
         ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.32", 'pip install -U "vllm>=0.32"'),
         ({"kernels": "0.18.1"}, None, "kernels 0.18.1 fails", 'pip install -U "kernels>=0.18.2"'),
+        (
+            {"triton": "3.6.0", "numpy": "2.4.0"},
+            None,
+            "interpreter of Triton 3.6.0 fails with numpy 2.4.0",
+            'pip install "numpy<2.4"',
+        ),
         ({"torch": None}, None, "torch is not installed", 'pip install "torch>=2.6"'),
         ({"PIL": None}, None, "PIL is not installed", "pip install pillow"),
     ],
@@ -167,5 +173,10 @@ def test_the_tile_table_in_effect_is_named(tmp_path, monkeypatch):
     assert str(files[0]) in machine.find_tiles("cuda")["note"]
     files[1].write_text(json.dumps({"method": "timed", "triton": "3.9.0"}))
     assert machine.find_tiles("cuda") == {"table": str(files[1]), "method": "timed", "triton": "3.9.0"}
+    files[0].write_text(json.dumps({"method": "ranked, not timed", "triton": "1.0.0"}))
+    assert machine.find_tiles("cuda")["table"] == str(files[1])
+    files[1].unlink()
+    note = machine.find_tiles("cuda")["note"]
+    assert f"{files[0]} is passed over: ranked with Triton 1.0.0" in note and "heuristics" in note
     files[0].write_text('{"method": ')
     assert "ignored: JSONDecodeError" in machine.find_tiles("cuda")["error"]

@@ -2,6 +2,7 @@
 
 from ..triton.compile import CHIPS
 from ..triton.descriptors import loads_of
+from ..triton.patch_merge import INDEX_STAGES
 from ..triton.tiles import Config
 from .kernels import arch_of, heuristic, warp_size
 from .shapes import Shape
@@ -15,15 +16,15 @@ def candidates(shape: Shape, dtype: str, target: str, processors: int, timed: bo
     """The tiles to try first for a shape, the heuristic's before all.
 
     Unless `timed`, they are fewer, and what only a clock can tell apart is left as the heuristic has it: attention's
-    stages, pointers or descriptors, the projector's path, and who takes its statistics. Products keep the heuristic's K
-    step and stages here; `refine` varies those of the best.
+    stages, pointers or descriptors, a product's path, and who takes the projector's statistics. Products keep the
+    heuristic's K step and stages here; `refine` varies those of the best.
     """
     first = heuristic(shape, dtype, target, processors)
     propose = {
         "rope": _rope,
         "position_embedding_2d": _position_embedding,
         "varlen_attention": _attention,
-        "linear": _product,
+        "linear": _linear,
         "patch_merge": _patch_merge,
     }[shape.kernel]
     proposed = [first, *(first | fields for fields in propose(shape, target, first, timed))]
@@ -62,7 +63,8 @@ def _position_embedding(shape: Shape, target: str, first: Config, timed: bool) -
 
 def _attention(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
     stages = (1, 2, 3, 4) if timed else (first["num_stages"],)
-    return [
+    torchs = [{"path": "torch"}] if timed and target.startswith("sm_") else []
+    return torchs + [
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": s, "loads": loads}
         for m in (64, 128)
         for n in ((32, 64, 128) if timed else (64, 128))
@@ -85,19 +87,27 @@ def _product(shape: Shape, target: str, first: Config, timed: bool) -> list[Conf
     ]
 
 
-def _patch_merge(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
+def _linear(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
     products = _product(shape, target, first, timed)
+    return [{"path": "cublas"}, *products] if timed else products
+
+
+def _patch_merge(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
+    fused = _product(shape, target, first, timed=False)
     if not timed:
-        return products
+        return fused
+    # Merged rows are read without an index
+    indexed = shape.part == "raster" and target.startswith("sm_")
+    stages = first["num_stages"] - (INDEX_STAGES if indexed else 0)
+    plain = [{**tile, "path": "merged", "num_stages": stages} for tile in _product(shape, target, first, timed)]
     # A barrier orders no global stores on AMD, and fused statistics go through those
     statistics = ("separate", "fused") if target.startswith("sm_") else ("separate",)
-    fused = [{**product, "path": "triton", "statistics": s} for product in products for s in statistics]
-    return [{"path": "cublas"}, *fused]
+    return [{"path": "cublas"}, *plain, *({**tile, "statistics": s} for tile in fused for s in statistics)]
 
 
 def _may_fit(shape: Shape, target: str, config: Config) -> bool:
     """Whether the operands that a pipeline keeps in shared memory fit a block; a lower bound of what the compiler takes."""
-    if config.get("path") == "cublas" or "num_stages" not in config:
+    if config.get("path") in ("cublas", "torch") or "num_stages" not in config:
         return True
     if shape.kernel == "varlen_attention":
         head = 72 if shape.part == "vision" else 128

@@ -13,7 +13,7 @@ CHANNELS, OUT = 1152, 4096
 HIDDEN = MERGED * CHANNELS  # also the width of a merged row
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Fields that agree between the buckets of a case, so that results do not depend on what else is in a batch
-SAME = {"varlen_attention": ("BLOCK_N",)}
+SAME = {"varlen_attention": ("path", "BLOCK_N")}
 
 
 def arch_of(target: str) -> int | str:
@@ -67,13 +67,15 @@ def specs(kernel: str, part: str, dtype: str, target: str, config: Config) -> li
         return [rope.compile_spec(_label(part, *v), config, dtype, v[0], *sizes, conjugate=v[1]) for v in variants]
     if kernel == "position_embedding_2d":
         return [position_embedding.compile_spec(dtype, config)]
+    if config["path"] in ("cublas", "torch"):
+        return []
     if kernel == "varlen_attention":
         common = arch_of(target), config, dtype, *attention_part(part), part == "text"
         return [varlen_attention.compile_spec(_label(part, lse), *common, return_lse=lse) for lse in (False, True)]
     if kernel == "linear":
         return [matmul.compile_spec(dtype, config)]
-    if config["path"] == "cublas":
-        return []
+    if config["path"] == "merged":
+        return [matmul.compile_spec(dtype, config, gelu=True)]
     fused = {"fused": (True,), "separate": (False,)}[config["statistics"]]
     return [
         patch_merge.compile_spec(_label(part, width, f), dtype, config, width, part == "raster", f)

@@ -40,12 +40,12 @@ def _part(kernel: str, entry: dict) -> str:
 
 def _as_launched(kernel: str, target: str, config: tiles.Config) -> list[tiles.Config]:
     if kernel not in ("rope", "position_embedding_2d"):
-        config = {"loads": "pointers", **config}
+        config = {"loads": "pointers", "path": "triton", **config}
     if kernel != "patch_merge":
         return [config]
     # The launch decides by its rows; on AMD it never takes them in the product
     choices = ("separate", "fused") if target.startswith("sm_") else ("separate",)
-    return [{"path": "triton", "statistics": choice, **config} for choice in choices]
+    return [{"statistics": choice, **config} for choice in choices]
 
 
 def failures(variants: list[Variant], workers: int | None = None) -> list[str]:

@@ -34,7 +34,6 @@ def diagnose() -> Diagnosis:
     packages = find_packages()
     found.versions = {"python": platform.python_version(), "keye_kernels": __version__}
     found.versions |= {name: str(package) for name, package in packages.items()}
-    found.problems = version_problems(packages, guarded(torchs_triton, None))
 
     def probe(what: str, run: Callable[[], tuple[Any, list[Problem]]], instead: Any) -> Any:
         try:
@@ -48,6 +47,7 @@ def diagnose() -> Diagnosis:
         return result
 
     found.device = probe("the device cannot be examined", lambda: find_device(packages), {"type": "cpu"})
+    found.problems += version_problems(packages, guarded(torchs_triton, None), found.device["type"] == "cpu")
     if not packages["torch"].usable:
         return found
     kind = found.device["type"]

@@ -100,24 +100,27 @@ def find_operators(device_type: str) -> tuple[list[dict[str, Any]], list[Problem
 
 
 def find_tiles(device_type: str) -> dict[str, Any]:
-    """The table that is looked into first, of those that exist; kernels it lacks use the next, or their heuristic."""
+    """The first table that serves launches, of those that exist; kernels it lacks use the next, or their heuristic."""
     if device_type == "cpu":
         return {"table": None, "note": "none in use: the kernels serve GPUs"}
     import torch
 
     from keye_kernels.triton import tiles
 
-    places = tiles.tables(torch.device(device_type))
+    device, note = torch.device(device_type), ""
+    places = tiles.tables(device)
     for path in places:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            return {"table": str(path), "method": table.get("method"), "triton": table.get("triton")}
+            if tiles.serves(table, device):
+                return {"table": str(path), "method": table["method"], "triton": table["triton"]}
+            note = f"{path} is passed over: ranked with Triton {table['triton']} for another chip or Triton; "
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, AttributeError) as error:
-            note = f"ignored: {summary(error)}; rm {path} && keye-kernels autotune writes a new one"
-            return {"table": str(path), "error": note}
-    return {"table": None, "note": f"the kernels' heuristics; `keye-kernels autotune` would write {places[0]}"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"ignored: {summary(error)}; rm {path} && keye-kernels autotune writes a new one"
+            return {"table": str(path), "error": what}
+    return {"table": None, "note": f"{note}the kernels' heuristics; `keye-kernels autotune` would write {places[0]}"}
 
 
 def self_test(device_type: str, impl: str) -> tuple[dict[str, Any], list[Problem]]:

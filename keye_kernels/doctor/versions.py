@@ -104,8 +104,11 @@ def torchs_triton() -> str | None:
     return next((pin[1] for pin in pins if pin), None)
 
 
-def version_problems(packages: dict[str, Package], pinned_triton: str | None) -> list[Problem]:
-    """What cannot be imported, what is outside of the supported range, and pairs that are known to fail."""
+def version_problems(packages: dict[str, Package], pinned_triton: str | None, interprets: bool = True) -> list[Problem]:
+    """What cannot be imported, what is outside of the supported range, and pairs that are known to fail.
+
+    `interprets`: there is no GPU, so that the kernels run in Triton's interpreter if at all.
+    """
     problems = []
     for name, package in packages.items():
         if package.error is not None:
@@ -113,11 +116,11 @@ def version_problems(packages: dict[str, Package], pinned_triton: str | None) ->
             problems.append(
                 Problem(f"{name} {package}", mend.format(name=name, version=pinned_triton or package.version))
             )
-    problems += [Problem(what, mend) for applies, what, mend in _rules(packages, pinned_triton) if applies]
+    problems += [Problem(what, mend) for applies, what, mend in _rules(packages, pinned_triton, interprets) if applies]
     return problems
 
 
-def _rules(packages: dict[str, Package], pinned_triton: str | None) -> list[tuple[bool, str, str]]:
+def _rules(packages: dict[str, Package], pinned_triton: str | None, interprets: bool) -> list[tuple[bool, str, str]]:
     shown = {name: package.version for name, package in packages.items()}
 
     def below(name: str, limit: str) -> bool:
@@ -163,6 +166,11 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None) -> list[tupl
             below("flash_attn", "2.6"),
             f"flash-attn {shown['flash_attn']} is older than 2.6",
             'pip install -U "flash-attn>=2.6" --no-build-isolation',
+        ),
+        (
+            interprets and below("triton", "3.7") and at_least("numpy", "2.4"),
+            f"the interpreter of Triton {shown['triton']} fails with numpy {shown['numpy']}",
+            'pip install "numpy<2.4"',
         ),
         (below("numpy", "1.24"), f"numpy {shown['numpy']} is older than 1.24", 'pip install -U "numpy>=1.24"'),
     ]

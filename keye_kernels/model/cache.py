@@ -10,9 +10,9 @@ class KVCache:
     """Keys and values [B, M, Hk, D] of every layer, allocated once.
 
     A row's tokens lie in the slots at which they stood in the input, padding included; `valid` [B, M] tells them apart.
-    `length` (a 0-dim tensor, so that a compiled step does not depend on its value) counts the used slots, and a new token's
-    position is its slot plus `rope_deltas` [B, 1]. The cache carries all that a conversation needs: two of them on one model
-    do not disturb each other.
+    `length` (a 0-dim tensor, so that neither a compiled nor a recorded step depends on its value) counts the used slots, and a
+    new token's position is its slot plus `rope_deltas` [B, 1]. The cache carries all that a conversation needs: two of them on
+    one model do not disturb each other.
     """
 
     def __init__(self, config: KeyeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device):
@@ -52,5 +52,5 @@ class KVCache:
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
         """Marks `slots` [S] as used; `attention_mask` [B, S] tells which of them hold tokens."""
         self.valid.index_copy_(1, slots, attention_mask.bool())
-        self.length = self.length + slots.shape[0]
+        self.length.add_(slots.shape[0])
         self.is_empty = False

@@ -19,6 +19,7 @@ from .generation import Sampler, Streamer, end_tokens
 from .linear import Linear
 from .positions import check_placeholders, rope_index
 from .projector import Projector
+from .step_graph import decoding_step
 from .vision import PixelNorm, VisionTower
 
 CACHE_ROUNDING = 256  # a cache made by `forward` has room for at least so many more tokens
@@ -277,16 +278,17 @@ class Keye(nn.Module):
         finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
         if streamer is not None:
             streamer.put(input_ids)
-        output = self(input_ids, attention_mask, cache=cache, logits_to_keep=1, **vision_inputs)
+        logits = self(input_ids, attention_mask, cache=cache, logits_to_keep=1, **vision_inputs).logits
+        step = decoding_step(self, cache, max_new_tokens - 1)
         for at in range(length, length + max_new_tokens):
-            chosen = sampler(output.logits[:, -1]).masked_fill(finished, pad)
+            chosen = sampler(logits[:, -1]).masked_fill(finished, pad)
             tokens[:, at] = chosen
             if streamer is not None:
                 streamer.put(chosen)
             finished |= torch.isin(chosen, ends)
             if at + 1 == tokens.shape[1] or (len(ends) and finished.all()):
                 break
-            output = self(chosen[:, None], cache=cache)
+            logits = step(chosen[:, None])
         if streamer is not None:
             streamer.end()
         return tokens[:, : at + 1]

@@ -47,7 +47,7 @@ def rope_index(
     ):
         if grid_thw is None:
             continue
-        block = _Blocks(config, input_ids, mask, token, grid_thw.to(input_ids.device), seconds)
+        block = _Blocks(config, input_ids, mask, token, grid_thw.to(input_ids.device, non_blocking=True), seconds)
         offset = torch.where(block.inside, block.offset, offset)
         extent = torch.where(block.inside, block.extent, extent)
         advance = torch.where(block.inside, block.extent * block.first, advance)
@@ -131,6 +131,9 @@ def check_placeholders(
     attention_mask: Tensor | None,
 ) -> None:
     """ValueError where the prompt's placeholders cannot be those of the grids. Reads values: once a prompt, not compiled."""
+    input_ids, attention_mask = (
+        None if x is None else x.cpu() for x in (input_ids, attention_mask)
+    )  # wait for a GPU once
     merge = config.vision_config.spatial_merge_size
     for name, token, grid_thw in (
         ("image", config.image_token_id, image_grid_thw),

@@ -35,7 +35,7 @@ class VisionAttention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in self.qkv_proj(x))
+        q, k, v = (t.view(-1, self.heads, self.head_dim) for t in self.qkv_proj(x))
         q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq, impl=self.impl)
         out = ops.varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, impl=self.impl)
         return self.out_proj(out.flatten(1))

@@ -13,10 +13,11 @@ def check_tensor(
     """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is a free size) and lies with `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(x).__name__}")
-    if x.ndim != len(shape) or any(
-        isinstance(n, int | torch.SymInt) and n != m for n, m in zip(shape, x.shape, strict=True)
-    ):
+    if x.ndim != len(shape):
         raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
+    for wanted, found in zip(shape, x.shape, strict=True):
+        if not isinstance(wanted, str) and wanted != found:
+            raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}")
     if x.device != like.device:

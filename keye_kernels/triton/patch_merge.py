@@ -1,32 +1,29 @@
 """The projector: LayerNorm, 2x2 patch merge and linear 1 with GELU in one launch, linear 2 in another.
 
-The normalised, merged features exist in registers only. T patches of C channels; merge_size² patches make a merged row.
+The normalised, merged features exist in registers only: the fewest bytes. Timed tables may say otherwise: of path "merged",
+they are written once, for a plain product with GELU at its end; of "cublas", torch takes both products from there.
+T patches of C channels; merge_size² patches make a merged row.
 """
 
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .descriptors import describe, describe_types
-from .matmul import SHIPPED_ROWS, launch_options, linear, matmul_tile, multiprocessors, tile_key
+from .launch import Kernel
+from .matmul import SHIPPED_ROWS, cdiv, launch_options, linear, matmul_tile, multiprocessors, store_gelu, tile_key
 from .patch_merge_norm import load_features, normalise, patch_merge_norm_kernel, row_statistics
 from .spec import CompileSpec
 from .tiles import Config, tile
 
 NORM_BLOCK_M, NORM_BLOCK_K, NORM_WARPS = 4, 128, 2
 STATISTICS_BLOCK_K = 64
-
-
-@triton.jit
-def _store_gelu(hidden_ptr, bias_ptr, x, o_m, o_n, num_rows, HIDDEN: tl.constexpr):
-    x += tl.load(bias_ptr + o_n, mask=o_n < HIDDEN, other=0.0).to(tl.float32)[None, :]
-    x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    p_hidden = hidden_ptr + o_m.to(tl.int64)[:, None] * HIDDEN + o_n[None, :]
-    tl.store(p_hidden, x.to(hidden_ptr.dtype.element_ty), mask=(o_m < num_rows)[:, None] & (o_n < HIDDEN)[None, :])
+# An index read before the features takes stages of the pipeline. AMD's shared memory has no room for more.
+INDEX_STAGES = 2
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_per_program"])
@@ -70,11 +67,10 @@ def patch_merge_linear_kernel(
             b_normed = normalise(b_x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k % NORM_WIDTH + o_k)
             b_weight = tl.load(weight_ptr + (o_weight + k)) if weight_desc is None else weight_desc.load([first_n, k])
             b_hidden = tl.dot(b_normed, b_weight.to(b_x.dtype).T, b_hidden, input_precision="ieee")
-        # GELU by halves: the whole tile at once spills.
-        b_left, b_right = b_hidden.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        o_half = first_n + tl.arange(0, BLOCK_N // 2)
-        _store_gelu(hidden_ptr, bias_ptr, b_left, o_m, o_half, num_rows, HIDDEN)
-        _store_gelu(hidden_ptr, bias_ptr, b_right, o_m, o_half + BLOCK_N // 2, num_rows, HIDDEN)
+        store_gelu(hidden_ptr, bias_ptr, b_hidden, o_m, first_n, num_rows, HIDDEN)
+
+
+_launch_norm, _launch_linear = Kernel(patch_merge_norm_kernel), Kernel(patch_merge_linear_kernel)
 
 
 def patch_merge_projection(
@@ -93,7 +89,7 @@ def patch_merge_projection(
     """linear_2(gelu(linear_1(merged))); arguments and result as in the reference.
 
     Weights are contiguous, of any floating dtype; they are rounded to the features' on their way into the products.
-    The fused products need channels in multiples of 16; others go to torch, as all do where a table says "cublas".
+    The products here need channels in multiples of 16; others go to torch, as all do where a table says "cublas".
     `config` is the tile of the first product; None: the table's or the heuristic's.
     """
     patches, channels, norm_width = merge_size**2, features.shape[1], norm_weight.shape[0]
@@ -101,31 +97,33 @@ def patch_merge_projection(
     if rows == 0:
         return features.new_empty(0, out_width)
     config = config or _config(features, rows, hidden_width, out_width, merge_index is not None)
+    if channels % 16 or hidden_width % 16:
+        config = {"path": "cublas"}
     sizes = {"PATCHES": patches, "CHANNELS": channels, "STRIDE": features.stride(0), "NORM_WIDTH": norm_width}
     mean, rstd = (features.new_empty(features.numel() // norm_width, dtype=torch.float32) for _ in range(2))
 
     def launch_norm(merged: Tensor | None) -> None:
-        grid = (triton.cdiv(rows, NORM_BLOCK_M),)
-        patch_merge_norm_kernel[grid](
+        _launch_norm(
+            cdiv(rows, NORM_BLOCK_M),
             merged, mean, rstd, features, norm_weight, norm_bias, merge_index, rows, eps, **sizes,
             BLOCK_M=NORM_BLOCK_M, BLOCK_K=min(NORM_BLOCK_K, channels & -channels), num_warps=NORM_WARPS,
         )  # fmt: skip
 
     with torch.cuda.device_of(features):
-        if config["path"] == "cublas" or channels % 16 or hidden_width % 16:
+        if config["path"] != "triton":
             launch_norm(merged := features.new_empty(rows, patches * channels))
-            hidden = F.gelu(F.linear(merged, linear_1_weight.to(merged.dtype), linear_1_bias.to(merged.dtype)))
-            return F.linear(hidden, linear_2_weight.to(merged.dtype), linear_2_bias.to(merged.dtype))
+            hidden = linear(merged, linear_1_weight, linear_1_bias, config, gelu=True)
+            return linear(hidden, linear_2_weight, linear_2_bias, config if config["path"] == "cublas" else None)
 
         if config["statistics"] == "separate":
             launch_norm(None)
         hidden = features.new_empty(rows, hidden_width)
-        tiles_n = triton.cdiv(hidden_width, config["BLOCK_N"])
+        tiles_n = cdiv(hidden_width, config["BLOCK_N"])
         per_program = config.get("tiles_per_program") or tiles_per_program(features.device, config, rows, hidden_width)
-        grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(tiles_n, per_program),)
         options = launch_options(config, channels)
         fetched = describe(config, (linear_1_weight, [options["BLOCK_N"], options["BLOCK_K"]]))
-        patch_merge_linear_kernel[grid](
+        _launch_linear(
+            cdiv(rows, config["BLOCK_M"]) * cdiv(tiles_n, per_program),
             hidden, mean, rstd, features, norm_weight, norm_bias, linear_1_weight, *fetched, linear_1_bias,
             merge_index, rows, per_program, eps, **sizes, HIDDEN=hidden_width,
             STATISTICS=config["statistics"] == "fused", BLOCK_S=min(STATISTICS_BLOCK_K, channels & -channels),
@@ -152,19 +150,21 @@ def heuristic(
     takes it: a barrier there orders shared memory only, and the programs' statistics go through global memory.
     """
     config = matmul_tile(arch, processors, rows, hidden_width, dtype)
+    if config["BLOCK_M"] == 128 and TRITON_VERSION < (3, 7):
+        # Those compilers spill 256 columns of sums beside the rows that they normalise
+        config["BLOCK_N"] = 128
     if gathered and arch:
-        # An index read before the features takes stages of the pipeline. AMD's shared memory has no room for more.
-        config["num_stages"] += 2
+        config["num_stages"] += INDEX_STAGES
     separate = arch == 0 or 32 * rows * width <= hidden_width * (width + out_width)
-    return {**config, "path": "triton", "statistics": "separate" if separate else "fused"}
+    return {**config, "statistics": "separate" if separate else "fused"}
 
 
 def tiles_per_program(device: torch.device, config: Config, rows: int, hidden_width: int) -> int:
     """Column tiles that share one reading of the statistics: as many as leave every multiprocessor busy at 8 warps."""
     if config["statistics"] == "separate":
         return 1
-    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(hidden_width, config["BLOCK_N"])
-    return triton.cdiv(blocks, multiprocessors(device)[1] * max(1, 8 // config["num_warps"]))
+    blocks = cdiv(rows, config["BLOCK_M"]) * cdiv(hidden_width, config["BLOCK_N"])
+    return cdiv(blocks, multiprocessors(device)[1] * max(1, 8 // config["num_warps"]))
 
 
 def _config(features: Tensor, rows: int, hidden_width: int, out_width: int, gathered: bool) -> Config:

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Kernel
 from .spec import CompileSpec
-from .tiles import Config, tile
+from .tiles import Config, dtype_name, next_power_of_2, tile
 
 
 @triton.jit(do_not_specialize=["num_patches", "stride_token"])
@@ -39,6 +40,9 @@ def position_embedding_2d_kernel(
         tl.store(p_out + o_channel, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch = Kernel(position_embedding_2d_kernel)
+
+
 def heuristic(warp_size: int) -> dict[str, int]:
     """The tile without a table: 1152 = 9 x 128 channels leave no lane idle, 64 threads hold 16 bytes each."""
     return {"BLOCK_T": 4, "BLOCK_C": 128, "num_warps": 64 // warp_size}
@@ -46,8 +50,7 @@ def heuristic(warp_size: int) -> dict[str, int]:
 
 def tile_key(dtype: torch.dtype, channels: int, num_patches: int) -> dict[str, int | str]:
     """What a tile table tells cases apart by."""
-    name = str(dtype).removeprefix("torch.")
-    return {"channels": channels, "dtype": name, "patches": triton.next_power_of_2(num_patches)}
+    return {"channels": channels, "dtype": dtype_name(dtype), "patches": next_power_of_2(num_patches)}
 
 
 def position_embedding_2d(
@@ -66,7 +69,8 @@ def position_embedding_2d(
         config = tile("position_embedding_2d", features.device, key, heuristic(64 if torch.version.hip else 32))
     unit = 8 if features.stride(0) % 8 == 0 else 1  # the JIT learns "divisible by 16" of an integer and nothing weaker
     with torch.cuda.device_of(features):
-        position_embedding_2d_kernel[(triton.cdiv(num_patches, config["BLOCK_T"]),)](
+        _launch(
+            -(-num_patches // config["BLOCK_T"]),
             out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
             num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit, **config,
         )  # fmt: skip

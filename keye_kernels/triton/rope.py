@@ -4,13 +4,16 @@ The text model (three axes, 64 pairs) and the vision tower (two axes, 36 pairs) 
 Angles are made in registers from the positions, so that no table by token is ever read.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Kernel
 from .spec import CompileSpec
-from .tiles import Config, tile
+from .tiles import Config, dtype_name, next_power_of_2, remember, tile
 
 ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves that integer in the low bits
 INVERSE_PI = tl.constexpr(0.31830988618379067)
@@ -122,6 +125,9 @@ def rope_kernel(
                       stride_k_token, stride_k_head, K_HEADS, HEAD_DIM, STRIDE_UNIT, INT64_OFFSETS, BLOCK_T, BLOCK_H)  # fmt: skip
 
 
+_launch = Kernel(rope_kernel)
+
+
 def heuristic(head_dim: int, warp_size: int) -> dict[str, int]:
     """The tile without a table, as many threads on every capability: memory decides, not arithmetic.
 
@@ -135,19 +141,25 @@ def heuristic(head_dim: int, warp_size: int) -> dict[str, int]:
 
 def tile_key(dtype: torch.dtype, head_dim: int, num_tokens: int) -> dict[str, int | str]:
     """What a tile table tells cases apart by."""
-    name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "head_dim": head_dim, "tokens": triton.next_power_of_2(num_tokens)}
+    return {"dtype": dtype_name(dtype), "head_dim": head_dim, "tokens": next_power_of_2(num_tokens)}
 
 
+@cache
 def cover_pairs(head_dim: int, has_norm: bool) -> dict[str, int]:
     """Powers of two that cover the pairs of a head: 36 = 32 + 4, or one of 64 where a norm needs the head as a whole."""
     half = head_dim // 2
-    covering = triton.next_power_of_2(half)
+    covering = next_power_of_2(half)
     pairs, tail = covering, 0
     if covering != half and not has_norm:
-        pairs, tail = covering // 2, triton.next_power_of_2(half - covering // 2)
+        pairs, tail = covering // 2, next_power_of_2(half - covering // 2)
     # The vector that stays aligned when the second half starts at `half`: the power of two in it
     return {"PAIRS": pairs, "TAIL": tail, "VECTOR": half & -half}
+
+
+@remember
+def _config(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> Config:
+    key = tile_key(dtype, head_dim, num_tokens)
+    return tile("rope", device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
 
 
 def rope(
@@ -172,17 +184,17 @@ def rope(
     if num_tokens == 0:
         return q_out, k_out
     if config is None:
-        key = tile_key(q.dtype, head_dim, num_tokens)
-        config = tile("rope", q.device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
+        config = _config(q.device, q.dtype, head_dim, num_tokens)
     has_norm = q_norm_weight is not None or k_norm_weight is not None
     # The JIT learns "divisible by 16" of an integer and nothing weaker: a stride of 72 goes over as 9 units of 8.
-    strides = (*q.stride()[:2], *k.stride()[:2])
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    reach = max(x.shape[1] * x.stride(1) + config["BLOCK_T"] * x.stride(0) for x in (q, k))
+    (q_token, q_head, _), (k_token, k_head, _), block = q.stride(), k.stride(), config["BLOCK_T"]
+    unit = 8 if not (q_token | q_head | k_token | k_head) % 8 else 1
+    reach = max(q_heads * q_head + block * q_token, k_heads * k_head + block * k_token)
     with torch.cuda.device_of(q):
-        rope_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
+        _launch(
+            -(-num_tokens // block),
             q_out, k_out, q, k, q_norm_weight, k_norm_weight, inv_freq.contiguous(), position_ids,
-            num_tokens, eps, *(stride // unit for stride in strides), *position_ids.stride(),
+            num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
             Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
             SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
             **cover_pairs(head_dim, has_norm), **config,

@@ -81,4 +81,4 @@ def _build(offsets: Tensor, block_m: int, causal: bool, device: torch.device) ->
     segment, tile = segment[order], tile[order]
     entries = torch.stack((offsets[segment], lengths[segment], tile * block_m), dim=1).to(torch.int32)
     longest = int(lengths.max()) if len(lengths) else 0
-    return TileSchedule(entries.to(device), longest, int(offsets[0]), int(offsets[-1]))
+    return TileSchedule(entries.to(device, non_blocking=True), longest, int(offsets[0]), int(offsets[-1]))

@@ -16,9 +16,10 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +41,8 @@ TIMED, RANKED = "timed", "ranked, not timed"
 ALIKE = 1.5  # a ranked table serves chips of up to so many times more or fewer multiprocessors than it was made for
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_derived: list[Any] = []  # caches of `remember`
 
 
 def tile(kernel: str, device: torch.device, key: Case, heuristic: Config) -> Config:
@@ -160,9 +163,26 @@ def triton_version() -> str:
     return triton.__version__
 
 
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16", as tables have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length() if number > 0 else 1
+
+
+def remember(function: Callable[..., T]) -> Callable[..., T]:
+    """Keeps what a launcher works out from a tile, by its (hashable) arguments, until `clear_cache`."""
+    cached = lru_cache(maxsize=4096)(function)
+    _derived.append(cached)
+    return cached
+
+
 def clear_cache() -> None:
     """Forgets what was looked up: tables are read again at the next launch."""
-    for function in (_look_up, _read, device_name, target_name):
+    for function in (_look_up, _read, device_name, target_name, *_derived):
         function.cache_clear()
 
 
@@ -174,15 +194,13 @@ def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str]
         entry = _nearest(table["kernels"].get(kernel, []), dict(key)) if table else None
         if entry is None:
             continue
-        same_triton = _release(table["triton"]) == _release(triton_version())
-        if table["method"] != TIMED and not (same_triton and _alike(table, device)):
-            # What it was ranked by, registers and shared memory, is another compiler's or for another size of chip
+        if not serves(table, device):
             _report(
                 f"{path} is passed over: ranked with Triton {table['triton']} for another chip or Triton", logging.INFO
             )
             continue
         _report(f"{kernel} on {name}: tiles from {path} ({table['method']})", logging.INFO)
-        if not same_triton:
+        if not _of_this_triton(table):
             _report(
                 f"{path} was measured with Triton {table['triton']}, this is {triton_version()}: "
                 "run `keye-kernels autotune` to measure again",
@@ -193,16 +211,24 @@ def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str]
     return None
 
 
+def serves(table: dict[str, Any], device: torch.device) -> bool:
+    """Whether launches on a device take tiles from a table: from a timed one always, with a warning if another Triton's.
+
+    What a ranked one was ranked by, registers and shared memory, is nothing to another compiler or another size of chip.
+    """
+    return table["method"] == TIMED or (_of_this_triton(table) and _alike(table, device))
+
+
+def _of_this_triton(table: dict[str, Any]) -> bool:
+    return table["triton"].split(".")[:2] == triton_version().split(".")[:2]
+
+
 def _alike(table: dict[str, Any], device: torch.device) -> bool:
     ranked_for = table.get("processors")
     if device.type != "cuda" or not isinstance(ranked_for, int):
         return True
     here = torch.cuda.get_device_properties(device).multi_processor_count
     return max(here, ranked_for) <= ALIKE * min(here, ranked_for)
-
-
-def _release(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 @cache

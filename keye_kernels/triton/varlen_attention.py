@@ -2,9 +2,11 @@
 
 The score of a query and a key, before the softmax, is counted in powers of two: exp(x) = exp2(x * log2(e)), and the factor
 joins `softmax_scale`. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691.
+Where a timed table says so, the FlashAttention-2 that torch brings serves in place of this kernel.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -12,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .descriptors import Block, describe, describe_types, loads_of
+from .launch import Kernel
 from .schedule import tile_schedule
 from .spec import CompileSpec
-from .tiles import Config, tile
+from .tiles import Config, dtype_name, next_power_of_2, remember, tile
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TCGEN05 = (10, 11)  # major capabilities whose tensor cores keep their sums in a memory of their own
 LN_2 = tl.constexpr(math.log(2))
+LOG2_E = math.log2(math.e)
 NEAR_BYTES = 16 * 2**20  # of keys and values in use at a time: under half of the L2 cache of an A100 or H100
 
 
@@ -168,6 +172,9 @@ def varlen_attention_fwd_kernel(
         tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=o_m < num_queries)
 
 
+_launch = Kernel(varlen_attention_fwd_kernel)
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -185,10 +192,8 @@ def varlen_attention(
     heuristic's). Raises ValueError if `cu_seqlens` decreases or passes q.
     """
     (num_tokens, num_heads, head_dim), num_key_heads = q.shape, k.shape[1]
-    arch = _arch(q.device)
     if config is None:
-        key = tile_key(q.dtype, head_dim, max_seqlen, causal)
-        config = tile("varlen_attention", q.device, key, heuristic(arch, head_dim, q.dtype, max_seqlen))
+        config = _config(q.device, q.dtype, head_dim, max_seqlen, causal)
     schedule = tile_schedule(cu_seqlens, config["BLOCK_M"], causal)
     if schedule.end_token > num_tokens:
         raise ValueError(f"cu_seqlens must end at or before q's {num_tokens} tokens, got {schedule.end_token}")
@@ -203,30 +208,55 @@ def varlen_attention(
 
     if softmax_scale < 0:  # the kernel takes the scale out of a maximum
         q, softmax_scale = -q, -softmax_scale
+    if config["path"] == "torch" and covered and not return_lse and _is_for_torch(q, k, v):
+        lengths = (cu_seqlens, cu_seqlens, schedule.longest, schedule.longest)
+        attend = (
+            torch.ops.aten._flash_attention_forward
+        )  # what torch.nn.attention.varlen calls; older torch has it, too
+        return attend(q, k, v, *lengths, 0.0, causal, False, scale=softmax_scale)[0], lse
     # The JIT knows nothing weaker of an integer than "divisible by 16": a stride of 72 is handed over as 9 units of 8.
-    head_strides = (q.stride(1), k.stride(1), v.stride(1))
-    unit = 8 if all(stride % 8 == 0 for stride in head_strides) else 1
+    (q_token, q_head, _), (k_token, k_head, _), (v_token, v_head, _) = q.stride(), k.stride(), v.stride()
+    unit = 8 if not (q_head | k_head | v_head) % 8 else 1
     group = num_heads // num_key_heads
     near_heads = heads_that_stay_near(num_key_heads, group, 2 * schedule.longest * head_dim * k.element_size())
-    parts = head_parts(head_dim, arch)
+    parts = head_parts(head_dim, _arch(q.device))
     fetched = describe(config, *zip((k, k, v, v), key_blocks(config["BLOCK_N"], parts), strict=True))
     with torch.cuda.device_of(q):
-        varlen_attention_fwd_kernel[(num_tiles * num_heads,)](
+        _launch(
+            num_tiles * num_heads,
             out, lse, q, k, v, *fetched, schedule.entries,
-            softmax_scale * math.log2(math.e), num_tokens, num_tiles, near_heads,
-            *(stride // unit for stride in head_strides), q.stride(0), k.stride(0), v.stride(0), STRIDE_UNIT=unit,
+            softmax_scale * LOG2_E, num_tokens, num_tiles, near_heads, q_head // unit, k_head // unit, v_head // unit,
+            STRIDE_Q=q_token, STRIDE_K=k_token, STRIDE_V=v_token, STRIDE_UNIT=unit,
             NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **parts, CAUSAL=causal, RETURN_LSE=return_lse,
-            **{name: value for name, value in config.items() if name != "loads"},
+            **launch_options(config),
         )  # fmt: skip
     return out, lse
 
 
+def _is_for_torch(*tensors: Tensor) -> bool:
+    """Whether torch's FlashAttention-2 reads these: half precision, in steps of 16 bytes."""
+    aligned = all(x.data_ptr() % 16 == 0 and not (x.stride(0) | x.stride(1)) % 8 for x in tensors)
+    return aligned and tensors[0].dtype in (torch.float16, torch.bfloat16) and tensors[0].is_cuda
+
+
+def launch_options(config: Config) -> Config:
+    """What the kernel takes of a tile."""
+    return {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+
+
+@remember
+def _config(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int, causal: bool) -> Config:
+    key = tile_key(dtype, head_dim, max_seqlen, causal)
+    return tile("varlen_attention", device, key, heuristic(_arch(device), head_dim, dtype, max_seqlen))
+
+
 def tile_key(dtype: torch.dtype, head_dim: int, max_seqlen: int, causal: bool) -> dict[str, int | str]:
     """What a tile table tells cases apart by."""
-    name, mask = str(dtype).removeprefix("torch."), "causal" if causal else "none"
-    return {"dtype": name, "head_dim": head_dim, "mask": mask, "max_seqlen": triton.next_power_of_2(max_seqlen)}
+    mask = "causal" if causal else "none"
+    return {"dtype": dtype_name(dtype), "head_dim": head_dim, "mask": mask, "max_seqlen": next_power_of_2(max_seqlen)}
 
 
+@cache
 def head_parts(head_dim: int, arch: int | str) -> dict[str, int]:
     """Powers of two that cover a head: 72 -> 64 + 16 for the scores (whose K is 16 or more) and 64 + 8 for the output.
 
@@ -235,7 +265,7 @@ def head_parts(head_dim: int, arch: int | str) -> dict[str, int]:
     main = max(16, 1 << head_dim.bit_length() - 1)
     if head_dim <= main:
         return {"MAIN": main, "QK_TAIL": 0, "PV_TAIL": 0}
-    tail = triton.next_power_of_2(head_dim - main)
+    tail = next_power_of_2(head_dim - main)
     if max(tail, 16) >= main:
         return {"MAIN": 2 * main, "QK_TAIL": 0, "PV_TAIL": 0}
     # tcgen05 has no 128 x 8 product, though Triton emits one; AMD's matrix cores and Triton 3.4 start at 16. Blocks of the
@@ -274,7 +304,8 @@ def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: in
 
 def _tile(block_m: int, block_n: int, num_warps: int) -> Config:
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
-    return {**tile, "loads": "pointers"}  # descriptors where a table says so: only a clock tells the two apart
+    # Descriptors and torch's FlashAttention-2 where a table says so: only a clock tells them apart
+    return {**tile, "loads": "pointers", "path": "triton"}
 
 
 def heads_that_stay_near(num_key_heads: int, group: int, bytes_per_key_head: int) -> int:
@@ -287,6 +318,7 @@ def heads_that_stay_near(num_key_heads: int, group: int, bytes_per_key_head: int
     return group * next(heads for heads in range(near, 0, -1) if num_key_heads % heads == 0)
 
 
+@cache
 def _arch(device: torch.device) -> int | str:
     """Capability as in sm_90, AMD's as "gfx942"; the interpreter counts as sm_90."""
     if device.type != "cuda":

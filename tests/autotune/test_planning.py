@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from keye_kernels import autotune
 from keye_kernels.autotune import ranking
 from keye_kernels.autotune.candidates import candidates, refine
 from keye_kernels.autotune.choosing import Measured, choose
-from keye_kernels.autotune.kernels import heuristic, table_key
+from keye_kernels.autotune.kernels import heuristic, specs, table_key
 from keye_kernels.autotune.shapes import KERNELS, SETS, Shape, load_shapes
 from keye_kernels.triton.compile import CHIPS, Report
 
@@ -117,10 +118,41 @@ def test_descriptors_are_timed_where_the_chip_has_them(kernel):
         assert {c.get("loads") for c in candidates(shape, "bf16", target, 132, timed=False)} == {"pointers"}
 
 
-def test_the_projector_is_timed_on_both_paths_and_both_statistics():
-    tried = candidates(Shape("patch_merge", "block", 1, 1024), "bf16", "sm_90", 132, timed=True)
-    assert {config["path"] for config in tried} == {"triton", "cublas"}
-    assert {config["statistics"] for config in tried} == {"separate", "fused"}
+@pytest.mark.parametrize("order", ["block", "raster"])
+def test_the_projector_is_timed_on_every_path(order):
+    shape = Shape("patch_merge", order, 1, 1024)
+    first, *rest = candidates(shape, "bf16", "sm_90", 132, timed=True)
+    tried = {path: [c for c in rest if c["path"] == path] for path in ("cublas", "merged", "triton")}
+    assert sum(map(len, tried.values())) == len(rest) and len(tried["cublas"]) == 1
+    # The merged ones are the plain product's, with its stages: no index comes before those loads
+    plain = [
+        c for c in candidates(replace(shape, kernel="linear"), "bf16", "sm_90", 132, True) if c["path"] != "cublas"
+    ]
+    assert {tuple(c[name] for name in plain[0] if name != "path") for c in tried["merged"]} == {
+        tuple(c[name] for name in c if name != "path") for c in plain
+    }
+    assert {c["loads"] for c in tried["merged"]} == {"pointers", "descriptors"}
+    assert {c["statistics"] for c in tried["merged"]} == {first["statistics"]}
+    # The fused product, the slowest of them, with fewer
+    fused = [first, *tried["triton"]]
+    assert len(fused) <= 9 and {c["statistics"] for c in fused} == {"separate", "fused"}
+    assert {(c["loads"], c["num_stages"]) for c in fused} == {(first["loads"], first["num_stages"])}
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["dry-run", "timed"])
+def test_plain_products_go_to_torch_only_where_they_are_timed(timed):
+    tried = candidates(Shape("linear", "block", 1, 1024), "bf16", "sm_90", 132, timed)
+    assert {config["path"] for config in tried} == ({"triton", "cublas"} if timed else {"triton"})
+
+
+@pytest.mark.parametrize("kernel", ["linear", "patch_merge"])
+def test_what_must_compile_follows_the_path(kernel):
+    tried = candidates(Shape(kernel, "raster", 1, 1024), "bf16", "sm_90", 132, timed=True)
+    compiled = {config["path"]: specs(kernel, "raster", "bf16", "sm_90", config) for config in tried}
+    assert compiled["cublas"] == [] and not any("gelu" in spec.label for spec in compiled["triton"])
+    if kernel == "patch_merge":
+        [spec] = compiled["merged"]
+        assert [spec.signature[name] for name in ("IN", "OUT", "GELU")] == [4608, 4608, True]
 
 
 @pytest.mark.parametrize("kernel", ["linear", "patch_merge"])
@@ -128,8 +160,8 @@ def test_the_fastest_products_are_tried_with_every_pipeline(kernel):
     shape = Shape(kernel, "block", 1, 1024)
     tried = candidates(shape, "bf16", "sm_90", 132, timed=True)
     assert len({(config.get("BLOCK_K"), config.get("num_stages")) for config in tried}) == 1
-    fastest = [config for config in tried if config.get("path") != "cublas"][:4]
-    found = refine(shape, "sm_90", [*({"path": "cublas"},) * (kernel == "patch_merge"), *fastest])
+    fastest = [config for config in tried if config["path"] != "cublas"][:4]
+    found = refine(shape, "sm_90", [{"path": "cublas"}, *fastest])
     assert {(config["BLOCK_K"], config["num_stages"]) for config in found} >= {(32, 5), (64, 2), (64, 4), (128, 2)}
     pipeline = ("BLOCK_K", "num_stages")
     tiles = [{name: value for name, value in config.items() if name not in pipeline} for config in found]
@@ -140,6 +172,8 @@ def test_the_fastest_products_are_tried_with_every_pipeline(kernel):
 
 def measured(bucket, costs, default="a", kernel="rope"):
     tiles = {"a": {"BLOCK_N": 128, "w": 1}, "b": {"BLOCK_N": 128, "w": 2}, "c": {"BLOCK_N": 64, "w": 1}}
+    tiles = {name: {**tile, "path": "triton"} for name, tile in tiles.items()}
+    tiles["torch"] = {**tiles["a"], "path": "torch"}
     return Measured(
         kernel, {"dtype": "x", "tokens": bucket}, tiles[default], [(tiles[name], cost) for name, cost in costs.items()]
     )
@@ -161,6 +195,23 @@ def test_shapes_of_one_case_share_the_tile_with_the_smallest_geometric_mean():
 def test_a_heuristic_that_was_rejected_gives_way_to_what_serves():
     assert chosen([measured(1, {"b": 1000})]) == {1: (128, 2)}
     assert chosen([measured(1, {})]) == {}
+
+
+def test_torch_serves_attention_in_all_buckets_or_in_none():
+    shapes = [measured(1, {"a": 100, "torch": 10}, kernel="varlen_attention"),
+              measured(2, {"a": 100, "torch": 101}, kernel="varlen_attention"),
+              measured(4, {"a": 100, "torch": 102}, kernel="varlen_attention")]  # fmt: skip
+    assert {config["path"] for _, config in choose(shapes, 0.05)} == {"triton"}
+    shapes[1].costs[1] = (shapes[1].costs[1][0], 90)
+    assert {config["path"] for _, config in choose(shapes, 0.05)} == {"torch"}
+
+
+def test_torchs_attention_is_timed_on_nvidia_only_and_needs_no_compiler():
+    shape = Shape("varlen_attention", "vision", 1, 1024)
+    for target, timed in (("sm_90", True), ("sm_90", False), ("gfx942", True)):
+        paths = [c["path"] for c in candidates(shape, "bf16", target, 132, timed)]
+        assert paths.count("torch") == (target == "sm_90" and timed)
+    assert specs("varlen_attention", "vision", "bf16", "sm_90", {"path": "torch"}) == []
 
 
 def test_attention_keeps_one_block_of_keys_in_all_buckets():

@@ -236,6 +236,6 @@ def test_the_tiles_of_every_kernel_agree_with_the_reference(kernel, monkeypatch)
         shape = Shape(kernel, part, 2, 3)
         tried = candidates(shape, "fp16", "sm_90", 132, timed=True)
         checker = Checker(make_problem(shape, torch.float16, CPU), torch.float16)
-        for config in tried[:2] if kernel == "patch_merge" else tried[1:2]:  # torch's products, too
+        for config in {config.get("path"): config for config in tried[1:]}.values():
             assert checker.error(config) is None
             assert checker.problem.launch(config)[0].shape[0] == shape.total

@@ -4,12 +4,15 @@ TRITON_INTERPRET=0 pytest tests/gpu -n 0
 """
 
 import os
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import keye_kernels as kk
+from keye_kernels.model import step_graph
+from keye_kernels.model.cache import KVCache
 from tests.golden import golden
 from tests.test_golden_preview import CASES, TOLERANCES, inputs_of
 from tests.test_golden_v1_5 import LOGITS_TOLERANCE, MODEL_CASES, split
@@ -51,7 +54,7 @@ def test_1_5_gives_the_official_logits_and_tokens(name):
 
 @pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_copy_engine_fetches_what_pointers_read(kernel, dtype):
+def test_every_path_and_the_copy_engine_compute_what_the_reference_does(kernel, dtype):
     if torch.cuda.get_device_capability() < (9, 0) or torch.version.hip:
         pytest.skip("tensor descriptors are for Hopper and later")
     from keye_kernels.autotune.candidates import candidates
@@ -68,9 +71,11 @@ def test_the_copy_engine_fetches_what_pointers_read(kernel, dtype):
         checker = Checker(problem, DTYPES[dtype])
         first = candidates(shape, dtype, target_name(CUDA), 132, timed=True)[0] | {"num_warps": 4, "num_stages": 2}
         tile = first | {"BLOCK_M": 64, "BLOCK_N": 64}
-        assert checker.error(tile | {"loads": "descriptors"}) is None
-        [pointers, descriptors] = (problem.launch(tile | {"loads": loads})[0] for loads in ("pointers", "descriptors"))
-        assert torch.equal(pointers, descriptors)
+        for loads in ("pointers", "descriptors"):
+            assert checker.error(tile | {"loads": loads}) is None
+        for path in {"varlen_attention": ["torch"], "linear": ["cublas"], "patch_merge": ["cublas", "merged"]}[kernel]:
+            assert checker.error(tile | {"path": path}) is None
+            assert checker.error(tile | {"path": path, "loads": "descriptors"}) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,16 +97,19 @@ def test_torch_compile_of_the_whole_forward_gives_the_same_numbers(dtype):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_prompt_waits_for_the_gpu_a_few_times_and_not_in_every_layer(mode):
+    """Its ids and its offsets are read once, and so are those of the pictures."""
     model, inputs = tiny_model(num_hidden_layers=6).to(CUDA), on_gpu(prompt([(1, 4, 6)]))
     with mode():
         model(**inputs)
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with pytest.warns(UserWarning, match="synchroniz") as waits:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 model(**inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) <= 6, [str(wait.message) for wait in waits]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= 6, waits
 
 
 def test_a_decoding_step_never_waits_for_the_gpu():
@@ -115,6 +123,33 @@ def test_a_decoding_step_never_waits_for_the_gpu():
             model(token, cache=output.cache)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_k": 20}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_give_the_tokens_of_steps_launched_one_by_one(monkeypatch, dtype, sampling):
+    model = tiny_model().to(CUDA, dtype)
+    inputs = {"input_ids": torch.randint(0, 100, (2, 9), device=CUDA)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, :3] = 0
+    options = {"max_new_tokens": 40, "eos_token_id": (), **sampling}
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    recorded = [model.generate(**inputs, **options) for _ in range(2)]
+    assert len(replays) == 2 * 38  # all steps but the first, which the prompt's logits leave 39 of
+    monkeypatch.setattr(step_graph, "WORTH", 1000)
+    expected = model.generate(**inputs, **options)
+    assert len(replays) == 2 * 38 and all(torch.equal(found, expected) for found in recorded)
+
+
+def test_a_step_that_cannot_be_recorded_is_launched_and_said(monkeypatch, caplog):
+    model, inputs = tiny_model().to(CUDA), on_gpu(prompt([]))
+    expected = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
+    advance = KVCache.advance
+    monkeypatch.setattr(KVCache, "advance", lambda cache, *rest: cache.length.item() * 0 or advance(cache, *rest))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, eos_token_id=()), expected)
+    assert caplog.text.count("could not be recorded") == 1
 
 
 def test_after_a_warm_up_nothing_is_compiled():

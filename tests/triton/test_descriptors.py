@@ -5,7 +5,7 @@ import torch
 
 from keye_kernels.triton import descriptors, matmul, patch_merge, varlen_attention
 
-CONFIG = {"num_warps": 4, "num_stages": 2}
+CONFIG = {"num_warps": 4, "num_stages": 2, "path": "triton"}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 
 
@@ -86,16 +86,21 @@ def test_what_the_engine_cannot_address_goes_by_pointers(both, offset):
 
 
 @DTYPES
+@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_linear_gives_the_same_bits(both, rows, dtype, poisoned_empty):
+def test_linear_gives_the_same_bits(both, rows, gelu, dtype, poisoned_empty):
     x, weight, bias = normal(rows, 144, dtype=dtype), normal(100, 144, dtype=dtype, seed=1), normal(100, dtype=dtype)
     sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}  # cut to 16, which divides 144
-    pointers, fetched, blocks = both(lambda config: matmul.linear(x, weight, bias, config), **sizes)
+    pointers, fetched, blocks = both(lambda config: matmul.linear(x, weight, bias, config, gelu), **sizes)
     assert torch.equal(pointers, fetched) and blocks == [[64, 16], [64, 16]]
 
 
-@pytest.mark.parametrize("statistics", ["fused", "separate"])
-def test_the_projector_gives_the_same_bits(both, statistics, poisoned_empty):
+@pytest.mark.parametrize(
+    ("path", "statistics", "described"),
+    [("triton", "fused", 1), ("triton", "separate", 1), ("merged", "separate", 2)],
+    ids=["fused", "separate", "merged"],
+)
+def test_the_projector_gives_the_same_bits(both, path, statistics, described, poisoned_empty):
     features = normal(76, 64, dtype=torch.float16)
     shapes = [(64,), (64,), (128, 256), (128,), (96, 128), (96,)]
     weights = [normal(*shape, dtype=torch.float16, seed=seed) * 0.1 for seed, shape in enumerate(shapes)]
@@ -103,9 +108,9 @@ def test_the_projector_gives_the_same_bits(both, statistics, poisoned_empty):
     def launch(config):
         return patch_merge.patch_merge_projection(features, None, *weights, config=config)
 
-    sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "path": "triton", "statistics": statistics}
+    sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "path": path, "statistics": statistics}
     pointers, fetched, blocks = both(launch, **sizes, tiles_per_program=1)
-    assert torch.equal(pointers, fetched) and blocks == [[64, 64]]
+    assert torch.equal(pointers, fetched) and blocks == [[64, 64]] * described
 
 
 def test_only_hopper_and_later_have_them():

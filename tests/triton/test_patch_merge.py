@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from keye_kernels.reference.patch_merge import patch_merge_projection as reference
-from keye_kernels.triton import patch_merge
+from keye_kernels.triton import matmul, patch_merge
 from keye_kernels.triton.patch_merge import patch_merge_projection
 
 from ..golden import golden
@@ -22,6 +22,7 @@ FP32 = {"atol": 1e-5, "rtol": 1e-5}
 PATHS = {
     "fused": {"path": "triton", "statistics": "fused", "tiles_per_program": 2, "BLOCK_N": 32},
     "separate": {"path": "triton", "statistics": "separate", "tiles_per_program": 1, "BLOCK_N": 64},
+    "merged": {"path": "merged", "BLOCK_N": 32},
     "cublas": {"path": "cublas"},
 }
 
@@ -87,7 +88,7 @@ def test_no_patches_give_no_rows():
 
 
 def test_channels_too_odd_for_the_fused_product_go_to_torch(monkeypatch):
-    monkeypatch.setattr(patch_merge, "linear", None)
+    monkeypatch.setattr(matmul, "linear_kernel", None)
     features, weights = make_features(24, 24), make_weights(24, 24)
     assert patch_merge_projection(features, None, *weights).shape == (6, OUT)
 
@@ -130,7 +131,9 @@ def test_half_precision_errs_like_eager_half_precision(use_tile, poisoned_empty,
     assert (out.double() - wanted).abs().max() <= allowed
 
 
-def test_half_precision_features_take_float32_weights():
+@pytest.mark.parametrize("path", PATHS)
+def test_half_precision_features_take_float32_weights(use_tile, path):
+    use_tile(**PATHS[path])
     features, weights = make_features(24, dtype=torch.float16), make_weights()
     out = patch_merge_projection(features, None, *weights)
     wanted = expected(features, None, weights)
@@ -174,7 +177,7 @@ def test_other_images_do_not_touch_an_image(use_tile, path):
     assert not torch.equal(after[6], before[6])
 
 
-@pytest.mark.parametrize("path", ["fused", "separate"])
+@pytest.mark.parametrize("path", ["fused", "separate", "merged"])
 def test_order_of_images_does_not_matter(monkeypatch, use_tile, path):
     # The interpreter multiplies by BLAS, which adds up a row in an order that depends on its place; tensor cores do not.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("mk,kn->mn", a, b, dtype=dtype))
@@ -272,7 +275,56 @@ def test_few_rows_read_the_features_twice_and_stay_within_the_floor(traffic):
     assert counts.total.unique <= 1.05 * practical_floor(traffic, features, weights)
 
 
-def test_exact_gelu_not_its_tanh_approximation():
+def test_merged_rows_go_through_memory_once_and_into_two_plain_products(traffic, use_tile):
+    use_tile(path="merged")
+    features = make_features(32, CHANNELS, torch.float16)
+    index, weights = merge_index([(1, 4, 8)]), make_weights(hidden=256, out=224, dtype=torch.float16)
+    with traffic.count() as counts:
+        patch_merge_projection(features, index, *weights)
+    names = [launch.name for launch in counts.launches]
+    assert names == ["patch_merge_norm_kernel", "linear_kernel", "linear_kernel"] and not counts.eager.ops
+
+
+def test_the_second_product_goes_to_torch_where_its_table_says_so(monkeypatch, poisoned_empty):
+    features, weights = make_features(24), make_weights()
+    monkeypatch.setattr(matmul, "tile", lambda kernel, device, key, heuristic: heuristic | {"path": "cublas"})
+    monkeypatch.setattr(matmul, "linear_kernel", None)
+    out = patch_merge_projection(features, None, *weights)
+    torch.testing.assert_close(out.double(), expected(features, None, weights), **FP32)
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 10)], ids=["3.6", "3.10"])
+def test_compilers_that_spill_the_widest_tile_get_a_narrower_one(monkeypatch, version):
+    monkeypatch.setattr(patch_merge, "TRITON_VERSION", version)
+    for arch, dtype in ((80, torch.bfloat16), (90, torch.float16), (0, torch.float16), (90, torch.float32)):
+        config = patch_merge.heuristic(arch, 132, 4096, dtype, 4608, 4608, 4096, gathered=False)
+        product = matmul.matmul_tile(arch, 132, 4096, 4608, dtype)
+        narrow = arch and dtype != torch.float32 and version < (3, 7)
+        assert config == product | {"statistics": config["statistics"]} | ({"BLOCK_N": 128} if narrow else {})
+
+
+@pytest.mark.parametrize("path", ["triton", "cublas"])
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_a_product_ends_in_exact_gelu(poisoned_empty, dtype, rows, path):
+    # 100 columns end within the second tile's first half, and 20 within the first's
+    for columns in (100, 20):
+        x, weight, bias = make_features(rows, 144, dtype), *make_weights(channels=36, hidden=columns, dtype=dtype)[2:4]
+        config = matmul.matmul_tile(90, 132, rows, columns, torch.float16) | {"BLOCK_N": 64, "path": path}
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        out = matmul.linear(x, weight, bias, config, gelu=True)
+        # Float32 sums; torch's product is rounded before its GELU, and the result once more
+        allowed = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * wanted.abs().max()
+        assert out.dtype == dtype and (out.double() - F.gelu(wanted)).abs().max() <= allowed
+        if dtype == torch.float32 and rows > 1:
+            assert (out.double() - F.gelu(wanted, approximate="tanh")).abs().max() > 1e-4
+        plain = matmul.linear(x, weight, bias, config)
+        assert (plain.double() - wanted).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_exact_gelu_not_its_tanh_approximation(use_tile, path):
+    use_tile(**PATHS[path])
     features, weights = make_features(24), make_weights()
     normed = F.layer_norm(features, (CHANNELS,), weights[0], weights[1]).view(-1, 4 * CHANNELS)
     hidden = F.linear(normed, weights[2], weights[3])

@@ -311,3 +311,30 @@ def test_machine_code_meets_the_design():
         assert code["shared"] <= (80 if code["arch"] == 80 else 100) * 1024
         assert not {"LDG.16", "STG.16", "STS.16"} & code["memory"].keys()
         assert code["loop_memory"]["LDGSTS.128"] >= 9 and "LDG.128" not in code["loop_memory"]
+
+
+def test_torch_computes_what_a_table_gives_it_and_only_that(monkeypatch):
+    q, k, v, cu_seqlens = packed([40, 30], heads=4, key_heads=2)
+    asked = []
+
+    def flash(q, k, v, *rest, scale):
+        asked.append((*rest, scale))
+        return (torch.full_like(q, 7),)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    monkeypatch.setattr(varlen_attention, "_is_for_torch", lambda *tensors: tensors[0].dtype == torch.float16)
+    tile = heuristic(90, 72, torch.float16, 70) | {"path": "torch"}
+
+    def run(q, k, v, offsets, scale=0.1, causal=True, lse=False):
+        return varlen_attention.varlen_attention(q, k, v, offsets, 4096, scale, causal, lse, tile)[0]
+
+    assert (run(q, k, v, cu_seqlens, scale=-0.1) == 7).all()
+    [(*lengths, longest, longest_key, dropout, causal, mask, scale)] = asked
+    assert all(x is cu_seqlens for x in lengths) and (longest, longest_key, dropout, mask) == (40, 40, 0.0, False)
+    assert causal and scale == 0.1
+    exact = reference(q.double(), k.double(), v.double(), cu_seqlens, 0.1, True, False)[0]
+    for dtype, offsets, lse in ((torch.float16, cu_seqlens, True), (torch.float32, cu_seqlens, False)):
+        found = run(q.to(dtype), k.to(dtype), v.to(dtype), offsets, lse=lse)
+        torch.testing.assert_close(found.double(), exact, atol=2e-3, rtol=2e-3)
+    assert not run(q, k, v, cu_seqlens[:2].clone())[40:].any()
+    assert len(asked) == 1

@@ -64,17 +64,22 @@ def test_a_place_without_a_fitting_entry_passes_on(folders):
 
 def test_text_must_match_and_integers_choose_the_nearest_bucket(folders):
     write(folders["named"], [entry(1, tokens=256), entry(2, tokens=4096), entry(3, tokens=1024, dtype="float16")])
-    assert warps(tokens=1) == 1
-    assert warps(tokens=1000) == 1
-    assert warps(tokens=1100) == 2
-    assert warps(tokens=10**6) == 2
+    assert warps(tokens=64) == warps(tokens=1000) == 1
+    assert warps(tokens=1100) == warps(tokens=4 * 4096) == 2
     assert warps(dtype="float16") == 3
     assert warps(dtype="float32") == HEURISTIC["num_warps"]
 
 
+def test_a_size_that_no_entry_is_near_takes_the_next_table_or_the_heuristic(folders):
+    write(folders["named"], [entry(10, tokens=256)])
+    write(folders["cache"], [entry(11, tokens=4096)])
+    usual = HEURISTIC["num_warps"]
+    assert [warps(tokens=tokens) for tokens in (63, 64, 1024, 1025, 16385)] == [usual, 10, 10, 11, usual]
+
+
 def test_sizes_that_are_no_buckets_must_match_exactly(folders):
     write(folders["named"], [entry(10, head_dim=128)])
-    assert warps(head_dim=128, tokens=1) == 10
+    assert warps(head_dim=128, tokens=300) == 10
     assert warps(head_dim=72) == warps(head_dim=256) == HEURISTIC["num_warps"]
 
 

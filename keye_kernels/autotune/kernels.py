@@ -49,7 +49,7 @@ def heuristic(shape: Shape, dtype: str, target: str, processors: int) -> Config:
     if shape.kernel == "position_embedding_2d":
         return position_embedding.heuristic(warp_size(target))
     if shape.kernel == "varlen_attention":
-        return varlen_attention.heuristic(arch, attention_part(shape.part)[2], kind, shape.size)
+        return varlen_attention.heuristic(arch, attention_part(shape.part)[2], kind)
     if shape.kernel == "linear":
         return matmul.matmul_tile(number, processors, shape.total, OUT, kind)
     gathered = shape.part == "raster"

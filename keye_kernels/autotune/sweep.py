@@ -25,7 +25,7 @@ from .records import Record, Records
 from .shapes import Shape
 
 MARGIN = 0.02  # of a median: less is noise, and the heuristic's tile stays
-HOPELESS = 1.3  # times the fastest so far: a tile that a glance finds slower is not timed at length
+HOPELESS = 1.1  # times the fastest so far: a tile that a glance finds slower is not timed at length
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
 from .checks import FLOATS, check_tensor
 from .implementation import check_impl, resolve
-from .registry import define_differentiable
+from .registry import call, define_differentiable
 
 
 def patch_merge_projection(
@@ -62,7 +62,7 @@ def patch_merge_projection(
         grids = check_grid_thw(grid_thw, features.shape[0], merge_size)
         merge_index = patch_tensors(grids, 1, merge_size, "raster")[-1].to(features.device)
     weights = norm_weight, norm_bias, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
-    return _projection_op(features, merge_index, *weights, merge_size, eps, impl)
+    return call(_projection_op, features, merge_index, *weights, merge_size, eps, impl)
 
 
 def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):

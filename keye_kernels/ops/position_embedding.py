@@ -8,7 +8,7 @@ from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
 from .checks import FLOATS, check_tensor
 from .implementation import check_impl, resolve
-from .registry import define_differentiable
+from .registry import call, define_differentiable
 
 
 def position_embedding_2d(
@@ -41,7 +41,7 @@ def position_embedding_2d(
             raise ValueError(f"table must be a square grid of positions, got {table.shape[0]} rows")
         grids = check_grid_thw(grid_thw, features.shape[0], 1)
         index, weight = (t.to(features.device) for t in patch_tensors(grids, side, 1, "raster")[1:3])
-    return _position_op(features, table, index, weight, impl)
+    return call(_position_op, features, table, index, weight, impl)
 
 
 def _run(features, table, corner_index, corner_weight, impl):

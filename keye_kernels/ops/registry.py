@@ -20,6 +20,14 @@ def define(name: str, arguments: str, returns: str, run: Callable, fake: Callabl
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
+def call(operator: Callable, *arguments: Any) -> Any:
+    """`operator(*arguments)`; where no gradient is wanted, past autograd, whose way round is Python and costs a launch again."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def define_differentiable(
     name: str,
     arguments: str,

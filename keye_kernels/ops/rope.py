@@ -10,7 +10,7 @@ from keye_kernels import reference
 
 from .checks import FLOATS, INTEGERS, check_heads, check_tensor
 from .implementation import check_impl, resolve
-from .registry import NAMESPACE, define, library
+from .registry import NAMESPACE, call, define, library
 
 
 def rope_3d(
@@ -52,7 +52,7 @@ def rope_3d(
         check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
         check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
     sections = list(mrope_section)
-    return _rope_op(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, False, impl)
+    return call(_rope_op, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, False, impl)
 
 
 def rope_2d(
@@ -74,7 +74,7 @@ def rope_2d(
     if q.shape[-1] % 4:
         raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
     check_tensor("inv_freq", inv_freq, (q.shape[-1] // 4,), (torch.float32,), q)
-    return _rope_op(q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, False, impl)
+    return call(_rope_op, q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, False, impl)
 
 
 def _check(q: Tensor, k: Tensor, position_ids: Tensor, axes: int) -> None:

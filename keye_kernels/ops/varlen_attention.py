@@ -7,7 +7,7 @@ from keye_kernels import reference
 
 from .checks import check_heads, check_tensor
 from .implementation import check_impl, resolve
-from .registry import define_differentiable
+from .registry import call, define_differentiable
 
 MAX_HEAD_DIM = 256
 
@@ -55,7 +55,7 @@ def varlen_attention(
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse = _attention_op(q, k, v, cu_seqlens, max_seqlen, scale, causal, return_lse, impl)
+    out, lse = call(_attention_op, q, k, v, cu_seqlens, max_seqlen, scale, causal, return_lse, impl)
     return (out, lse) if return_lse else out
 
 

@@ -7,8 +7,8 @@ serves. One JSON file holds one device:
     {"device": "NVIDIA H100 80GB HBM3", "triton": "3.9.0", "method": "timed", "kernels": {"rope": [
      {"dtype": "bfloat16", "head_dim": 128, "tokens": 4096, "config": {"num_warps": 4}, "median_us": 9.1}]}}
 
-Of a case, what is in BUCKETS chooses the entry nearest by ratio; all else must match an entry's exactly: the tile of one head
-dim may not fit a multiprocessor at another.
+Of a case, what is in BUCKETS chooses the entry nearest by ratio, unless none is near (a sweep that was stopped knows nothing of
+what it did not reach); all else must match an entry's exactly: the tile of one head dim may not fit a multiprocessor at another.
 """
 
 import json
@@ -38,6 +38,7 @@ RESULTS = (
     "rank",
 )  # the fields of an entry that are no part of its case
 TIMED, RANKED = "timed", "ranked, not timed"
+FAR = 4  # an entry serves sizes up to so many times smaller or larger than its own
 ALIKE = 1.5  # a ranked table serves chips of up to so many times more or fewer multiprocessors than it was made for
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,8 @@ def _nearest(entries: list[Entry], key: Case) -> Entry | None:
     def distance(entry: Entry) -> float:
         return sum(abs(math.log2(max(entry[name], 1) / max(key[name], 1))) for name in buckets)
 
-    return min(candidates, key=distance, default=None)
+    nearest = min(candidates, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= math.log2(FAR) else None
 
 
 @cache

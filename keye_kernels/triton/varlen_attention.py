@@ -247,7 +247,7 @@ def launch_options(config: Config) -> Config:
 @remember
 def _config(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int, causal: bool) -> Config:
     key = tile_key(dtype, head_dim, max_seqlen, causal)
-    return tile("varlen_attention", device, key, heuristic(_arch(device), head_dim, dtype, max_seqlen))
+    return tile("varlen_attention", device, key, heuristic(_arch(device), head_dim, dtype))
 
 
 def tile_key(dtype: torch.dtype, head_dim: int, max_seqlen: int, causal: bool) -> dict[str, int | str]:
@@ -280,20 +280,20 @@ def key_blocks(block_n: int, parts: dict[str, int]) -> list[Block]:
     return [[block_n, 1, width] if width else None for width in widths]
 
 
-def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: int) -> Config:
+def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype) -> Config:
     """The tile where no table has one: few instructions a score in the compiled loop, and no spill.
 
-    BLOCK_N does not depend on `max_seqlen`: a query's sums are made in the same order whatever it is packed with. On sm_90
-    short segments have tiles of 64 queries: twice the programs (1024 tokens x 16 heads are 128 tiles of 128, fewer than an
-    H100 has multiprocessors) and half the waste in a segment's last tile. tcgen05 wants 128 rows, and mma.sync takes 13
-    instructions a score with 64.
+    It does not depend on the lengths of segments, BLOCK_N least of all: a query's sums are made in the same order whatever it
+    is packed with. For the tower on sm_90 it is what an H200 was quickest with: two blocks of 4 warps on a multiprocessor, of
+    which one computes exponentials while the other multiplies. tcgen05 wants 128 rows, and mma.sync takes 13 instructions a
+    score with 64.
     """
     if dtype == torch.float32:  # no tensor cores: the operands of its products live in registers
         return _tile(32, 32, 8) if head_dim <= 80 else _tile(16, 16, 8)
     if isinstance(arch, str):
         return _tile(128, 64, 4) if head_dim <= 128 else _tile(64, 32, 4)
-    if arch == 90 and head_dim <= 80 and max_seqlen <= 1024:
-        return _tile(64, 128, 4)
+    if arch == 90 and head_dim <= 80:
+        return _tile(128, 64, 4, num_stages=3)
     has_tcgen05 = arch // 10 in TCGEN05
     if head_dim <= (128 if arch == 90 or has_tcgen05 else 80):
         return _tile(128, 128, 8)
@@ -302,8 +302,8 @@ def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype, max_seqlen: in
     return _tile(128, 32, 8) if has_tcgen05 else _tile(64, 32, 4)
 
 
-def _tile(block_m: int, block_n: int, num_warps: int) -> Config:
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int = 2) -> Config:
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
     # Descriptors and torch's FlashAttention-2 where a table says so: only a clock tells them apart
     return {**tile, "loads": "pointers", "path": "triton"}
 
@@ -363,20 +363,19 @@ def compile_spec(
 def compile_specs(arch: int | str) -> list[CompileSpec]:
     """The vision tower's and the text model's variants that ship for a target."""
 
-    def spec(label, dtype, heads, key_heads, head_dim, max_seqlen, causal, return_lse=False, **fields):
-        config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, max_seqlen) | fields
+    def spec(label, dtype, heads, key_heads, head_dim, causal, return_lse=False, **fields):
+        config = heuristic(arch, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16) | fields
         return compile_spec(label, arch, config, dtype, heads, key_heads, head_dim, causal, return_lse)
 
     described = "descriptors" in loads_of(arch)
     return [
-        spec("vision bf16", "bf16", *VISION, 4096, causal=False),
-        *([spec("vision bf16 up to 1024", "bf16", *VISION, 1024, causal=False)] if arch == 90 else []),
-        *([spec("vision bf16 descriptors", "bf16", *VISION, 4096, False, loads="descriptors")] if described else []),
-        spec("vision bf16 lse", "bf16", *VISION, 4096, causal=False, return_lse=True),
-        spec("vision fp16", "fp16", *VISION, 4096, causal=False),
-        spec("vision fp32", "fp32", *VISION, 4096, causal=False),
-        spec("text bf16", "bf16", *TEXT, 4096, causal=True),
-        *([spec("text bf16 descriptors", "bf16", *TEXT, 4096, True, loads="descriptors")] if described else []),
-        spec("text fp16", "fp16", *TEXT, 4096, causal=True),
-        spec("text fp32", "fp32", *TEXT, 4096, causal=True),
+        spec("vision bf16", "bf16", *VISION, causal=False),
+        *([spec("vision bf16 descriptors", "bf16", *VISION, False, loads="descriptors")] if described else []),
+        spec("vision bf16 lse", "bf16", *VISION, causal=False, return_lse=True),
+        spec("vision fp16", "fp16", *VISION, causal=False),
+        spec("vision fp32", "fp32", *VISION, causal=False),
+        spec("text bf16", "bf16", *TEXT, causal=True),
+        *([spec("text bf16 descriptors", "bf16", *TEXT, True, loads="descriptors")] if described else []),
+        spec("text fp16", "fp16", *TEXT, causal=True),
+        spec("text fp32", "fp32", *TEXT, causal=True),
     ]

@@ -120,9 +120,10 @@ def test_a_launch_between_the_shapes_takes_the_nearest_entry(stub, tmp_path, mon
     stub.sweep(tmp_path, [SMALL])
     stub.microseconds[5] = 1.0
     stub.sweep(tmp_path, [LARGE])
-    near = {16: 0, 100: 0, 1000: 5, 2**20: 5}
+    near = {8: 0, 60: 0, 1025: 5, 2**14: 5}
     for tokens, number in near.items():
         assert served(tmp_path, monkeypatch, Shape("rope", "vision", 1, tokens)) == stub.tried[number]
+    assert served(tmp_path, monkeypatch, Shape("rope", "vision", 1, 2**20)) == NO_TILE
 
 
 def test_where_nothing_serves_no_entry_is_written(stub, tmp_path, monkeypatch):

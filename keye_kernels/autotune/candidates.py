@@ -8,6 +8,7 @@ from .kernels import arch_of, heuristic, warp_size
 from .shapes import Shape
 
 FEW = 3
+LONG = 1024  # tokens of a segment: past them attention hides the 35 us that the host takes for its four descriptors
 ROWS = 16  # that a warp holds at the least: the height of a tensor core's product
 OPERAND = 2  # bytes of a bf16 or fp16
 
@@ -64,13 +65,14 @@ def _position_embedding(shape: Shape, target: str, first: Config, timed: bool) -
 def _attention(shape: Shape, target: str, first: Config, timed: bool) -> list[Config]:
     stages = (1, 2, 3, 4) if timed else (first["num_stages"],)
     torchs = [{"path": "torch"}] if timed and target.startswith("sm_") else []
+    all_loads = loads_of(arch_of(target)) if timed and shape.size > LONG else (first["loads"],)
     return torchs + [
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": s, "loads": loads}
         for m in (64, 128)
         for n in ((32, 64, 128) if timed else (64, 128))
         for warps in (4, 8)
         for s in stages
-        for loads in (loads_of(arch_of(target)) if timed else (first["loads"],))
+        for loads in all_loads
         # 128 x 128 scores in 4 warps take every register there is
         if m // warps >= ROWS and (timed or m * n < 128 * 128 * warps // 4)
     ]

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from ..triton.compile import Report
 from ..triton.tiles import Config
@@ -63,11 +65,18 @@ def compiler(workers: int | None = None) -> Iterator[Compiler]:
     """A compiler of its own processes: Triton either interprets or compiles for good, as its first import finds it."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
-    executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    # Ctrl-C reaches all processes of a terminal: workers that die of it would leave the pool waiting for them for ever
+    ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn, initializer=ignore_interrupts)
     try:
         yield Compiler(executor)
     finally:
-        executor.shutdown(cancel_futures=True)
+        # Neither waiting for what is being compiled nor, after a second Ctrl-C, for all that is queued
+        processes = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:

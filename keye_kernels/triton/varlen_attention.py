@@ -284,18 +284,18 @@ def heuristic(arch: int | str, head_dim: int, dtype: torch.dtype) -> Config:
     """The tile where no table has one: few instructions a score in the compiled loop, and no spill.
 
     It does not depend on the lengths of segments, BLOCK_N least of all: a query's sums are made in the same order whatever it
-    is packed with. For the tower on sm_90 it is what an H200 was quickest with: two blocks of 4 warps on a multiprocessor, of
-    which one computes exponentials while the other multiplies. tcgen05 wants 128 rows, and mma.sync takes 13 instructions a
-    score with 64.
+    is packed with. On sm_90 it is what an H200 was quick with at every length: two or three blocks of 4 warps on a
+    multiprocessor, of which one computes exponentials while another multiplies. tcgen05 wants 128 rows, and mma.sync takes 13
+    instructions a score with 64.
     """
     if dtype == torch.float32:  # no tensor cores: the operands of its products live in registers
         return _tile(32, 32, 8) if head_dim <= 80 else _tile(16, 16, 8)
     if isinstance(arch, str):
         return _tile(128, 64, 4) if head_dim <= 128 else _tile(64, 32, 4)
-    if arch == 90 and head_dim <= 80:
-        return _tile(128, 64, 4, num_stages=3)
+    if arch == 90 and head_dim <= 128:
+        return _tile(128 if head_dim <= 80 else 64, 64, 4, num_stages=3)
     has_tcgen05 = arch // 10 in TCGEN05
-    if head_dim <= (128 if arch == 90 or has_tcgen05 else 80):
+    if head_dim <= (128 if has_tcgen05 else 80):
         return _tile(128, 128, 8)
     if head_dim <= 160 or arch == 90:
         return _tile(128, 64, 8)

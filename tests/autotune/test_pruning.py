@@ -7,16 +7,22 @@ import subprocess
 import sys
 import time
 
+# Each as deaf as a compiler that runs in C
 BUSY = """
-import time
+import signal, time
 from keye_kernels.autotune.pruning import compiler
+
+def compile():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
 
 if __name__ == "__main__":
     with compiler(2) as pool:
         started = pool.executor.submit(time.sleep, 0)
         for _ in range(50):
-            pool.executor.submit(time.sleep, 60)
+            pool.executor.submit(compile)
         started.result()
+        time.sleep(1)
         print("busy", flush=True)
         time.sleep(60)
 """

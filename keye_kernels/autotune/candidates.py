@@ -4,7 +4,7 @@ from ..triton.compile import CHIPS
 from ..triton.descriptors import loads_of
 from ..triton.patch_merge import INDEX_STAGES
 from ..triton.tiles import Config
-from .kernels import arch_of, heuristic, warp_size
+from .kernels import arch_of, heuristic, own_heuristic, warp_size
 from .shapes import Shape
 
 FEW = 3
@@ -20,7 +20,7 @@ def candidates(shape: Shape, dtype: str, target: str, processors: int, timed: bo
     stages, pointers or descriptors, a product's path, and who takes the projector's statistics. Products keep the
     heuristic's K step and stages here; `refine` varies those of the best.
     """
-    first = heuristic(shape, dtype, target, processors)
+    first = (heuristic if timed else own_heuristic)(shape, dtype, target, processors)
     propose = {
         "rope": _rope,
         "position_embedding_2d": _position_embedding,
@@ -104,7 +104,8 @@ def _patch_merge(shape: Shape, target: str, first: Config, timed: bool) -> list[
     plain = [{**tile, "path": "merged", "num_stages": stages} for tile in _product(shape, target, first, timed)]
     # A barrier orders no global stores on AMD, and fused statistics go through those
     statistics = ("separate", "fused") if target.startswith("sm_") else ("separate",)
-    return [{"path": "cublas"}, *plain, *({**tile, "statistics": s} for tile in fused for s in statistics)]
+    fused = [{**tile, "path": "triton", "statistics": s} for tile in fused for s in statistics]
+    return [{"path": "cublas"}, *plain, *fused]
 
 
 def _may_fit(shape: Shape, target: str, config: Config) -> bool:

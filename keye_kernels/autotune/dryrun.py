@@ -12,7 +12,7 @@ from ..triton import tiles
 from ..triton.tiles import Config
 from .candidates import candidates
 from .choosing import Measured, choose
-from .kernels import heuristic, table_key
+from .kernels import own_heuristic, table_key
 from .pruning import Compiler, Variant, compiler
 from .ranking import RATES, rank
 from .shapes import Shape
@@ -85,7 +85,7 @@ def _rank_kernel(
 ) -> list[dict[str, Any]]:
     measured, ranks = {}, {}
     for shape, tried in plans.items():
-        default = heuristic(shape, dtype, target, RATES[target].processors)
+        default = own_heuristic(shape, dtype, target, RATES[target].processors)
         costs = []
         for config in tried:
             variant = _variant(target, shape, dtype, config)

@@ -56,6 +56,12 @@ def heuristic(shape: Shape, dtype: str, target: str, processors: int) -> Config:
     return patch_merge.heuristic(number, processors, shape.total, kind, HIDDEN, HIDDEN, OUT, gathered)
 
 
+def own_heuristic(shape: Shape, dtype: str, target: str, processors: int) -> Config:
+    """The heuristic's tile, for the kernel here where the heuristic leaves a product to torch: what can be ranked."""
+    config = heuristic(shape, dtype, target, processors)
+    return config | {"path": "triton"} if "path" in config else config
+
+
 def specs(kernel: str, part: str, dtype: str, target: str, config: Config) -> list[CompileSpec]:
     """All variants of the kernel that one entry of a table serves, the commonest first."""
     if kernel == "rope":

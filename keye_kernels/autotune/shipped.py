@@ -18,17 +18,19 @@ from .pruning import Variant, compiler
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
+TIMED_CARDS = {"sm_90": ["NVIDIA H200"]}  # of a target, those with a table that was timed on them
+
+
 def shipped_variants(target: str) -> list[Variant]:
-    """Each tile of a target's table once; the projector's with either place of its statistics that a launch may choose."""
-    table = json.loads(tiles.table_path(target, tiles.PACKAGE_TABLES).read_text(encoding="utf-8"))
+    """Each tile of the tables of a target and of its cards once; the projector's with either place of its statistics that a
+    launch may choose."""
     found = {}
-    for kernel, entries in table["kernels"].items():
-        for entry in entries:
+    for name in (target, *TIMED_CARDS.get(target, [])):
+        table = json.loads(tiles.table_path(name, tiles.PACKAGE_TABLES).read_text(encoding="utf-8"))
+        for kernel, entry in ((kernel, entry) for kernel, entries in table["kernels"].items() for entry in entries):
             for config in _as_launched(kernel, target, entry["config"]):
-                variant = Variant.of(
-                    target, kernel, _part(kernel, entry), DTYPE_NAMES[entry["dtype"]], config, every=True
-                )
-                found[variant] = None
+                dtype = DTYPE_NAMES[entry["dtype"]]
+                found[Variant.of(target, kernel, _part(kernel, entry), dtype, config, every=True)] = None
     return list(found)
 
 

@@ -152,9 +152,9 @@ def cdiv(number: int, divisor: int) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> tuple[int, int]:
-    """(capability, number of multiprocessors); capability 0 is AMD, and the interpreter counts as an H100."""
+    """(capability, number of multiprocessors); capability 0 is AMD, and the interpreter counts as an A100."""
     if device.type != "cuda":
-        return 90, 132
+        return 80, 108
     properties = torch.cuda.get_device_properties(device)
     return 0 if torch.version.hip else 10 * properties.major + properties.minor, properties.multi_processor_count
 

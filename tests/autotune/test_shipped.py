@@ -6,7 +6,7 @@ import pytest
 
 from keye_kernels.autotune.kernels import SAME
 from keye_kernels.autotune.shapes import KERNELS
-from keye_kernels.autotune.shipped import failures, shipped_variants
+from keye_kernels.autotune.shipped import TIMED_CARDS, failures, shipped_variants
 from keye_kernels.triton import tiles
 from keye_kernels.triton.compile import CHIPS
 
@@ -28,7 +28,18 @@ def test_every_kernel_has_ranked_entries(target):
     assert tiles.to_text(found) == tiles.table_path(target, tiles.PACKAGE_TABLES).read_text()
 
 
-@pytest.mark.parametrize("target", CHIPS)
+def test_every_table_is_a_targets_or_a_timed_cards_and_is_compiled_with_its_target():
+    cards = {card: target for target, names in TIMED_CARDS.items() for card in names}
+    paths = {tiles.table_path(name, tiles.PACKAGE_TABLES).name for name in (*CHIPS, *cards)}
+    assert {path.name for path in tiles.PACKAGE_TABLES.glob("*.json")} == paths
+    for card, target in cards.items():
+        found = table(card)
+        assert found["device"] == card and found["method"] == "timed" and found["kernels"].keys() <= set(KERNELS)
+        timed = {tuple(sorted(e["config"].items())) for e in found["kernels"]["varlen_attention"]}
+        assert timed <= {v.config for v in shipped_variants(target) if v.kernel == "varlen_attention"}
+
+
+@pytest.mark.parametrize("target", [*CHIPS, *TIMED_CARDS["sm_90"]])
 def test_attention_has_one_block_of_keys_in_all_buckets(target):
     # else a segment's sums would add up in another order beside a longer neighbour
     blocks = {}

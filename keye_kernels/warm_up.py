@@ -5,15 +5,12 @@ request will call for, strides and alignment included. A first pass compiles in 
 runs the same calls, which now find every kernel in Triton's cache.
 """
 
-import contextlib
 import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,6 @@ from .model import Keye
 from .ops.implementation import resolve
 
 Grid = tuple[int, int, int]
-MOST_THREADS = 16
 OPERATORS = ("rope", "varlen_attention", "patch_merge_projection", "position_embedding_2d")
 
 
@@ -63,10 +59,12 @@ def warmup(
     lengths = _check_lengths(prompt_lengths, model.config.max_position_embeddings)
     if note := _nothing_to_compile(model):
         return WarmupReport(0, 0, 0.0, note)
+    from .triton.launch import compile_steps
+
     steps = _steps(model, pictures, lengths)
     start = time.perf_counter()
     with torch.no_grad(), tqdm(desc="warm-up", unit=" kernels", disable=not progress) as bar:
-        compiled, cached = _compile(steps, bar.update)
+        compiled, cached = compile_steps(steps, bar.update)
         for step in steps:
             step()
     torch.cuda.synchronize(model.device)
@@ -140,40 +138,3 @@ def _replaced(module: nn.Module, **children: nn.Module) -> nn.Module:
     shallow = copy.copy(module)
     shallow._modules = {**module._modules, **children}
     return shallow
-
-
-def _compile(steps: Sequence[Callable[[], object]], ready: Callable[[], object]) -> tuple[int, int]:
-    """Runs the steps without their launches; returns how many kernels were compiled, and how many were found in the cache.
-
-    `ready` is called for each of them. Memory that a kernel would have filled is left as it is: what is computed here means
-    nothing.
-    """
-    from triton import knobs
-
-    from .triton.launch import compile_only
-
-    hits: list[bool] = []
-    listener = knobs.compilation.listener
-
-    def listen(*, cache_hit: bool, **_: Any) -> None:
-        hits.append(cache_hit)
-        ready()
-
-    knobs.compilation.listener = listen
-    try:
-        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
-        with pool, _beside_each_other(pool), compile_only():
-            for step in steps:
-                step()
-    finally:
-        knobs.compilation.listener = listener
-    return hits.count(False), hits.count(True)
-
-
-def _beside_each_other(pool: ThreadPoolExecutor) -> contextlib.AbstractContextManager:
-    """Triton hands what is to be compiled to the pool, and waits for it at the end. A Triton without that: one by one."""
-    try:
-        from triton.runtime._async_compile import AsyncCompileMode
-    except ImportError:
-        return contextlib.nullcontext()
-    return AsyncCompileMode(pool)

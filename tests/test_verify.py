@@ -195,3 +195,49 @@ def test_bad_input_names_the_argument(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["verify", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# The compiler is real, for an H100 through a driver that only says so; nothing is launched
+AHEAD = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+from keye_kernels import verify
+from keye_kernels.ops import implementation
+from keye_kernels.verify.cases import cases
+
+implementation._require_triton = lambda operator, device: None
+setup = verify.Setup(torch.device("cpu"), "triton", False, (torch.float16,), 2, [])
+chosen = cases(real_sizes=False)
+with torch.no_grad():
+    (first, known), again = verify.compile_ahead(chosen, setup), verify.compile_ahead(chosen, setup)
+assert first >= 10 and known == 0 and again == (0, 0), (first, known, again)
+"""
+
+
+def test_kernels_are_compiled_ahead_beside_each_other(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", AHEAD]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_failure_to_compile_ahead_is_left_to_the_cases(monkeypatch):
+    def fail(chosen, setup):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(verify, "compile_ahead", fail)
+    monkeypatch.setattr(verify, "check", lambda case, dtype, *rest: (case, dtype))
+    setup = verify.Setup(torch.device("cuda"), "triton", True, (torch.float16,), 2, [])
+    assert verify.verify(setup, chosen=["case"], answers=False) == [("case", torch.float16)]

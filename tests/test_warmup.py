@@ -36,6 +36,7 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from keye_kernels import warm_up
+from keye_kernels.triton.launch import compile_steps
 from keye_kernels.ops import implementation
 from tests.tiny import prompt, tiny_model
 
@@ -43,7 +44,7 @@ implementation._require_triton = lambda operator, device: None  # tensors of the
 with torch.no_grad(), implementation.use_impl("triton"):
     model = tiny_model()
     def compile(*steps):
-        return warm_up._compile(steps, lambda: None)
+        return compile_steps(steps, lambda: None)
     pictures = warm_up._check_grids([(1, 4, 6)], 2)
     steps = warm_up._steps(model, pictures, [9])
     first, again = compile(*steps), compile(*steps)

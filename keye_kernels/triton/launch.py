@@ -4,16 +4,20 @@ The JIT looks at each argument anew, which takes the host longer than a small ke
 launched once is found again by what tells variants apart, and launched as it is.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+MOST_THREADS = 16
 _compile_only: ContextVar[bool] = ContextVar("keye_kernels_compile_only", default=False)
 
 
@@ -66,3 +70,36 @@ def _kind(argument: Any) -> Any:
     if isinstance(argument, float):
         return float
     return None if argument is None else tuple(argument.block_shape)
+
+
+def compile_steps(steps: Sequence[Callable[[], object]], ready: Callable[[], object]) -> tuple[int, int]:
+    """Runs the steps without their launches; returns how many kernels were compiled, and how many were found in the cache.
+
+    `ready` is called for each of them. Memory that a kernel would have filled is left as it is: what is computed here means
+    nothing.
+    """
+    hits: list[bool] = []
+    listener = knobs.compilation.listener
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+        ready()
+
+    knobs.compilation.listener = listen
+    try:
+        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        with pool, _beside_each_other(pool), compile_only():
+            for step in steps:
+                step()
+    finally:
+        knobs.compilation.listener = listener
+    return hits.count(False), hits.count(True)
+
+
+def _beside_each_other(pool: ThreadPoolExecutor) -> AbstractContextManager:
+    """Triton hands what is to be compiled to the pool, and waits for it at the end. A Triton without that: one by one."""
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:
+        return nullcontext()
+    return AsyncCompileMode(pool)

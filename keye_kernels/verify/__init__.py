@@ -6,6 +6,7 @@ questions with the kernels and with the reference (`answers`).
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import torch
 from keye_kernels import __version__
 
 from .answers import check_answers
-from .cases import Case, cases
+from .cases import Case, cases, cast
 from .checks import Result, check
 
 RUNS = 10  # of the same input, to see races
@@ -97,8 +99,12 @@ def verify(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    results = []
-    for case in cases(setup.real_sizes) if chosen is None else chosen:
+    results, chosen = [], cases(setup.real_sizes) if chosen is None else chosen
+    if setup.device.type == "cuda" and setup.impl == "triton":
+        # A kernel that cannot be compiled is a finding of its own case
+        with contextlib.suppress(Exception):
+            compile_ahead(chosen, setup)
+    for case in chosen:
         for dtype in setup.dtypes:
             results.append(check(case, dtype, setup.device, setup.impl, seeds, setup.runs))
             report(results[-1])
@@ -107,6 +113,16 @@ def verify(
             results.append(result)
             report(result)
     return results
+
+
+def compile_ahead(chosen: Sequence[Case], setup: Setup) -> tuple[int, int]:
+    """Compiles what the cases will launch, several kernels at a time; how many, and how many the cache had."""
+    from keye_kernels.triton.launch import compile_steps
+
+    def step(case: Case, dtype: torch.dtype) -> None:
+        case.run(cast(case.draw(torch.Generator().manual_seed(0)), dtype, setup.device), setup.impl)
+
+    return compile_steps([partial(step, case, dtype) for case in chosen for dtype in setup.dtypes], lambda: None)
 
 
 def describe(setup: Setup) -> dict[str, Any]:

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
     """A function from the tokens [B, 1] to the logits [B, 1, V] of the next one, to be called about `steps` times.
 
-    The logits are good until its next call. On a CPU, of a compiled model, and where hooks want to see every step, it is the
-    model's own forward.
+    The logits are good until its next call. On a CPU, of a compiled model, under autocast (whose cast weights would be the
+    recording's), and where hooks want to see every step, it is the model's own forward.
     """
+    plain = model._compiled_call_impl is None and not torch.is_autocast_enabled("cuda")
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if model.device.type == "cuda" and steps >= WORTH and model._compiled_call_impl is None and not hooked:
+    if model.device.type == "cuda" and steps >= WORTH and plain and not hooked:
         return _RecordedStep(model, cache)
     return lambda token: model(token, cache=cache).logits
 

@@ -1,0 +1,45 @@
+"""Which models have their decoding steps recorded; what a recording computes is for a GPU to show (tests/gpu)."""
+
+import pytest
+import torch
+from torch import nn
+
+from keye_kernels.model.step_graph import WORTH, _RecordedStep, decoding_step
+
+
+class OnGpu(nn.Module):
+    """As much of a model on a GPU as the choice looks at."""
+
+    def __init__(self, device="cuda"):
+        super().__init__()
+        self.device, self.head = torch.device(device), nn.Linear(2, 2)
+
+
+def is_recorded(model, steps=WORTH):
+    return isinstance(decoding_step(model, None, steps), _RecordedStep)
+
+
+def test_many_steps_on_a_gpu_are_recorded_and_few_are_not():
+    assert is_recorded(OnGpu()) and not is_recorded(OnGpu(), WORTH - 1)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_see_every_step(register):
+    model = OnGpu()
+    hook = getattr(model.head, register)(lambda *seen: None)
+    assert not is_recorded(model)
+    hook.remove()
+    assert is_recorded(model)
+
+
+def test_a_cpu_a_compiled_model_and_autocast_launch_their_steps():
+    assert not is_recorded(OnGpu("cpu"))
+    model = OnGpu()
+    model.compile(backend="eager")
+    assert not is_recorded(model)
+    # Set by hand: without a GPU, the context itself would warn and stay off
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not is_recorded(OnGpu())
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def on_this_gpu() -> Machine:
         return glance if hopeless else do_bench(run, quantiles=quantiles)
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return Machine(device, tiles.target_name(device), multiprocessors(device)[1], bench)
+    # Two cores are left to the launches: one that waits for a compiler is timed with its wait
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    return Machine(device, tiles.target_name(device), multiprocessors(device)[1], bench, partial(compiler, workers))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Grid = tuple[int, int, int]
 Order = Literal["block", "raster"]
@@ -98,8 +99,8 @@ def segment_lengths(grids: list[Grid], by_frame: bool) -> list[int]:
 
 
 def cumulative(lengths: list[int]) -> Tensor:
-    """[S+1] int32 offsets of segments of these lengths."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+    """[S+1] int32 offsets of segments of these lengths, on the CPU."""
+    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32)
 
 
 def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
@@ -111,14 +112,15 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
         positions.append(position.repeat(1, t))
         corners.append(index.repeat(t, 1))
         weights.append(weight.repeat(t, 1))
-        starts = first + h * w * torch.arange(t)[:, None]
+        starts = first + h * w * torch.arange(t, device="cpu")[:, None]
         raster.append((starts + frame).flatten())
         merged.append((starts + by_block).view(-1, merge_size**2))
         first += t * h * w
     if not grids:
-        positions, raster = [torch.zeros(2, 0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
-        corners, weights = [torch.zeros(0, 4, dtype=torch.int32)], [torch.zeros(0, 4)]
-        merged = [torch.zeros(0, merge_size**2, dtype=torch.int64)]
+        with torch.device("cpu"):
+            positions, raster = [torch.zeros(2, 0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
+            corners, weights = [torch.zeros(0, 4, dtype=torch.int32)], [torch.zeros(0, 4)]
+            merged = [torch.zeros(0, merge_size**2, dtype=torch.int64)]
     return (
         torch.cat(positions, dim=1),
         torch.cat(corners),
@@ -128,15 +130,23 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
     )
 
 
-@lru_cache(maxsize=64)  # a batch has frames of one size, and a service a few sizes
 def _frame_tensors(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
     """Of one frame: positions, corners and their weights, and in raster indices the order of its patches and block order."""
-    row, column = torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)
-    at = torch.arange(h * w).view(h, w)
+    # What a mode makes of these tensors (fake ones, say) is the mode's own
+    make = _make_frame if _get_current_dispatch_mode() is None else _make_frame.__wrapped__
+    return make(h, w, table_side, merge_size, order)
+
+
+@lru_cache(maxsize=64)  # a batch has frames of one size, and a service a few sizes
+def _make_frame(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
+    # On the CPU whatever the default device is at the first call
+    rows, columns = (torch.arange(size, device="cpu") for size in (h, w))
+    at = torch.arange(h * w, device="cpu").view(h, w)
     by_block = _block_order(at, merge_size)
     frame = by_block if order == "block" else at.flatten()
+    position = torch.stack((rows[:, None].expand(h, w), columns.expand(h, w))).reshape(2, -1)[:, frame].int()
     index, weight = _bilinear_corners(h, w, table_side)
-    return torch.stack((row, column)).reshape(2, -1)[:, frame].int(), index[frame].int(), weight[frame], frame, by_block
+    return position, index[frame].int(), weight[frame], frame, by_block
 
 
 def _block_order(at: Tensor, merge_size: int) -> Tensor:
@@ -158,6 +168,6 @@ def _bilinear_corners(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:
 
 def _axis(size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each of `size` cells the two nearest of `side` entries and the weight of the second."""
-    centre = ((torch.arange(size, dtype=torch.float32) + 0.5) * (side / size) - 0.5).clamp(min=0)
+    centre = ((torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) * (side / size) - 0.5).clamp(min=0)
     low = centre.long().clamp(max=side - 1)
     return low, (low + 1).clamp(max=side - 1), centre - low

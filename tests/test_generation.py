@@ -193,3 +193,24 @@ def test_bad_calls_are_named(model):
     for name, value in (("temperature", 0.0), ("top_p", 1.5), ("top_k", -1)):
         with pytest.raises(ValueError, match=f"{name} must"):
             model.generate(ids, do_sample=True, **{name: value})
+
+
+def test_flash_attn_serves_the_attention_of_prompts_and_nothing_else(monkeypatch):
+    """The package cannot run here: its place takes the reference, which notes that it was asked."""
+    from keye_kernels import reference
+    from keye_kernels.ops import flash_attention
+
+    asked = []
+
+    def attend(q, k, v, cu_seqlens, max_seqlen, *how):
+        asked.append(how[1])
+        return reference.varlen_attention(q, k, v, cu_seqlens, *how)
+
+    monkeypatch.setattr(flash_attention, "varlen_attention", attend)
+    expected, model = tiny_model(), tiny_model()
+    flash = kk.Keye(model.config, impl="flash_attn").eval()
+    flash.load_state_dict(model.state_dict())
+    inputs = prompt([(1, 4, 4)])
+    options = {"max_new_tokens": 4, "eos_token_id": ()}
+    assert torch.equal(flash.generate(**inputs, **options), expected.generate(**inputs, **options))
+    assert asked == [False] * 2 + [True] * 2  # two layers of the tower and two of the decoder, the prompt once

@@ -350,3 +350,26 @@ def bad_calls():
 def test_bad_arguments_are_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_default_device_or_fake_tensors_leave_nothing_behind_in_the_geometry():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from keye_kernels.geometry import VisionBatch, _make_frame
+
+    def build():
+        return VisionBatch.build(torch.tensor([[1, 4, 6]], device="cpu"), 24, table_side=5, device=torch.device("cpu"))
+
+    expected = build()
+    _make_frame.cache_clear()
+    with torch.device("meta"):
+        build()
+    _make_frame.cache_clear()
+    grid = torch.tensor([[1, 4, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = VisionBatch.build(grid, 24, table_side=5, device=torch.device("cpu"))
+    assert isinstance(fake.position_ids, FakeTensor)
+    found = build()
+    for name in ("cu_seqlens", "position_ids", "corner_index", "corner_weight", "raster_index"):
+        assert type(getattr(found, name)) is torch.Tensor
+        assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from keye_kernels.model import step_graph
 from keye_kernels.model.step_graph import WORTH, _RecordedStep, decoding_step
+from keye_kernels.ops.implementation import use_impl
 
 
 class OnGpu(nn.Module):
@@ -13,6 +15,12 @@ class OnGpu(nn.Module):
     def __init__(self, device="cuda"):
         super().__init__()
         self.device, self.head = torch.device(device), nn.Linear(2, 2)
+        self.head.impl = "triton"
+
+
+@pytest.fixture(autouse=True)
+def kernels_can_run(monkeypatch):
+    monkeypatch.setattr("keye_kernels.ops.implementation._require_triton", lambda operator, device: None)
 
 
 def is_recorded(model, steps=WORTH):
@@ -32,11 +40,28 @@ def test_hooks_see_every_step(register):
     assert is_recorded(model)
 
 
+def test_the_reference_launches_its_steps():
+    model = OnGpu()
+    model.head.impl = "reference"
+    assert not is_recorded(model)
+    model.head.impl = "flash_attn"  # serves prompts; all else is the kernels'
+    assert is_recorded(model)
+    with use_impl("reference"):
+        assert not is_recorded(model)
+
+
+def test_a_model_that_failed_once_is_not_recorded_again():
+    model = OnGpu()
+    step_graph._failed.add(model)
+    assert not is_recorded(model) and is_recorded(OnGpu())
+
+
 def test_a_cpu_a_compiled_model_and_autocast_launch_their_steps():
     assert not is_recorded(OnGpu("cpu"))
-    model = OnGpu()
-    model.compile(backend="eager")
-    assert not is_recorded(model)
+    for compiled in (lambda model: model, lambda model: model.head):
+        model = OnGpu()
+        compiled(model).compile(backend="eager")
+        assert not is_recorded(model)
     # Set by hand: without a GPU, the context itself would warn and stay off
     torch.set_autocast_enabled("cuda", True)
     try:

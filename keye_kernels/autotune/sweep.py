@@ -186,9 +186,10 @@ def _save(machine: Machine, records: Records, kernel: str, outcome: Outcome) -> 
     measured, times_of = [], {}
     for record in timed:
         default = heuristic(record.shape, record.dtype, machine.target, machine.processors)
-        costs = [(config, times[0]) for config, times in record.timings]
+        timings = [(default | config, times) for config, times in record.timings]  # an older one may lack a field
+        costs = [(config, times[0]) for config, times in timings]
         measured.append(Measured(kernel, table_key(record.shape, record.dtype), default, costs))
-        times_of[id(measured[-1])] = record.timings
+        times_of[id(measured[-1])] = timings
     entries, expected = [], []
     for found, config in choose(measured, MARGIN):
         times = next(times for timed_config, times in times_of[id(found)] if timed_config == config)

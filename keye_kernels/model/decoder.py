@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye_kernels import ops
+from keye_kernels.ops.implementation import beside_attention
 
 from .cache import KVCache
 from .config import KeyeConfig
@@ -72,7 +73,8 @@ class TextAttention(nn.Module):
         """[T, hidden] to [T, hidden]."""
         q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
         norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.eps}
-        q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=self.impl)
+        impl = beside_attention(self.impl)
+        q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=impl)
         if cache is not None:
             rows = (batch.batch_size, -1)
             cache.write(self.layer, batch.slots, k.unflatten(0, rows), v.unflatten(0, rows))
@@ -102,7 +104,7 @@ class TextMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Elementwise work on views of one product takes a GPU twice as long; a few rows rather save a launch. A compiler fuses it
         wide = not torch.compiler.is_compiling() and x.shape[0] >= APART
-        gate, up = self.gate_up_proj.apart(x) if wide else self.gate_up_proj(x)
+        gate, up = self.gate_up_proj(x, apart=wide)
         # Nothing is as wide: unless a gradient needs it, it is there once in place of twice
         hidden = F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
         del gate, up

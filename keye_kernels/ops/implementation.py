@@ -38,6 +38,11 @@ def check_impl(impl: str, *, name: str = "impl", attention: bool = True) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {impl!r}")
 
 
+def beside_attention(impl: str) -> str:
+    """What the operators other than attention take where a model is given `impl`: "flash_attn" serves attention only."""
+    return "auto" if impl == "flash_attn" else impl
+
+
 def resolve(impl: str, operator: str, device: torch.device) -> str:
     """The implementation that runs `operator` on `device` now. Raises ValueError where one asked for by name cannot."""
     if impl == "auto":

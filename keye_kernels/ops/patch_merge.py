@@ -69,7 +69,8 @@ def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
     if resolve(impl, "patch_merge_projection", features.device) == "triton":
         from keye_kernels.triton.patch_merge import patch_merge_projection as run
 
-        return run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps)
+        weights = (weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2))
+        return run(features, merge_index, *weights, merge_size, eps)
     return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
 
 

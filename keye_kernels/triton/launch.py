@@ -45,7 +45,10 @@ class Kernel:
         self.variants: dict[tuple, tuple[Any, tuple]] = {}
 
     def __call__(self, grid: int, *arguments: Any, **constants: Any) -> None:
-        """Launches `grid` programs on the current device and stream; `constants` are num_warps and num_stages, too."""
+        """Launches `grid` programs on the current device and stream.
+
+        `constants` are num_warps and num_stages, too, and come in the same order in every call.
+        """
         if _compile_only.get():
             self.function.run(*arguments, **constants, grid=(grid,), warmup=True)
             return
@@ -58,6 +61,8 @@ class Kernel:
             compiled[grid, 1, 1](*arguments, *values)
             return
         compiled = self.function[grid,](*arguments, **constants)
+        if hasattr(compiled, "result"):  # another thread compiles ahead
+            compiled = compiled.result()
         names = self.function.arg_names[len(arguments) :]
         self.variants[key] = compiled, tuple(constants[name] for name in names)
 

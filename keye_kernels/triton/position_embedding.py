@@ -72,7 +72,8 @@ def position_embedding_2d(
         _launch(
             -(-num_patches // config["BLOCK_T"]),
             out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
-            num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit, **config,
+            num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit,
+            BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],
         )  # fmt: skip
     return out
 

@@ -197,7 +197,8 @@ def rope(
             num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
             Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
             SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
-            **cover_pairs(head_dim, has_norm), **config,
+            **cover_pairs(head_dim, has_norm),
+            BLOCK_T=block, BLOCK_H=config["BLOCK_H"], num_warps=config["num_warps"],
         )  # fmt: skip
     return q_out, k_out
 

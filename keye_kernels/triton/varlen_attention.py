@@ -208,12 +208,17 @@ def varlen_attention(
 
     if softmax_scale < 0:  # the kernel takes the scale out of a maximum
         q, softmax_scale = -q, -softmax_scale
-    if config["path"] == "torch" and covered and not return_lse and _is_for_torch(q, k, v):
-        lengths = (cu_seqlens, cu_seqlens, schedule.longest, schedule.longest)
+    if (
+        config["path"] == "torch"
+        and covered
+        and not return_lse
+        and _is_for_torch(q, k, v, softmax_scale, schedule.longest)
+    ):
+        lengths = (cu_seqlens.contiguous(),) * 2 + (schedule.longest,) * 2
         attend = (
             torch.ops.aten._flash_attention_forward
         )  # what torch.nn.attention.varlen calls; older torch has it, too
-        return attend(q, k, v, *lengths, 0.0, causal, False, scale=softmax_scale)[0], lse
+        return attend(q, k, v, *lengths, 0.0, causal, False, scale=softmax_scale)[0].contiguous(), lse
     # The JIT knows nothing weaker of an integer than "divisible by 16": a stride of 72 is handed over as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), (v_token, v_head, _) = q.stride(), k.stride(), v.stride()
     unit = 8 if not (q_head | k_head | v_head) % 8 else 1
@@ -233,10 +238,13 @@ def varlen_attention(
     return out, lse
 
 
-def _is_for_torch(*tensors: Tensor) -> bool:
-    """Whether torch's FlashAttention-2 reads these: half precision, in steps of 16 bytes."""
-    aligned = all(x.data_ptr() % 16 == 0 and not (x.stride(0) | x.stride(1)) % 8 for x in tensors)
-    return aligned and tensors[0].dtype in (torch.float16, torch.bfloat16) and tensors[0].is_cuda
+def _is_for_torch(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, longest: int) -> bool:
+    """Whether torch's FlashAttention-2 computes the same of these: half precision in steps of 16 bytes.
+
+    It multiplies its mask by the scale, and takes segments of one token for a batch without gaps.
+    """
+    aligned = all(x.data_ptr() % 16 == 0 and not (x.stride(0) | x.stride(1)) % 8 for x in (q, k, v))
+    return aligned and softmax_scale > 0 and longest > 1 and q.dtype in (torch.float16, torch.bfloat16) and q.is_cuda
 
 
 def launch_options(config: Config) -> Config:

@@ -178,6 +178,19 @@ def test_resuming_with_other_versions_starts_again(stub, tmp_path, monkeypatch):
     assert stub.benched == list(range(len(stub.tried)))
 
 
+def test_records_that_lack_a_later_field_are_completed(stub, tmp_path, monkeypatch):
+    stub.microseconds[5] = 50.0
+    stub.sweep(tmp_path)
+    path = tmp_path / "NVIDIA_Stub_9000.sweep.json"
+    records = json.loads(path.read_text())
+    for config, _ in records["records"][0]["timings"]:
+        assert config.pop("num_warps") is not None
+    path.write_text(json.dumps(records))
+    monkeypatch.setattr(sweeping, "candidates", lambda *arguments, **options: [])
+    outcome = stub.sweep(tmp_path, resume=True)
+    assert all("num_warps" in entry["config"] for entry in outcome.entries["rope"])
+
+
 def test_a_half_written_record_is_ignored_with_a_warning(stub, tmp_path, caplog):
     (tmp_path / "NVIDIA_Stub_9000.sweep.json").write_text('{"device": "NVI')
     (tmp_path / "NVIDIA_Stub_9000.json").write_text('{"device": "NVI')

@@ -315,7 +315,7 @@ def test_torch_computes_what_a_table_gives_it_and_only_that(monkeypatch):
         return (torch.full_like(q, 7),)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-    monkeypatch.setattr(varlen_attention, "_is_for_torch", lambda *tensors: tensors[0].dtype == torch.float16)
+    monkeypatch.setattr(varlen_attention, "_is_for_torch", lambda q, *rest: q.dtype == torch.float16)
     tile = heuristic(90, 72, torch.float16) | {"path": "torch"}
 
     def run(q, k, v, offsets, scale=0.1, causal=True, lse=False):
@@ -331,3 +331,18 @@ def test_torch_computes_what_a_table_gives_it_and_only_that(monkeypatch):
         torch.testing.assert_close(found.double(), exact, atol=2e-3, rtol=2e-3)
     assert not run(q, k, v, cu_seqlens[:2].clone())[40:].any()
     assert len(asked) == 1
+
+
+def test_what_torch_would_compute_otherwise_stays_here():
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    q, k, v, _ = packed([8], heads=2)
+    q, k, v = (x.as_subclass(OnGpu) for x in (q, k, v))
+    wide = torch.zeros(8, 2, 75, dtype=torch.float16).as_subclass(OnGpu)[..., :72]
+    allowed = varlen_attention._is_for_torch
+    assert allowed(q, k, v, 0.1, 8)
+    assert not allowed(q, k, v, 0.0, 8)  # it multiplies the mask's -inf by it
+    assert not allowed(q, k, v, 0.1, 1)
+    assert not allowed(q, wide, v, 0.1, 8)
+    assert not allowed(q.float(), k.float(), v.float(), 0.1, 8)

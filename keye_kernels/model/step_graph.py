@@ -7,18 +7,14 @@ import logging
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keye_kernels.ops.implementation import beside_attention, resolve
 
 from .cache import KVCache
-
-if TYPE_CHECKING:
-    from .keye import Keye
 
 WORTH = 8  # steps from which on recording one, which takes as long as one, pays
 logger = logging.getLogger(__name__)
@@ -26,8 +22,8 @@ _failed: WeakSet = WeakSet()  # models a step of which could not be recorded
 _recording = threading.Lock()  # torch records one graph at a time
 
 
-def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
-    """A function from the tokens [B, 1] to the logits [B, 1, V] of the next one, to be called about `steps` times.
+def decoding_step(model: nn.Module, cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
+    """Of a `Keye`: a function from the tokens [B, 1] to the logits [B, 1, V] of the next one, to be called about `steps` times.
 
     The logits are good until its next call. On a CPU, of a compiled model, under autocast (whose cast weights would be the
     recording's), where hooks want to see every step, and where the reference computes, which makes tensors on the host, it is the
@@ -38,7 +34,7 @@ def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor
     return lambda token: model(token, cache=cache).logits
 
 
-def _is_plain(model: "Keye") -> bool:
+def _is_plain(model: nn.Module) -> bool:
     """Whether a replay is all that a step does."""
     modules = list(model.modules())
     watched = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
@@ -56,7 +52,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 class _RecordedStep:
     """Runs the first step as it is, so that kernels are compiled and libraries have chosen theirs; records the second."""
 
-    def __init__(self, model: "Keye", cache: KVCache):
+    def __init__(self, model: nn.Module, cache: KVCache):
         self.model, self.cache = model, cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.is_warm = False

@@ -16,14 +16,13 @@ from .descriptors import describe, describe_types
 from .launch import Kernel
 from .matmul import SHIPPED_ROWS, cdiv, launch_options, linear, matmul_tile, multiprocessors, store_gelu, tile_key
 from .patch_merge_norm import load_features, normalise, patch_merge_norm_kernel, row_statistics
-from .spec import CompileSpec
+from .spec import TRITON_VERSION, CompileSpec
 from .tiles import Config, tile
 
 NORM_BLOCK_M, NORM_BLOCK_K, NORM_WARPS = 4, 128, 2
 STATISTICS_BLOCK_K = 64
 # An index read before the features takes stages of the pipeline. AMD's shared memory has no room for more.
 INDEX_STAGES = 2
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_per_program"])

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 
 @dataclass(frozen=True)
 class CompileSpec:

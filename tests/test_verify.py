@@ -15,6 +15,7 @@ from keye_kernels.verify import answers, choose_setup
 from keye_kernels.verify.cases import cases
 from keye_kernels.verify.checks import Result
 
+EMPTY = torch.empty  # as it is while verify guards no allocation
 OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
 
 
@@ -112,9 +113,8 @@ def test_damage_outside_the_tensors_fails(where, message, monkeypatch):
             mine.as_strided((1,), (1,), mine.storage_offset() + mine.numel()).zero_()
         if where == "leak" and q.stride(1) > q.shape[2]:
             mine[0] += 0 * q.as_strided((1,), (1,), q.storage_offset() + q.shape[2])
-        if where == "hole":
-            new = torch.empty(q.shape, dtype=q.dtype)
-            mine[0] = new[0] if new.isnan().all() else out[0]  # elsewhere old memory happens to hold what is right
+        if where == "hole" and torch.empty is not EMPTY:  # elsewhere old memory happens to hold what is right
+            mine[0] = torch.empty(q.shape, dtype=q.dtype)[0]
         return mine, lse
 
     replace_attention(monkeypatch, careless)

@@ -29,9 +29,10 @@ def test_doubling_the_images_doubles_the_peak():
 
 def test_a_layer_holds_each_activation_once():
     patch = 4 * 1024 * 4  # bytes of one channel of all patches
-    attention = 7 * C  # what the layer came in with, that normalised, q, k and v, and q and k turned
-    mlp = (
-        3 * C + WIDE
-    )  # what it came in with, with attention added, and with the second product; the first one's output
-    others = 12 + 5 * 36  # each patch's place in the batch, and its angles with their sines and cosines
+    # What the layer came in with, that normalised, q, k and v, and q and k turned
+    attention = 7 * C
+    # What it came in with, with attention added, and with the second product; the first one's output
+    mlp = 3 * C + WIDE
+    # Each patch's place in the batch, and its angles with their sines and cosines
+    others = 12 + 5 * 36
     assert max(attention, mlp) < peak(4) / patch < max(attention, mlp) + others + 8

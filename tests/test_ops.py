@@ -132,13 +132,6 @@ def test_block_order_gives_the_rows_of_raster_order():
     assert torch.equal(raster[batch.raster_index], block)
 
 
-def test_segments_by_frame_or_by_video():
-    grid = torch.tensor([[2, 4, 6], [1, 8, 2]])
-    assert VisionBatch.build(grid, 64, table_side=6).cu_seqlens.tolist() == [0, 48, 64]
-    by_frame = VisionBatch.build(grid, 64, table_side=6, segment_by_frame=True)
-    assert by_frame.cu_seqlens.tolist() == [0, 24, 48, 64] and by_frame.max_seqlen == 24
-
-
 def test_position_zero_is_the_identity_and_conjugate_undoes_the_rotation():
     (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
     same_q, same_k = kk.ops.rope_3d(q, k, torch.zeros_like(positions), inv_freq, sections)
@@ -350,26 +343,3 @@ def bad_calls():
 def test_bad_arguments_are_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_a_default_device_or_fake_tensors_leave_nothing_behind_in_the_geometry():
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    from keye_kernels.geometry import VisionBatch, _make_frame
-
-    def build():
-        return VisionBatch.build(torch.tensor([[1, 4, 6]], device="cpu"), 24, table_side=5, device=torch.device("cpu"))
-
-    expected = build()
-    _make_frame.cache_clear()
-    with torch.device("meta"):
-        build()
-    _make_frame.cache_clear()
-    grid = torch.tensor([[1, 4, 6]])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = VisionBatch.build(grid, 24, table_side=5, device=torch.device("cpu"))
-    assert isinstance(fake.position_ids, FakeTensor)
-    found = build()
-    for name in ("cu_seqlens", "position_ids", "corner_index", "corner_weight", "raster_index"):
-        assert type(getattr(found, name)) is torch.Tensor
-        assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from keye_kernels.verify.cases import cases
 from keye_kernels.verify.checks import Result
 
 EMPTY = torch.empty  # as it is while verify guards no allocation
+ROOT = Path(__file__).parents[1]
 OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
 
 
@@ -199,20 +201,10 @@ def test_bad_input_names_the_argument(arguments, message, capsys, monkeypatch):
 
 # The compiler is real, for an H100 through a driver that only says so; nothing is launched
 AHEAD = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
+from tests.compiling_driver import install
 
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-triton.runtime.driver.set_active(Driver())
+install()
 from keye_kernels import verify
 from keye_kernels.ops import implementation
 from keye_kernels.verify.cases import cases
@@ -229,7 +221,7 @@ assert first >= 10 and known == 0 and again == (0, 0), (first, known, again)
 def test_kernels_are_compiled_ahead_beside_each_other(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", AHEAD]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

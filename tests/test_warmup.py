@@ -21,20 +21,10 @@ ROOT = Path(__file__).parents[1]
 # A start of a server: warm up the model, again, then see what a whole request of these sizes compiles
 START = """
 import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
+from tests.compiling_driver import install
 
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-triton.runtime.driver.set_active(Driver())
+install()
 from keye_kernels import warm_up
 from keye_kernels.triton.launch import compile_steps
 from keye_kernels.ops import implementation

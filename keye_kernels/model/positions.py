@@ -131,9 +131,8 @@ def check_placeholders(
     attention_mask: Tensor | None,
 ) -> None:
     """ValueError where the prompt's placeholders cannot be those of the grids. Reads values: once a prompt, not compiled."""
-    input_ids, attention_mask = (
-        None if x is None else x.cpu() for x in (input_ids, attention_mask)
-    )  # wait for a GPU once
+    # A GPU is waited for here, and not at each of the values
+    input_ids, attention_mask = (None if x is None else x.cpu() for x in (input_ids, attention_mask))
     merge = config.vision_config.spatial_merge_size
     for name, token, grid_thw in (
         ("image", config.image_token_id, image_grid_thw),

@@ -57,16 +57,11 @@ def varlen_attention(
 
     if softmax_scale < 0:  # the kernel takes the scale out of a maximum
         q, softmax_scale = -q, -softmax_scale
-    if (
-        config["path"] == "torch"
-        and covered
-        and not return_lse
-        and _is_for_torch(q, k, v, softmax_scale, schedule.longest)
-    ):
+    by_torch = config["path"] == "torch" and covered and not return_lse
+    if by_torch and _is_for_torch(q, k, v, softmax_scale, schedule.longest):
         lengths = (cu_seqlens.contiguous(),) * 2 + (schedule.longest,) * 2
-        attend = (
-            torch.ops.aten._flash_attention_forward
-        )  # what torch.nn.attention.varlen calls; older torch has it, too
+        # What torch.nn.attention.varlen calls, and older torch has as well
+        attend = torch.ops.aten._flash_attention_forward
         return attend(q, k, v, *lengths, 0.0, causal, False, scale=softmax_scale)[0].contiguous(), lse
     # The JIT knows nothing weaker of an integer than "divisible by 16": a stride of 72 is handed over as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), (v_token, v_head, _) = q.stride(), k.stride(), v.stride()

@@ -38,6 +38,13 @@ def test_the_projector_of_16_images_keeps_its_limits():
     assert found["floor_bytes"] == 2 * (tensors + 2 * rows * width)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attention ragged")])
+def test_attention_of_ragged_segments_keeps_its_limits_in_tiles_of_either_height(name):
+    found = count_case(name)
+    assert found["launches"] == 1 and found["eager_operators"] == 0 and found["above"] == []
+    assert 1.0 <= found["unique"] < 1.001 and 1.0 < found["multiplies"] <= CASES[name][0]().limits["multiplies"]
+
+
 def test_a_limit_that_is_exceeded_is_named(monkeypatch):
     x = torch.zeros(64)
     case = Case("twice", "ours", lambda: x.half().float(), [x], limits={"requested": 1.2, "launches": 0})

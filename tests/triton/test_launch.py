@@ -12,34 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CALLS = """
 import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
+from tests.compiling_driver import install
 
-launches = []
-
-class Driver:
-    class utils:
-        def load_binary(self, name, kernel, shared, device):
-            return 1, 1, 32, 0, 1024
-
-        def get_device_properties(self, device):
-            return {"max_shared_mem": 232448}
-
-    utils = utils()
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments, **options: launches.append((metadata.hash, arguments[:3], arguments[9:]))
-
-triton.runtime.driver.set_active(Driver())
+launches = install().launches
 from keye_kernels.triton import launch, rope, varlen_attention
 
 asked = []

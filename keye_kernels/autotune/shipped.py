@@ -16,8 +16,6 @@ from .kernels import DTYPES
 from .pruning import Variant, compiler
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-
-
 TIMED_CARDS = {"sm_90": ["NVIDIA H200"]}  # of a target, those with a table that was timed on them
 
 

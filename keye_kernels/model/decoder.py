@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye_kernels import ops
-from keye_kernels.ops.implementation import beside_attention
+from keye_kernels.ops.implementation import impl_outside_attention
 
 from .cache import KVCache
 from .config import KeyeConfig
@@ -73,7 +73,7 @@ class TextAttention(nn.Module):
         """[T, hidden] to [T, hidden]."""
         q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
         norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.eps}
-        impl = beside_attention(self.impl)
+        impl = impl_outside_attention(self.impl)
         q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=impl)
         if cache is not None:
             rows = (batch.batch_size, -1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keye_kernels.ops.implementation import beside_attention, check_impl
+from keye_kernels.ops.implementation import check_impl, impl_outside_attention
 
 from .cache import KVCache
 from .checkpoint import allocate, load_weights, stored_dtype
@@ -42,7 +42,7 @@ class Keye(nn.Module):
         self.config = config
         self.generation_config: dict = {}
         self.visual = VisionTower(config.vision_config, config.edition == "1.5", impl)
-        self.mlp_AR = Projector(config, beside_attention(impl))
+        self.mlp_AR = Projector(config, impl_outside_attention(impl))
         self.model = Decoder(config, impl)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie()

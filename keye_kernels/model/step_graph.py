@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from keye_kernels.ops.implementation import beside_attention, resolve
+from keye_kernels.ops.implementation import impl_outside_attention, resolve
 
 from .cache import KVCache
 
@@ -38,7 +38,7 @@ def _is_plain(model: nn.Module) -> bool:
     """Whether a replay is all that a step does."""
     modules = list(model.modules())
     watched = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
-    impls = {beside_attention(getattr(module, "impl", "auto")) for module in modules}
+    impls = {impl_outside_attention(getattr(module, "impl", "auto")) for module in modules}
     by_kernels = all(resolve(impl, "rope", model.device) == "triton" for impl in impls)
     return not watched and by_kernels and not torch.is_autocast_enabled("cuda")
 

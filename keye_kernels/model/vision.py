@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
-from keye_kernels.ops.implementation import beside_attention
+from keye_kernels.ops.implementation import impl_outside_attention
 from keye_kernels.ops.linear import linear
 
 from .config import VisionConfig
@@ -37,7 +37,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         q, k, v = (t.view(-1, self.heads, self.head_dim) for t in self.qkv_proj(x))
-        q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq, impl=beside_attention(self.impl))
+        q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq, impl=impl_outside_attention(self.impl))
         out = ops.varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, impl=self.impl)
         return self.out_proj(out.flatten(1))
 
@@ -110,7 +110,9 @@ class VisionTower(nn.Module):
             pixel_values = pixel_values.to(weight.dtype) - PIXEL_ORIGIN
         patches = pixel_values.flatten(1).to(weight.dtype)[batch.raster_index]
         x = linear(patches, weight, bias)
-        return ops.position_embedding_2d(x, self.position_embedding.weight, batch, impl=beside_attention(self.impl))
+        return ops.position_embedding_2d(
+            x, self.position_embedding.weight, batch, impl=impl_outside_attention(self.impl)
+        )
 
     def _fold_normalisation(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the embedding for `pixel - PIXEL_ORIGIN`: w·((p·rescale - mean)/std) + b, written for p."""

@@ -38,7 +38,7 @@ def check_impl(impl: str, *, name: str = "impl", attention: bool = True) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {impl!r}")
 
 
-def beside_attention(impl: str) -> str:
+def impl_outside_attention(impl: str) -> str:
     """What the operators other than attention take where a model is given `impl`: "flash_attn" serves attention only."""
     return "auto" if impl == "flash_attn" else impl
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .descriptors import describe, describe_types, loads_of
 from .launch import Kernel
 from .spec import CompileSpec
-from .tiles import Config, dtype_name, next_power_of_2, remember, tile
+from .tiles import Config, cdiv, dtype_name, next_power_of_2, remember, tile
 
 # Numbers of rows that between them get every tile of `matmul_tile`: (dtype, Triton's name of it, rows).
 SHIPPED_ROWS = [(torch.float32, "fp32", 4096)] + [(torch.bfloat16, "bf16", rows) for rows in (64, 256, 1024, 4096)]
@@ -143,11 +143,6 @@ def launch_options(config: Config, width: int) -> Config:
     """What a launch takes of a tile. Its K step is cut to a power of two that divides `width`: K then needs no mask."""
     options = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
     return {**options, "BLOCK_K": min(config["BLOCK_K"], width & -width)}
-
-
-def cdiv(number: int, divisor: int) -> int:
-    """Rounded up; Triton's own is made for constexprs too, and slow."""
-    return -(-number // divisor)
 
 
 @cache

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .descriptors import describe, describe_types
 from .launch import Kernel
-from .matmul import SHIPPED_ROWS, cdiv, launch_options, linear, matmul_tile, multiprocessors, store_gelu, tile_key
+from .matmul import SHIPPED_ROWS, launch_options, linear, matmul_tile, multiprocessors, store_gelu, tile_key
 from .patch_merge_norm import load_features, normalise, patch_merge_norm_kernel, row_statistics
 from .spec import TRITON_VERSION, CompileSpec
-from .tiles import Config, tile
+from .tiles import Config, cdiv, tile
 
 NORM_BLOCK_M, NORM_BLOCK_K, NORM_WARPS = 4, 128, 2
 STATISTICS_BLOCK_K = 64

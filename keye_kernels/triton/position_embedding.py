@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import Kernel
 from .spec import CompileSpec
-from .tiles import Config, dtype_name, next_power_of_2, tile
+from .tiles import Config, cdiv, dtype_name, next_power_of_2, tile
 
 
 @triton.jit(do_not_specialize=["num_patches", "stride_token"])
@@ -70,7 +70,7 @@ def position_embedding_2d(
     unit = 8 if features.stride(0) % 8 == 0 else 1  # the JIT learns "divisible by 16" of an integer and nothing weaker
     with torch.cuda.device_of(features):
         _launch(
-            -(-num_patches // config["BLOCK_T"]),
+            cdiv(num_patches, config["BLOCK_T"]),
             out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
             num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit,
             BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],

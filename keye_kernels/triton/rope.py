@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import Kernel
 from .spec import CompileSpec
-from .tiles import Config, dtype_name, next_power_of_2, remember, tile
+from .tiles import Config, cdiv, dtype_name, next_power_of_2, remember, tile
 
 ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves that integer in the low bits
 INVERSE_PI = tl.constexpr(0.31830988618379067)
@@ -192,7 +192,7 @@ def rope(
     reach = max(q_heads * q_head + block * q_token, k_heads * k_head + block * k_token)
     with torch.cuda.device_of(q):
         _launch(
-            -(-num_tokens // block),
+            cdiv(num_tokens, block),
             q_out, k_out, q, k, q_norm_weight, k_norm_weight, inv_freq.contiguous(), position_ids,
             num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
             Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],

@@ -170,6 +170,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# Triton's own two are made for constexprs as well, and slow
+
+
+def cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
 def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length() if number > 0 else 1
 

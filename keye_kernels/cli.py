@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import autotune, bench
+from .tools import autotune, bench
 
 EXIT_BAD_INPUT = 2
 CONTEXT_LENGTHS = {"preview": 40960, "1.5": 131072}  # max_position_embeddings of the released models
@@ -151,19 +151,19 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .verify import run
+    from .tools.verify import run
 
     return run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import run
+    from .tools.doctor import run
 
     return run(options)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import run_demo
+    from .tools.demo import run_demo
 
     run_demo(options)
 

@@ -11,21 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 import keye_kernels as kk
-from keye_kernels.autotune.candidates import candidates
-from keye_kernels.autotune.checking import Checker
-from keye_kernels.autotune.kernels import DTYPES, arch_of
-from keye_kernels.autotune.problems import make_problem
-from keye_kernels.autotune.shapes import Shape
-from keye_kernels.autotune.sweep import on_this_gpu, sweep
 from keye_kernels.model import step_graph
 from keye_kernels.model.cache import KVCache
+from keye_kernels.tools.autotune.candidates import candidates
+from keye_kernels.tools.autotune.checking import Checker
+from keye_kernels.tools.autotune.kernels import DTYPES, arch_of
+from keye_kernels.tools.autotune.problems import make_problem
+from keye_kernels.tools.autotune.shapes import Shape
+from keye_kernels.tools.autotune.sweep import on_this_gpu, sweep
 from keye_kernels.triton import tiles
 from keye_kernels.triton.descriptors import loads_of
 from keye_kernels.triton.tiles import target_name
-from tests.golden import golden
-from tests.test_golden_preview import CASES, TOLERANCES, inputs_of
-from tests.test_golden_v1_5 import LOGITS_TOLERANCE, MODEL_CASES, split
-from tests.tiny import prompt, tiny_model
+from tests.helpers.golden import golden
+from tests.helpers.tiny import prompt, tiny_model
+from tests.model.test_golden_preview import CASES, TOLERANCES, inputs_of
+from tests.model.test_golden_v1_5 import LOGITS_TOLERANCE, MODEL_CASES, split
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 CALLS = """
 import json, sys
 import torch
-from tests.compiling_driver import install
+from tests.helpers.compiling_driver import install
 
 launches = install().launches
 from keye_kernels.triton import launch, rope, varlen_attention

@@ -8,9 +8,8 @@ from torch.library import opcheck
 import keye_kernels as kk
 from examples.train_small import world
 from examples.train_small.evaluate import answer, fresh
-
-from ..golden import golden
-from ..tiny import prompt, tiny_model
+from tests.helpers.golden import golden
+from tests.helpers.tiny import prompt, tiny_model
 
 IMPLEMENTATIONS = ("reference", "triton")
 LOGITS_TOLERANCE = {"preview": 1e-4, "v1_5": 1e-3}  # those of the golden READMEs

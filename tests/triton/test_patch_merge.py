@@ -13,8 +13,7 @@ import keye_kernels as kk
 from keye_kernels.reference.patch_merge import patch_merge_projection as reference
 from keye_kernels.triton import matmul, patch_merge
 from keye_kernels.triton.patch_merge import patch_merge_projection
-
-from ..golden import golden
+from tests.helpers.golden import golden
 
 TOOLS = Path(__file__).resolve().parents[3] / "shared" / "tools"
 CHANNELS, HIDDEN, OUT = 64, 128, 96

@@ -4,8 +4,7 @@ from torch import Tensor
 
 from keye_kernels import reference
 from keye_kernels.triton.position_embedding import position_embedding_2d
-
-from .counting import count, tensor_bytes
+from tests.helpers.counting import count, tensor_bytes
 
 SIDE = 6
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

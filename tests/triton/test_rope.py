@@ -8,9 +8,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from keye_kernels import reference
 from keye_kernels.triton.rope import _cos_sin, rope
-
-from ..golden import golden
-from .counting import count, tensor_bytes
+from tests.helpers.counting import count, tensor_bytes
+from tests.helpers.golden import golden
 
 TEXT, VISION = [16, 24, 24], [18, 18]
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

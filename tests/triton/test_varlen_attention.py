@@ -15,9 +15,8 @@ from keye_kernels.reference.varlen_attention import varlen_attention as referenc
 from keye_kernels.triton import schedule, varlen_attention
 from keye_kernels.triton.schedule import tile_schedule
 from keye_kernels.triton.varlen_attention import heads_that_stay_near, heuristic
-
-from ..golden import golden
-from .counting import PATH, count
+from tests.helpers.counting import PATH, count
+from tests.helpers.golden import golden
 
 FP32 = {"atol": 1e-5, "rtol": 1e-5}  # also the golden README's, for the output and for lse
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -1,0 +1,1 @@
+"""The commands of `keye-kernels`, one module or folder each."""

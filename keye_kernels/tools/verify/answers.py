@@ -1,0 +1,63 @@
+"""The small model's answers: the kernels must give the tokens of the reference, and count right."""
+
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from keye_kernels.small import small_model, small_processor
+
+from .checks import Result
+
+PICTURE = Path(__file__).parents[2] / "assets" / "picture.png"
+COUNT = "how many objects are there?"
+LONGEST_ANSWER = 16
+
+
+def questions() -> list[tuple[Image.Image, str, str | None]]:
+    """Pictures of three sizes with a question each, and the right answer where the small model is sure to know it."""
+    bundled = Image.open(PICTURE).convert("RGB")
+    return [
+        (bundled, "what is in the picture?", None),
+        (_draw((112, 112), {1: "circle"}), COUNT, "one"),
+        (_draw((168, 112), {0: "circle", 2: "square"}), COUNT, "two"),
+        (_draw((140, 140), {0: "triangle", 1: "circle", 2: "square"}), COUNT, "three"),
+    ]
+
+
+def check_answers(device: torch.device, impl: str) -> list[Result]:
+    """One line a question: `error` is the number of tokens that differ from the reference's, or 1 for a wrong count."""
+    processor = small_processor()
+    models = [small_model(dtype=torch.float32, device=device, impl=name) for name in (impl, "reference")]
+    results = []
+    for picture, question, right in questions():
+        start = time.perf_counter()
+        message = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": message}])
+        inputs = processor(text=prompt, images=[picture]).to(device)
+        length = inputs["input_ids"].shape[1]
+        tokens, expected = (
+            model.generate(**inputs, max_new_tokens=LONGEST_ANSWER)[0, length:].tolist() for model in models
+        )
+        answer = processor.decode(tokens, skip_special_tokens=True)
+        differ = abs(len(tokens) - len(expected)) + sum(a != b for a, b in zip(tokens, expected, strict=False))
+        wrong = int(right is not None and answer != right)
+        seconds = round(time.perf_counter() - start, 2)
+        label = f"{question} {answer if right else ''}".strip()
+        results.append(Result("small model", label, "fp32", float(max(differ, wrong)), 0.0, 1, 0, "ok", seconds))
+    return results
+
+
+def _draw(size: tuple[int, int], shapes: dict[int, str]) -> Image.Image:
+    """Grey, with large shapes in the left (0), the middle (1) and the right third, in red, blue and yellow."""
+    picture = Image.new("RGB", size, (132, 128, 120))
+    draw, colours = ImageDraw.Draw(picture), ((220, 40, 40), (50, 80, 220), (235, 210, 40))
+    radius = 0.13 * min(size)
+    for third, shape in shapes.items():
+        x, y = size[0] * (third + 0.5) / 3, size[1] / 2
+        if shape == "circle":
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colours[third])
+        else:
+            draw.regular_polygon((x, y, 1.2 * radius), {"square": 4, "triangle": 3}[shape], fill=colours[third])
+    return picture

@@ -1,0 +1,355 @@
+"""The model does what a transformers model does: loading, saving, caches, beams, padding, embeddings, attention."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import keye_kernels as kk
+from keye_kernels.integrations.transformers.layers import PatchEmbedding
+from tests.helpers.tiny import CONFIG, prompt, save_checkpoint, tiny_model
+
+from .conftest import load
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+
+
+def two_rows():
+    """Two prompts with one and two pictures, alone and as one batch padded at the left."""
+    rows = [prompt([(1, 4, 6)]), prompt([(1, 4, 4), (1, 2, 6)], seed=1)]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    pads = [length - row["input_ids"].shape[1] for row in rows]
+    assert max(pads) > 0
+    pad = torch.nn.functional.pad
+    batch = {
+        "input_ids": torch.cat([pad(row["input_ids"], (n, 0)) for row, n in zip(rows, pads, strict=True)]),
+        "attention_mask": torch.cat(
+            [pad(torch.ones_like(row["input_ids"]), (n, 0)) for row, n in zip(rows, pads, strict=True)]
+        ),
+        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
+        "image_grid_thw": torch.cat([row["image_grid_thw"] for row in rows]),
+    }
+    return rows, batch
+
+
+def new_tokens(model, inputs, **options):
+    return model.generate(**inputs, **{**GREEDY, **options})[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_auto_classes_give_the_models_class(tiny_folder, auto):
+    model = auto.from_pretrained(tiny_folder)
+    assert type(model).__name__ == "KeyeForConditionalGeneration"
+    assert model.dtype == torch.float32 and not model.training
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_under_both_names(tiny_folder, name):
+    assert AutoModel.from_pretrained(tiny_folder, **{name: torch.bfloat16}).dtype == torch.bfloat16
+
+
+def test_loading_equals_direct_construction(tiny, tiny_folder):
+    """Loading goes through the meta device: what is no parameter must not come back as garbage."""
+    built = type(tiny)(AutoConfig.from_pretrained(tiny_folder)).eval()
+    built.load_state_dict(tiny.state_dict())
+    assert not list(tiny.buffers())
+    inputs = prompt([(1, 4, 6)])
+    assert torch.equal(built(**inputs).logits, tiny(**inputs).logits)
+
+
+def test_the_logits_are_those_of_the_lean_model(tiny, tiny_folder):
+    inputs = prompt([(1, 4, 6), (2, 4, 4)])
+    expected = kk.Keye.from_pretrained(tiny_folder)(**inputs).logits
+    torch.testing.assert_close(tiny(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_saving_and_loading_change_no_bit(tmp_path, tied):
+    config = {**CONFIG, "tie_word_embeddings": tied}
+    drop = {"lm_head.weight": None} if tied else {}
+    model = load(save_checkpoint(tiny_model(tie_word_embeddings=tied), tmp_path / "first", config, **drop))
+    model.save_pretrained(tmp_path / "second", max_shard_size="200KB")
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
+    again = load(tmp_path / "second")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert again.config.lean() == model.config.lean()
+    inputs = prompt([(1, 4, 6)])
+    lean = kk.Keye.from_pretrained(tmp_path / "second")
+    assert torch.equal(lean.generate(**inputs, max_new_tokens=6, eos_token_id=()), model.generate(**inputs, **GREEDY))
+
+
+def test_names_are_those_of_the_checkpoint(tiny, tiny_folder):
+    from keye_kernels.model.checkpoint import destinations
+
+    official = destinations(kk.Keye.from_pretrained(tiny_folder))
+    assert {n: list(p.shape) for n, p in tiny.state_dict().items()} == {n: list(v.shape) for n, v in official.items()}
+
+
+def test_device_map_and_offloading_change_nothing(tiny, tiny_folder, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    inputs = prompt([(1, 4, 6)])
+    expected = tiny(**inputs).logits
+    assert torch.equal(load(tiny_folder, device_map="auto")(**inputs).logits, expected)
+    places = {"visual": "disk", "mlp_AR": "disk", "model": "disk", "lm_head": "cpu"}
+    offloaded = load(tiny_folder, device_map=places, offload_folder=tmp_path)
+    assert offloaded.mlp_AR.linear_1.weight.is_meta and offloaded.model.layers[0].self_attn.q_norm.weight.is_meta
+    torch.testing.assert_close(offloaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_caches_give_the_same_tokens(tiny):
+    _, batch = two_rows()
+    expected = new_tokens(tiny, batch)
+    assert torch.equal(new_tokens(tiny, batch, cache_implementation="static"), expected)
+    assert torch.equal(new_tokens(tiny, batch, use_cache=False), expected)
+
+
+def test_left_padding_changes_nothing(tiny):
+    rows, batch = two_rows()
+    alone = torch.cat([new_tokens(tiny, row) for row in rows])
+    assert torch.equal(new_tokens(tiny, batch), alone)
+
+
+def test_beams_keep_each_rows_pictures(tiny):
+    rows, batch = two_rows()
+    alone = torch.cat([new_tokens(tiny, row, num_beams=3) for row in rows])
+    assert torch.equal(new_tokens(tiny, batch, num_beams=3), alone)
+    other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    assert not torch.equal(new_tokens(tiny, other, num_beams=3), alone)
+
+
+def test_beams_keep_each_rows_videos(tiny):
+    """Two videos of unlike speed; the longest deltas belong to the slower one."""
+    rows, _ = two_rows()
+    videos = []
+    for row, seconds in zip(rows[:1] * 2, (0.5, 3.0), strict=True):
+        ids = row["input_ids"].masked_fill(row["input_ids"] == 115, 116)
+        patches = row["pixel_values"]
+        videos.append(
+            {
+                "input_ids": ids,
+                "pixel_values_videos": patches,
+                "video_grid_thw": torch.tensor([[3, 2, 4]]),
+                "second_per_grid_ts": torch.tensor([seconds]),
+            }
+        )
+    batch = {name: torch.cat([video[name] for video in videos]) for name in videos[0]}
+    alone = torch.cat([new_tokens(tiny, video, num_beams=2) for video in videos])
+    assert torch.equal(new_tokens(tiny, batch, num_beams=2), alone)
+
+
+def test_samples_of_one_row_repeat_its_picture(tiny):
+    torch.manual_seed(0)
+    _, batch = two_rows()
+    tokens = new_tokens(tiny, batch, do_sample=True, num_return_sequences=3, top_k=1)
+    assert torch.equal(tokens, new_tokens(tiny, batch).repeat_interleave(3, dim=0))
+
+
+def test_a_streamer_receives_the_tokens(tiny):
+    class Streamer:
+        def __init__(self):
+            self.values = []
+
+        def put(self, value):
+            self.values.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    streamer, inputs = Streamer(), prompt([(1, 4, 6)])
+    tokens = tiny.generate(**inputs, **GREEDY, streamer=streamer)
+    assert streamer.ended and torch.equal(torch.cat(streamer.values), tokens[0])
+
+
+def test_embeddings_in_place_of_ids(tiny):
+    inputs = prompt([])
+    embeds = tiny.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(tiny(inputs_embeds=embeds).logits, tiny(**inputs).logits)
+    assert torch.equal(tiny.generate(inputs_embeds=embeds, **GREEDY), new_tokens(tiny, inputs))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_embeddings_with_ids_and_pictures(tiny, beams):
+    inputs = prompt([(1, 4, 6)])
+    embeds = tiny.get_input_embeddings()(inputs["input_ids"])
+    expected = new_tokens(tiny, inputs, num_beams=beams)
+    assert torch.equal(new_tokens(tiny, {**inputs, "inputs_embeds": embeds}, num_beams=beams), expected)
+    del inputs["input_ids"]
+    with pytest.raises(ValueError, match="pictures and videos need input_ids"):
+        tiny.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+
+
+def test_a_second_turn_with_a_picture_goes_on_from_the_cache(tiny):
+    first, second = prompt([(1, 4, 6)]), prompt([(1, 4, 4)], seed=1)
+    whole = {name: torch.cat([first[name], second[name]], dim=int(name == "input_ids")) for name in first}
+    cache = tiny(**first).past_key_values
+    output = tiny(**second, past_key_values=cache)
+    expected = tiny(**whole)
+    torch.testing.assert_close(output.logits, expected.logits[:, first["input_ids"].shape[1] :], atol=1e-4, rtol=1e-4)
+    assert torch.equal(output.rope_deltas, expected.rope_deltas)
+
+
+def test_generate_goes_on_from_a_kept_cache_with_a_new_picture(tiny):
+    first, second = prompt([(1, 4, 6)]), prompt([(1, 4, 4)], seed=1)
+    whole = {name: torch.cat([first[name], second[name]], dim=int(name == "input_ids")) for name in first}
+    cache = tiny(**first).past_key_values
+    new = {**second, "input_ids": whole["input_ids"]}
+    assert torch.equal(new_tokens(tiny, new, past_key_values=cache), new_tokens(tiny, whole))
+
+
+def test_guessed_tokens_change_nothing(tiny):
+    inputs = prompt([(1, 4, 6)])
+    # transformers 4 needs some end token here; this one is not in the vocabulary
+    found = new_tokens(tiny, inputs, prompt_lookup_num_tokens=3, eos_token_id=1000)
+    assert torch.equal(found, new_tokens(tiny, inputs))
+
+
+def test_two_conversations_do_not_disturb_each_other(tiny):
+    rows, _ = two_rows()
+    caches = [tiny(**row).past_key_values for row in rows]
+    token = torch.tensor([[5]])
+    for row, cache in zip(rows, caches, strict=True):
+        longer = {**row, "input_ids": torch.cat([row["input_ids"], token], dim=1)}
+        found = tiny(token, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(found, tiny(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "keye"])
+def test_attention_by_name_gives_the_same_logits(tiny, tiny_folder, implementation):
+    _, batch = two_rows()
+    model = load(tiny_folder, attn_implementation=implementation)
+    assert model.visual.config._attn_implementation == implementation
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(model(**batch).logits[mask], tiny(**batch).logits[mask], atol=1e-4, rtol=1e-4)
+    assert torch.equal(new_tokens(model, batch, cache_implementation="static"), new_tokens(tiny, batch))
+
+
+def test_the_tower_runs_the_devices_best_unless_told_otherwise(tiny_folder):
+    def names(model):
+        return model.config._attn_implementation, model.visual.config._attn_implementation
+
+    config = AutoConfig.from_pretrained(tiny_folder)
+    assert names(load(tiny_folder)) == ("sdpa", "keye")
+    assert names(AutoModel.from_config(config)) == ("sdpa", "keye")
+    for implementation in ("sdpa", "eager", "keye"):
+        assert names(load(tiny_folder, attn_implementation=implementation)) == (implementation,) * 2
+    assert names(load(tiny_folder, config=AutoConfig.from_pretrained(tiny_folder, attn_implementation="sdpa"))) == (
+        "sdpa",
+        "sdpa",
+    )
+
+
+def test_keye_attention_runs_the_packed_operator(tiny_folder, monkeypatch):
+    model, calls = load(tiny_folder, attn_implementation="keye"), []
+    real = kk.ops.varlen_attention
+    monkeypatch.setattr(kk.ops, "varlen_attention", lambda *a, **k: calls.append(k.get("causal")) or real(*a, **k))
+    model(**two_rows()[1])
+    assert calls == [None] * 2 + [True] * 2
+
+
+def test_keye_attention_obeys_a_mask_with_holes(tiny, tiny_folder):
+    inputs = prompt([])
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 2] = 0
+    found = load(tiny_folder, attn_implementation="keye")(**inputs, attention_mask=mask).logits
+    torch.testing.assert_close(found[:, 3:], tiny(**inputs, attention_mask=mask).logits[:, 3:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (3, 1, 12), (4, 1, 12)], ids=str)
+def test_positions_of_the_caller(tiny, shape):
+    """[B, S], [3, B, S], or transformers' four rows, the first of which is that of the text."""
+    ids = torch.arange(24).view(2, 12)
+    positions = torch.arange(5, 17).expand(shape)
+    moved = tiny(ids, position_ids=positions).logits
+    # Attention sees differences of positions only
+    torch.testing.assert_close(moved, tiny(ids).logits, atol=1e-4, rtol=1e-4)
+    cache = tiny(ids[:, :-1], position_ids=positions[..., :-1]).past_key_values
+    last = tiny(ids[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last, moved[:, -1:], atol=1e-4, rtol=1e-4)
+    stretched = tiny(ids, position_ids=2 * positions).logits
+    assert (stretched - moved).abs().max() > 1e-2
+
+
+def test_eager_attention_returns_its_weights(tiny_folder):
+    model, inputs = load(tiny_folder, attn_implementation="eager"), prompt([(1, 4, 6)])
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 2 and len(output.hidden_states) == 3
+    weights = output.attentions[0]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_flash_attention_that_is_missing_is_named(tiny_folder):
+    if transformers.utils.is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(ImportError, match=r'FlashAttention2.*; pass attn_implementation="keye", which needs no flash'):
+        load(tiny_folder, attn_implementation="flash_attention_2")
+
+
+def test_the_patch_embedding_is_the_convolution():
+    layer = PatchEmbedding(3, 8, kernel_size=14, stride=14)
+    patches = torch.randn(5, 3, 14, 14)
+    torch.testing.assert_close(layer(patches), torch.nn.Conv2d.forward(layer, patches), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickled_weights_are_refused(tiny_folder, tmp_path, name):
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    (tmp_path / name).touch()
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="pickled weights can run code"):
+        load(tmp_path)
+
+
+def test_a_repositorys_own_code_is_not_run(tiny, tiny_folder, tmp_path):
+    """With `auto_map` in its files and the files it names absent: anything that followed it would fail."""
+    folder = save_checkpoint(
+        tiny_model(),
+        tmp_path / "model",
+        {**CONFIG, "auto_map": {"AutoModel": "modeling_keye.KeyeForConditionalGeneration"}},
+    )
+    inputs = prompt([(1, 4, 6)])
+    assert torch.equal(AutoModel.from_pretrained(folder)(**inputs).logits, tiny(**inputs).logits)
+
+
+def test_pixels_that_are_not_normalised_are_refused(tiny):
+    inputs = prompt([(1, 4, 6)])
+    with pytest.raises(TypeError, match=r"pixel_values must be normalised.*uint8"):
+        tiny(**{**inputs, "pixel_values": torch.zeros(24, 3, 14, 14, dtype=torch.uint8)})
+
+
+def test_pictures_that_do_not_fit_the_prompt_are_refused(tiny):
+    inputs = prompt([(1, 4, 6)])
+    with pytest.raises(ValueError, match="one image placeholder"):
+        tiny(**{**inputs, "image_grid_thw": torch.tensor([[1, 4, 4]])})
+
+
+def test_pixels_and_grids_come_together(tiny):
+    inputs = prompt([(1, 4, 6)])
+    for missing, other in (("image_grid_thw", "pixel_values"), ("pixel_values", "image_grid_thw")):
+        with pytest.raises(ValueError, match=f"{other} needs {missing}"):
+            tiny(**{name: value for name, value in inputs.items() if name != missing})
+
+
+def test_features_of_pictures_by_the_processors_names(tiny):
+    inputs = prompt([(1, 4, 6)])
+    features = tiny.get_image_features(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+    assert features.shape == (6, tiny.config.hidden_size)
+
+
+def test_scaled_rope_is_refused():
+    config = copy.deepcopy(CONFIG)
+    config["rope_scaling"]["type"] = "yarn"
+    with pytest.raises(ValueError, match="rope_scaling must have type"):
+        AutoConfig.for_model(**config)
+
+
+def test_the_nested_layout_of_a_configuration_means_the_same(tmp_path):
+    text = {name: value for name, value in CONFIG.items() if name not in ("model_type", "vision_config")}
+    nested = {"model_type": "Keye", "vision_config": CONFIG["vision_config"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert AutoConfig.from_pretrained(tmp_path).lean() == kk.KeyeConfig.from_dict(CONFIG)

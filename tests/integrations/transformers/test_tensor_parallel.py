@@ -1,0 +1,32 @@
+"""`torchrun` with two processes on a CPU: each holds half of every layer, and together they give the golden tokens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.helpers.golden import golden
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_two_processes_give_the_golden_tokens():
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 has no DistributedConfig")
+    golden("preview")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*torchrun, "--module", "tests.integrations.transformers.tensor_parallel"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("golden tokens") == 2

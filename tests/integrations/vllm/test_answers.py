@@ -1,0 +1,212 @@
+"""Stock and plugged vLLM, run as users run them. Takes minutes: vLLM is started four times.
+
+In an environment of its own: tests/vllm/make_environment FOLDER && FOLDER/bin/python -m pytest tests/vllm -n 0
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from keye_kernels.small import SMALL
+from tests.helpers.random_checkpoint import write_random_checkpoint
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip(
+        "needs vLLM: tests/vllm/make_environment FOLDER builds an environment for these tests", allow_module_level=True
+    )
+
+ROOT = Path(__file__).resolve().parents[3]
+ASSETS = SMALL.parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+STOCK = "vllm.model_executor.models"
+OURS = "keye_kernels.integrations.vllm.models"
+CLASSES = {
+    "Keye": ("keye.KeyeForConditionalGeneration", "KeyeForConditionalGeneration"),
+    "KeyeVL1_5": ("keye_vl1_5.KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration"),
+    "small": ("keye.KeyeForConditionalGeneration", "KeyeForConditionalGeneration"),
+}
+# float32 with another order of additions
+LOGPROB_TOLERANCE = 1e-4
+STARTUP_SECONDS = 900
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, **OFFLINE, **variables}
+
+
+def answers(folders: dict[str, Path], output: Path, tensor_parallel: int = 1, **variables: str) -> dict[str, dict]:
+    """Runs tests.integrations.vllm.answers on these checkpoints; its results by their names, and what was printed under "log"."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.integrations.vllm.answers",
+        str(output),
+        str(tensor_parallel),
+        *map(str, folders.values()),
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False)
+    log = run.stdout + run.stderr
+    assert run.returncode == 0, log[-6000:]
+    found = json.loads(output.read_text(encoding="utf-8"))
+    return {name: found[str(folder)] for name, folder in folders.items()} | {"log": log}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    for model_type in ("Keye", "KeyeVL1_5"):
+        write_random_checkpoint(root / model_type, model_type=model_type)
+    shutil.copytree(SMALL, root / "small")
+    for folder in root.iterdir():
+        # Stock vLLM insists on this table, which nothing reads
+        weights = {"visual.vision_model.embeddings.packing_position_embedding.weight": torch.zeros(32768, 144)}
+        save_file(weights, folder / "unused.safetensors", metadata={"format": "pt"})
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text(encoding="utf-8"))
+        else:
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                content = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), "model.safetensors")}
+        content["weight_map"] |= dict.fromkeys(weights, "unused.safetensors")
+        index.write_text(json.dumps(content), encoding="utf-8")
+    return {name: root / name for name in CLASSES}
+
+
+@pytest.fixture(scope="module")
+def stock(folders, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stock") / "answers.json"
+    return answers(folders, output, VLLM_PLUGINS="none", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture(scope="module")
+def plugged(folders, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plugged") / "answers.json"
+    return answers(folders, output, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_plugged_vllm_gives_the_tokens_of_stock_vllm(stock, plugged, name):
+    stock_class, our_class = CLASSES[name]
+    assert stock[name]["classes"] == [f"{STOCK}.{stock_class}"]
+    assert plugged[name]["classes"] == [f"{OURS}.{our_class}"]
+    assert len(stock[name]["tokens"]) == 10
+    assert plugged[name]["tokens"] == stock[name]["tokens"]
+    for ours, theirs in zip(plugged[name]["logprobs"], stock[name]["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_answers_depend_on_what_is_seen(stock, name):
+    """Else equal tokens would say nothing about the tower: prompts 2 to 4 differ in their picture only."""
+    assert len({tuple(logprobs) for logprobs in stock[name]["logprobs"][2:5]}) == 3
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_operators_of_this_package_ran_in_every_layer(folders, stock, plugged, name):
+    layers = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["vision_config"][
+        "num_hidden_layers"
+    ]
+    calls = plugged[name]["calls"]
+    encodings = calls["patch_merge_projection"]
+    assert encodings > 0
+    assert calls == {
+        "position_embedding_2d": encodings,
+        "rope_2d": layers * encodings,
+        "varlen_attention": layers * encodings,
+        "patch_merge_projection": encodings,
+    }
+    assert stock[name]["calls"] == {}
+
+
+def test_one_line_for_each_model_says_what_was_replaced(stock, plugged):
+    said = [line for line in plugged["log"].splitlines() if "keye_kernels in" in line]
+    assert len(said) == len(CLASSES)
+    assert "position embedding, rope and attention of 2 vision layers, projector" in said[0]
+    assert "keye_kernels in" not in stock["log"]
+
+
+def test_two_ranks_give_the_tokens_of_one(folders, plugged, tmp_path):
+    chosen = {name: folders[name] for name in ("Keye", "KeyeVL1_5")}
+    found = answers(
+        chosen,
+        tmp_path / "answers.json",
+        tensor_parallel=2,
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    for name in chosen:
+        assert found[name]["classes"] == [f"{OURS}.{CLASSES[name][1]}"] * 2
+        assert found[name]["tokens"] == plugged[name]["tokens"]
+
+
+def test_the_variable_leaves_the_stock_classes():
+    program = (
+        "from vllm import ModelRegistry; from vllm.plugins import load_general_plugins; load_general_plugins(); "
+        "from transformers import CONFIG_MAPPING; "
+        "print(ModelRegistry.models['KeyeForConditionalGeneration'].module_name, 'Keye' in CONFIG_MAPPING)"
+    )
+    for variables, said in ({}, f"{OURS} True"), ({"KEYE_KERNELS_VLLM": "0"}, f"{STOCK}.keye False"):
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment(**variables), capture_output=True, text=True, check=True
+        )
+        assert run.stdout.splitlines()[-1] == said
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of vLLM's OpenAI server with the small model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(SMALL), "--port", str(port)]
+    command += ["--served-model-name", "small", "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", str(128 << 20), "--host", "127.0.0.1"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-6000:]}")
+
+
+def test_the_openai_server_answers_a_question_about_a_picture(server):
+    openai = pytest.importorskip("openai")
+    picture = base64.b64encode((ASSETS / "picture.png").read_bytes()).decode()
+    question, answer = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))["picture.png"][1]
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "text", "text": question},
+    ]
+    client = openai.OpenAI(base_url=server, api_key="none")
+    reply = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=16
+    )
+    assert reply.choices[0].message.content.strip() == answer == "three"

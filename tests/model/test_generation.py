@@ -1,0 +1,215 @@
+"""Choosing tokens, stopping, streaming, batches, the cache."""
+
+import pytest
+import torch
+
+import keye_kernels as kk
+from keye_kernels.model.generation import Sampler
+from tests.helpers.tiny import prompt, tiny_model
+
+END = 7
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def plain(count):
+    """A streamer that keeps what it is given."""
+
+    class Keep:
+        def __init__(self):
+            self.values, self.ended = [], 0
+
+        def put(self, value):
+            self.values.append(value.clone())
+
+        def end(self):
+            self.ended += 1
+
+    return Keep()
+
+
+def test_cached_steps_equal_one_pass(model):
+    """Also when several tokens are added to the cache at once."""
+    inputs = prompt([(1, 4, 6), (1, 2, 2)])
+    extra = torch.randint(0, 100, (1, 7), generator=torch.Generator().manual_seed(3))
+    whole = {**inputs, "input_ids": torch.cat((inputs["input_ids"], extra), dim=1)}
+    with torch.no_grad():
+        expected = model(**whole).logits[:, -7:]
+        for steps in ([1] * 7, [3, 4], [7]):
+            output = model(**inputs)
+            found = []
+            for part in extra.split(steps, dim=1):
+                output = model(part, cache=output.cache)
+                found.append(output.logits)
+            torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_left_padded_batch_equals_its_rows(model):
+    rows = [prompt([(1, 4, 4)], lead=2, seed=1), prompt([(1, 2, 6), (1, 2, 2)], lead=9, seed=2), prompt([], seed=3)]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    ids, mask = torch.zeros(3, length, dtype=torch.int64), torch.zeros(3, length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        n = row["input_ids"].shape[1]
+        ids[i, -n:], mask[i, -n:] = row["input_ids"][0], 1
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.cat([row["pixel_values"] for row in rows[:2]]),
+        "image_grid_thw": torch.cat([row["image_grid_thw"] for row in rows[:2]]),
+    }
+    together = model.generate(**batch, max_new_tokens=6, eos_token_id=())[:, length:]
+    for i, row in enumerate(rows):
+        alone = model.generate(**row, max_new_tokens=6, eos_token_id=())[0, row["input_ids"].shape[1] :]
+        assert torch.equal(together[i], alone)
+
+
+def test_two_conversations_do_not_disturb_each_other(model):
+    first, second = prompt([(1, 4, 4)], seed=1), prompt([(1, 2, 8)], lead=8, seed=2)
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        alone = model(token, cache=model(**first).cache).logits
+        one, _ = model(**first), model(**second)
+        assert torch.equal(model(token, cache=one.cache).logits, alone)
+
+
+def test_logits_to_keep(model):
+    inputs = prompt([(1, 2, 4)])
+    with torch.no_grad():
+        everything = model(**inputs).logits
+        kept = model(**inputs, logits_to_keep=2).logits
+    assert kept.shape[1] == 2
+    torch.testing.assert_close(kept, everything[:, -2:])
+
+
+def test_stops_at_any_end_token_and_pads(model):
+    inputs = {"input_ids": torch.randint(0, 100, (3, 5), generator=torch.Generator().manual_seed(0))}
+    free = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
+    assert free.shape == (3, 17)
+    new = free[:, 5:].tolist()
+    ends = [new[0][2], new[1][5]]
+    stopped = model.generate(**inputs, max_new_tokens=12, eos_token_id=ends, pad_token_id=119)[:, 5:].tolist()
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), 12) for row in new]
+    assert len(stopped[0]) == max(lengths)
+    for row, length, got in zip(new, lengths, stopped, strict=True):
+        assert got == row[:length] + [119] * (len(got) - length)
+
+
+def test_generation_config_gives_the_defaults():
+    model = tiny_model()
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    free = model.generate(**inputs, max_new_tokens=8)[0, 3:].tolist()
+    model.generation_config = {"eos_token_id": [free[1], 118], "do_sample": True, "top_k": 1}
+    assert model.generate(**inputs, max_new_tokens=8)[0, 3:].tolist() == free[:2]
+    # top_k 1 from the file makes sampling greedy
+    sampled = model.generate(**inputs, max_new_tokens=8, do_sample=True, eos_token_id=())[0, 3:].tolist()
+    assert sampled == free
+
+
+def test_seed_makes_sampling_repeatable(model):
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0, "eos_token_id": ()}
+    first, again, other = (model.generate(**inputs, **options, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_sampler_frequencies_follow_the_truncated_distribution():
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logits = probabilities.log().expand(20000, 4)
+
+    def frequencies(**options):
+        return torch.bincount(Sampler(True, seed=0, **options)(logits), minlength=4) / 20000
+
+    torch.testing.assert_close(frequencies(), probabilities, atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.02, rtol=0)
+    assert frequencies(top_p=0.01)[0] == 1
+    square = probabilities**2 / (probabilities**2).sum()
+    torch.testing.assert_close(frequencies(temperature=0.5), square, atol=0.02, rtol=0)
+
+
+def test_streamer_sees_prompt_tokens_and_end(model):
+    streamer = plain(1)
+    inputs = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    tokens = model.generate(**inputs, max_new_tokens=4, eos_token_id=(), streamer=streamer)
+    prompt_ids, *new = streamer.values
+    assert torch.equal(prompt_ids, inputs["input_ids"]) and streamer.ended == 1
+    assert torch.equal(torch.stack(new, dim=1), tokens[:, 3:])
+
+
+def test_text_streamer_holds_back_half_a_character():
+    written = []
+    streamer = kk.TextStreamer(lambda ids: bytes(ids).decode(errors="replace"), written.append)
+    streamer.put(torch.tensor([[1, 2]]))
+    for byte in "aé€".encode():
+        streamer.put(torch.tensor([byte]))
+    streamer.end()
+    assert written == ["a", "é", "€"]
+
+
+def test_bad_calls_are_named(model):
+    ids = torch.tensor([[1, 2, 3]])
+    grid = torch.tensor([[1, 2, 2]])
+    pixels = torch.randn(4, 3, 14, 14)
+    image = torch.tensor([[112, 115, 113]])
+    with pytest.raises(ValueError, match="input_ids must hold at least one token"):
+        model.generate(ids[:, :0])
+    with pytest.raises(ValueError, match="max_new_tokens: 3 tokens of prompt and 4000 new ones exceed"):
+        model.generate(ids, max_new_tokens=4000)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        model.generate(ids, max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"one image placeholder .* 1 merged patches of image_grid_thw, got 0"):
+        model(ids, pixel_values=pixels, image_grid_thw=grid)
+    with pytest.raises(ValueError, match=r"one image placeholder .* 0 merged patches of image_grid_thw, got 1"):
+        model(image)
+    with pytest.raises(ValueError, match="attention_mask must not mask image placeholders"):
+        model(image, torch.tensor([[0, 0, 1]]), pixel_values=pixels, image_grid_thw=grid)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[1, 3\]"):
+        model(ids, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="padding between its tokens"):
+        model(ids, torch.tensor([[1, 0, 1]]))
+    with pytest.raises(ValueError, match="attention_mask must pad at the left for generation"):
+        model.generate(ids, torch.tensor([[1, 1, 0]]))
+    with pytest.raises(ValueError, match="rows and columns divisible by 2"):
+        model(image, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 1]]))
+    with pytest.raises(ValueError, match="describes 4 patches, but 8 patches were given"):
+        model(image, pixel_values=torch.randn(8, 3, 14, 14), image_grid_thw=grid)
+    with pytest.raises(ValueError, match="pixel_values must have shape"):
+        model(image, pixel_values=pixels.flatten(1), image_grid_thw=grid)
+    with pytest.raises(ValueError, match=r"pixel_values and image_grid_thw .* must be given together"):
+        model(image, pixel_values=pixels)
+    with pytest.raises(ValueError, match="must not end in"):
+        model(torch.tensor([[1, 112]]))
+    with pytest.raises(ValueError, match="cache holds 4 tokens a row, 0 of them used: 5 more do not fit"):
+        model(torch.ones(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))
+    cache = model(ids, cache=model.new_cache(1, 4)).cache
+    with pytest.raises(ValueError, match="3 of them used: 2 more do not fit"):
+        model(ids[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="cache has 1 rows, but input_ids has 2"):
+        model(ids.repeat(2, 1), cache=cache)
+    for name, value in (("temperature", 0.0), ("top_p", 1.5), ("top_k", -1)):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            model.generate(ids, do_sample=True, **{name: value})
+
+
+def test_flash_attn_serves_the_attention_of_prompts_and_nothing_else(monkeypatch):
+    """The package cannot run here: its place takes the reference, which notes that it was asked."""
+    from keye_kernels import reference
+    from keye_kernels.ops import flash_attention
+
+    asked = []
+
+    def attend(q, k, v, cu_seqlens, max_seqlen, *how):
+        asked.append(how[1])
+        return reference.varlen_attention(q, k, v, cu_seqlens, *how)
+
+    monkeypatch.setattr(flash_attention, "varlen_attention", attend)
+    expected, model = tiny_model(), tiny_model()
+    flash = kk.Keye(model.config, impl="flash_attn").eval()
+    flash.load_state_dict(model.state_dict())
+    inputs = prompt([(1, 4, 4)])
+    options = {"max_new_tokens": 4, "eos_token_id": ()}
+    assert torch.equal(flash.generate(**inputs, **options), expected.generate(**inputs, **options))
+    assert asked == [False] * 2 + [True] * 2  # two layers of the tower and two of the decoder, the prompt once

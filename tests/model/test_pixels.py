@@ -1,0 +1,43 @@
+"""uint8 patches: a quarter of the bytes, the same numbers."""
+
+import pytest
+import torch
+
+import keye_kernels as kk
+from keye_kernels.model.vision import PixelNorm
+from tests.helpers.tiny import prompt, tiny_model
+
+NORMS = [PixelNorm(), PixelNorm((0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255)]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["half", "clip"])
+def test_uint8_patches_give_the_features_of_normalised_ones(norm):
+    model = tiny_model()
+    model.visual.pixel_norm = norm
+    inputs = prompt([(1, 6, 8)])
+    grey = torch.randint(0, 256, inputs["pixel_values"].shape, dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in norm[:2])
+    normalised = (grey.float() / 255 - mean) / std
+    with torch.no_grad():
+        expected = model.get_image_features(normalised, inputs["image_grid_thw"])
+        found = model.get_image_features(grey, inputs["image_grid_thw"])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+        exact = model.double().get_image_features(normalised.double(), inputs["image_grid_thw"])
+        half = model.bfloat16()
+        error = {
+            name: (half.get_image_features(pixels, inputs["image_grid_thw"]).double() - exact).norm() / exact.norm()
+            for name, pixels in (("uint8", grey), ("normalised", normalised.bfloat16()))
+        }
+        assert error["uint8"] < 1.5 * error["normalised"], error
+
+
+def test_the_checkpoint_says_how_pixels_are_normalised(tmp_path):
+    import json
+
+    from tests.helpers.tiny import save_checkpoint
+
+    path = save_checkpoint(tiny_model(), tmp_path)
+    assert kk.Keye.from_pretrained(path).visual.pixel_norm == PixelNorm()
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 4.0], "rescale_factor": 0.5}
+    (path / "preprocessor_config.json").write_text(json.dumps(values))
+    assert kk.Keye.from_pretrained(path).visual.pixel_norm == PixelNorm(**values)

@@ -1,0 +1,122 @@
+"""`warmup`: what it compiles is what the model then calls for, and a second start compiles nothing.
+
+Without a GPU the compiler is real (for an H100, through a driver that only says so) and no kernel is launched: that the
+compiled kernels run is for a machine with a GPU to show.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keye_kernels as kk
+from keye_kernels.warm_up import WarmupReport
+from tests.helpers.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# A start of a server: warm up the model, again, then see what a whole request of these sizes compiles
+START = """
+import json, sys
+import torch
+from tests.helpers.compiling_driver import install
+
+install()
+from keye_kernels import warm_up
+from keye_kernels.triton.launch import compile_steps
+from keye_kernels.ops import implementation
+from tests.helpers.tiny import prompt, tiny_model
+
+implementation._require_triton = lambda operator, device: None  # tensors of the CPU, which no kernel will touch
+with torch.no_grad(), implementation.use_impl("triton"):
+    model = tiny_model()
+    def compile(*steps):
+        return compile_steps(steps, lambda: None)
+    pictures = warm_up._check_grids([(1, 4, 6)], 2)
+    steps = warm_up._steps(model, pictures, [9])
+    first, again = compile(*steps), compile(*steps)
+    inputs = prompt([(1, 4, 6)])
+    def whole_model():
+        output = model(**inputs)
+        model(output.logits[:, -1:, :].argmax(-1) * 0, cache=output.cache)
+    print(json.dumps([first, again, compile(whole_model)]))
+"""
+
+
+def start(cache):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", START]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_second_start_finds_everything_in_the_cache(tmp_path):
+    first, again, request = start(tmp_path)
+    compiled, cached = first
+    # positions, rope of both kinds, attention of both kinds, and the projector's two products
+    assert compiled >= 7 and cached == 0
+    assert again == [0, 0], "kernels in memory were compiled or loaded once more"
+    assert request == [0, 0], "the model called for a kernel that the warm-up left out"
+    kernels = sorted(tmp_path.rglob("*.cubin"))
+    assert len(kernels) == compiled
+    assert start(tmp_path) == [[0, compiled], [0, 0], [0, 0]]
+    assert sorted(tmp_path.rglob("*.cubin")) == kernels
+
+
+def test_nothing_is_compiled_for_the_reference_and_it_says_so():
+    report = kk.warmup(tiny_model(), grids=[(1, 4, 4), [(1, 4, 4), (2, 2, 6)]], prompt_lengths=[5], progress=True)
+    assert report == WarmupReport(0, 0, 0.0, "nothing to compile: the reference implementation serves cpu")
+
+
+def test_nothing_is_compiled_in_the_interpreter_and_it_says_so():
+    with kk.use_impl("triton"):
+        report = kk.warmup(tiny_model(), grids=[(1, 4, 4)])
+    assert report.compiled == 0 and "TRITON_INTERPRET=1" in report.note
+
+
+def test_the_model_stays_as_it_was():
+    from keye_kernels.warm_up import _check_grids, _steps
+
+    model = tiny_model()
+    layers = len(model.model.layers), len(model.visual.layers)
+    for step in _steps(model, _check_grids([(1, 4, 4)], 2), [5]):
+        step()
+    assert (len(model.model.layers), len(model.visual.layers)) == layers == (2, 2)
+    assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"grids": [(1, 3, 4)]}, r"grids must hold .*, got \(1, 3, 4\)"),
+        ({"grids": [(4, 4)]}, r"grids must hold .*, got \(4, 4\)"),
+        ({"grids": [[(1, 4, 4), (1, 0, 4)]]}, "grids must hold"),
+        ({"grids": [()]}, "grids must hold"),
+        ({"grids": ["picture.jpg"]}, "grids must hold .*, got 'picture.jpg'"),
+        ({"grids": [None]}, "grids must hold"),
+        ({"grids": [(1, 4.5, 4)]}, "grids must hold"),
+        ({"prompt_lengths": [0]}, "prompt_lengths must hold numbers of tokens from 1 to 2047, got 0"),
+        ({"prompt_lengths": [2048]}, "prompt_lengths must hold"),
+        ({"prompt_lengths": [7.5]}, "prompt_lengths must hold .*, got 7.5"),
+    ],
+    ids=str,
+)
+def test_bad_sizes_are_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        kk.warmup(tiny_model(), **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"grids": (1, 4, 4)}, {"grids": 5}, {"prompt_lengths": 5}], ids=str)
+def test_sizes_that_are_no_lists_are_named(sizes):
+    with pytest.raises(TypeError, match=f"{next(iter(sizes))} must be a list"):
+        kk.warmup(tiny_model(), **sizes)
+
+
+def test_only_a_keye_can_be_warmed_up():
+    with pytest.raises(TypeError, match=r"model must be a keye_kernels.Keye, got Linear"):
+        import torch
+
+        kk.warmup(torch.nn.Linear(2, 2))

@@ -1,0 +1,344 @@
+"""The public operators on the reference implementation: golden numbers, exact properties, gradients, registration, errors."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.library import opcheck
+
+import keye_kernels as kk
+from keye_kernels.geometry import VisionBatch
+from tests.helpers.golden import golden
+
+BFLOAT16_ROPE_3D_TOLERANCE = 0.03  # the official path rounds every product (README of the golden data)
+
+
+def rope_3d_arguments(dtype=torch.float32, tokens=7, norm=False):
+    torch.manual_seed(0)
+    q, k = torch.randn(tokens, 4, 16, dtype=dtype), torch.randn(tokens, 2, 16, dtype=dtype)
+    inv_freq = 1e4 ** -(torch.arange(8) / 8)
+    weights = {"q_norm_weight": torch.rand(16) + 0.5, "k_norm_weight": torch.rand(16) + 0.5} if norm else {}
+    return (q, k, torch.randint(0, 50, (3, tokens)), inv_freq, [2, 3, 3]), weights
+
+
+def projection_arguments(tokens=16, channels=8, after_merge=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    norm = channels * 4 if after_merge else channels
+    sizes = (norm,), (norm,), (24, channels * 4), (24,), (12, 24), (12,)
+    return [torch.randn(tokens, channels, dtype=dtype), *(torch.randn(size, dtype=dtype) for size in sizes)]
+
+
+def test_rope_3d_matches_the_official_numbers():
+    case = load_file(golden("preview", "kernel_mrope.safetensors"))
+
+    def packed(x):  # (B, heads, S, D) to [T, heads, D]
+        return x.transpose(1, 2).flatten(0, 1)
+
+    arguments = case["position_ids"].flatten(1), case["inv_freq"], case["mrope_section"].tolist()
+    for dtype, suffix, tolerance in (
+        (torch.float32, "f64", 2e-6),
+        (torch.bfloat16, "bf16", BFLOAT16_ROPE_3D_TOLERANCE),
+    ):
+        q, k = kk.ops.rope_3d(packed(case["q"]).to(dtype), packed(case["k"]).to(dtype), *arguments)
+        for found, name in ((q, "q_out"), (k, "k_out")):
+            expected = packed(case[f"{name}_{suffix}"]).double()
+            torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
+def test_rope_2d_matches_the_official_numbers():
+    case = load_file(golden("preview", "kernel_vision_rope.safetensors"))
+    positions = torch.stack((case["height_position_ids"], case["width_position_ids"]))
+    q, k = kk.ops.rope_2d(case["q"], case["k"], positions, case["inv_freq"])
+    torch.testing.assert_close(q.double(), case["q_out_f64"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(k.double(), case["k_out_f64"], atol=2e-6, rtol=0)
+    q, k = kk.ops.rope_2d(case["q"].bfloat16(), case["k"].bfloat16(), positions, case["inv_freq"])
+    assert torch.equal(q, case["q_out_bf16"]) and torch.equal(k, case["k_out_bf16"])
+
+
+def test_varlen_attention_matches_the_official_numbers():
+    case = load_file(golden("preview", "kernel_varlen_attention.safetensors"))
+    scale = float(case["softmax_scale"])
+    arguments = case["q"], case["k"], case["v"], case["cu_seqlens"], 54
+    out, lse = kk.ops.varlen_attention(*arguments, softmax_scale=scale, return_lse=True)
+    torch.testing.assert_close(out.double(), case["out_f64"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), case["lse_f64"], atol=1e-5, rtol=0)
+
+
+def test_projection_matches_the_official_numbers_at_tiny_size():
+    case = load_file(golden("preview", "kernel_projector_tiny.safetensors"))
+    weights = load_file(golden("preview", "model.safetensors"))
+    names = [f"mlp_AR.{layer}.{kind}" for layer in ("pre_norm", "linear_1", "linear_2") for kind in ("weight", "bias")]
+    out = kk.ops.patch_merge_projection(case["features"], case["grid_thw"], *(weights[n].float() for n in names))
+    torch.testing.assert_close(out.double(), case["out_f64"], atol=2e-6, rtol=0)
+
+
+def formula_weight(stream, rows, columns, scale):
+    """The pseudo-random weights of the golden README."""
+    with np.errstate(over="ignore"):
+        n = np.arange(rows * columns, dtype=np.uint64) + (np.uint64(stream) << np.uint64(40))
+        z = (n + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    u = (z >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
+    return torch.from_numpy((u * scale).astype(np.float32).reshape(rows, columns))
+
+
+def real_projection_weights():
+    return [
+        formula_weight(1, 1, 1152, 1.0)[0] + 1,
+        formula_weight(2, 1, 1152, 0.5)[0],
+        formula_weight(3, 4608, 4608, 2**-4),
+        formula_weight(4, 1, 4608, 0.5)[0],
+        formula_weight(5, 4096, 4608, 2**-4),
+        formula_weight(6, 1, 4096, 0.5)[0],
+    ]
+
+
+def test_projection_matches_the_official_numbers_at_real_size():
+    case = load_file(golden("preview", "kernel_projector_real.safetensors"))
+    weights = real_projection_weights()
+    names = [f"{layer}.{kind}" for layer in ("pre_norm", "linear_1", "linear_2") for kind in ("weight", "bias")]
+    for name, weight in zip(names, weights, strict=True):
+        assert torch.equal(case[f"check.{name}"], torch.cat((weight.flatten()[:4], weight.flatten()[-4:])))
+    out = kk.ops.patch_merge_projection(case["features"], case["grid_thw"], *weights)
+    torch.testing.assert_close(out.double(), case["out_f64"], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 4), (2, 6, 6), (1, 9, 5), (1, 20, 3)])
+def test_position_embedding_matches_interpolate(grid):
+    torch.manual_seed(0)
+    t, h, w = grid
+    table, features = torch.randn(36, 8), torch.randn(t * h * w, 8)
+    square = table.view(1, 6, 6, 8).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=False)
+    expected = features + resized.permute(0, 2, 3, 1).reshape(h * w, 8).repeat(t, 1)
+    found = kk.ops.position_embedding_2d(features, table, torch.tensor([grid]))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_block_order_gives_the_rows_of_raster_order():
+    features, *weights = projection_arguments(tokens=2 * 24 + 16)
+    grid = torch.tensor([[2, 4, 6], [1, 8, 2]])
+    batch = VisionBatch.build(grid, 64, table_side=6)
+    raster = kk.ops.patch_merge_projection(features, grid, *weights)
+    block = kk.ops.patch_merge_projection(features[batch.raster_index], batch, *weights)
+    assert torch.equal(raster, block)
+    table = torch.randn(36, 8)
+    raster = kk.ops.position_embedding_2d(features, table, grid)
+    block = kk.ops.position_embedding_2d(features[batch.raster_index], table, batch)
+    assert torch.equal(raster[batch.raster_index], block)
+
+
+def test_position_zero_is_the_identity_and_conjugate_undoes_the_rotation():
+    (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
+    same_q, same_k = kk.ops.rope_3d(q, k, torch.zeros_like(positions), inv_freq, sections)
+    assert torch.equal(same_q, q) and torch.equal(same_k, k)
+    turned = kk.reference.rope(q, k, positions, inv_freq, sections)
+    back = kk.reference.rope(*turned, positions, inv_freq, sections, conjugate=True)
+    torch.testing.assert_close(back, (q, k))
+
+
+def test_attention_ignores_neighbouring_segments_and_leaves_strangers_at_zero():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 30, 4, 24).unbind(0)
+    cu_seqlens = torch.tensor([2, 9, 9, 20], dtype=torch.int32)
+    out, lse = kk.ops.varlen_attention(q, k, v, cu_seqlens, 11, return_lse=True)
+    other_k, other_v = k.clone(), v.clone()
+    other_k[9:20], other_v[9:20] = 7, 8
+    other = kk.ops.varlen_attention(q, other_k, other_v, cu_seqlens, 11)
+    assert torch.equal(out[2:9], other[2:9]) and not torch.equal(out[9:20], other[9:20])
+    assert out[:2].eq(0).all() and out[20:].eq(0).all() and lse[:, :2].isneginf().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_heads_and_lse_match_the_plain_formula(causal):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(600, 4, 16), torch.randn(600, 2, 16), torch.randn(600, 2, 16)
+    cu_seqlens = torch.tensor([0, 600], dtype=torch.int32)
+    out, lse = kk.ops.varlen_attention(q, k, v, cu_seqlens, 600, causal=causal, return_lse=True, softmax_scale=0.3)
+    key, value = (x.double().repeat_interleave(2, dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q.double(), key) * 0.3
+    if causal:
+        scores = scores.masked_fill(torch.ones(600, 600).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), torch.einsum("hij,jhd->ihd", scores.softmax(-1), value), atol=1e-5, rtol=0)
+
+
+def cases():
+    """(op, arguments with gradients, keyword arguments) of every operator and option."""
+    for norm in (False, True):
+        arguments, weights = rope_3d_arguments(torch.float64, norm=norm)
+        yield f"rope_3d-norm{norm}", kk.ops.rope_3d, arguments, weights
+    q = torch.randn(9, 2, 8, dtype=torch.float64)
+    yield "rope_2d", kk.ops.rope_2d, (q, q.clone(), torch.randint(0, 9, (2, 9)), torch.rand(2)), {}
+    qkv = torch.randn(3, 11, 2, 8, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    for causal, lse in ((False, False), (True, True)):
+        keywords = {"causal": causal, "return_lse": lse}
+        yield f"attention-causal{causal}-lse{lse}", kk.ops.varlen_attention, (*qkv.unbind(0), cu_seqlens, 7), keywords
+    grid = torch.tensor([[1, 4, 2], [2, 2, 2]])
+    for after_merge in (False, True):
+        features, *weights = projection_arguments(after_merge=after_merge, dtype=torch.float64)
+        yield f"projection-after{after_merge}", kk.ops.patch_merge_projection, (features, grid, *weights), {}
+    table = torch.randn(9, 8, dtype=torch.float64)
+    yield "positions", kk.ops.position_embedding_2d, (features, table, grid), {}
+
+
+CASES = list(cases())
+ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+IDS = [case[0] for case in CASES]
+
+
+def wants_gradient(x):
+    return isinstance(x, torch.Tensor) and x.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
+def test_gradients_are_exact(name, op, arguments, keywords):
+    keywords = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    named = [k for k, v in keywords.items() if wants_gradient(v)]
+    places = [i for i, x in enumerate(arguments) if wants_gradient(x)]
+
+    def call(*leaves):
+        changed = list(arguments)
+        for i, leaf in zip(places, leaves, strict=False):
+            changed[i] = leaf
+        return op(*changed, **{**keywords, **dict(zip(named, leaves[len(places) :], strict=True))})
+
+    leaves = [*(arguments[i] for i in places), *(keywords[k] for k in named)]
+    assert torch.autograd.gradcheck(call, [x.clone().requires_grad_() for x in leaves])
+
+
+@pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
+def test_opcheck(name, op, arguments, keywords, monkeypatch):
+    """opcheck of the registered operator, with the very arguments that the public function hands to it."""
+    calls = []
+    module = __import__(op.__module__, fromlist=["_"])
+    for attribute in [a for a in vars(module) if a.endswith("_op") and not a.startswith("_norm")]:
+        registered = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, lambda *args, r=registered: calls.append((r, args)) or r(*args))
+    op(*arguments, **keywords)
+    ((registered, args),) = calls
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cast = [a.to(dtype).requires_grad_() if wants_gradient(a) else a for a in args]
+        # Tracing takes seconds and does not depend on the dtype
+        opcheck(
+            registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
+def test_compiles_without_graph_breaks(name, op, arguments, keywords):
+    if "projection" in name or "positions" in name:
+        # Inside a graph the geometry comes from outside: grids are read on the host
+        grid = next(i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.dtype == torch.int64)
+        batch = VisionBatch.build(arguments[grid], 16, table_side=3, order="raster")
+        arguments = (*arguments[:grid], batch, *arguments[grid + 1 :])
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, **keywords), op(*arguments, **keywords))
+
+
+def test_use_impl_and_environment_choose(monkeypatch):
+    (q, k, *rest), _ = rope_3d_arguments()
+    expected = kk.ops.rope_3d(q, k, *rest, impl="reference")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for enter in (
+        lambda: kk.use_impl("triton"),
+        lambda: pytest.MonkeyPatch.context(),
+    ):
+        with enter() as patch:
+            if patch is not None:
+                patch.setenv("KEYE_KERNELS_IMPL", "triton")
+            with pytest.raises(ValueError, match=r"impl='triton' of rope .*TRITON_INTERPRET=1"):
+                kk.ops.rope_3d(q, k, *rest)
+            torch.testing.assert_close(kk.ops.rope_3d(q, k, *rest, impl="reference"), expected)
+    torch.testing.assert_close(kk.ops.rope_3d(q, k, *rest), expected)
+    monkeypatch.setenv("KEYE_KERNELS_IMPL", "fastest")
+    with pytest.raises(ValueError, match="KEYE_KERNELS_IMPL must be one of"):
+        kk.ops.rope_3d(q, k, *rest)
+    with pytest.raises(ValueError, match="impl must be one of"), kk.use_impl("fastest"):
+        pass
+
+
+def test_auto_logs_its_choice_once(caplog):
+    from keye_kernels.ops import implementation
+
+    implementation._logged.clear()
+    (q, k, *rest), _ = rope_3d_arguments()
+    with caplog.at_level("INFO", logger="keye_kernels"):
+        kk.ops.rope_3d(q, k, *rest)
+        kk.ops.rope_3d(q, k, *rest)
+    assert [record.getMessage() for record in caplog.records] == ["rope on cpu runs the reference implementation"]
+
+
+def test_flash_attn_explains_itself():
+    q = torch.randn(4, 2, 8)
+    with pytest.raises(ValueError, match="impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device"):
+        kk.ops.varlen_attention(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, impl="flash_attn")
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'triton', got 'flash_attn'"):
+        kk.ops.rope_2d(q, q, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2), impl="flash_attn")
+
+
+def bad_calls():
+    (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
+    half = inv_freq[:4]
+    flat = positions[:2]
+    yield ValueError, "q must have shape", lambda: kk.ops.rope_3d(q[0], k, positions, inv_freq, sections)
+    yield ValueError, "k must have shape", lambda: kk.ops.rope_3d(q, k[1:], positions, inv_freq, sections)
+    yield TypeError, "k must be a tensor", lambda: kk.ops.rope_3d(q, [1], positions, inv_freq, sections)
+    yield TypeError, "q must be float32", lambda: kk.ops.rope_3d(q.long(), k, positions, inv_freq, sections)
+    yield ValueError, "position_ids must have shape", lambda: kk.ops.rope_3d(q, k, flat, inv_freq, sections)
+    yield TypeError, "position_ids must be int32", lambda: kk.ops.rope_3d(q, k, positions.float(), inv_freq, sections)
+    yield TypeError, "inv_freq must be float32", lambda: kk.ops.rope_3d(q, k, positions, inv_freq.half(), sections)
+    yield ValueError, "mrope_section must be three", lambda: kk.ops.rope_3d(q, k, positions, inv_freq, [2, 3, 4])
+    yield (
+        ValueError,
+        "k_norm_weight must be given",
+        lambda: kk.ops.rope_3d(q, k, positions, inv_freq, sections, q_norm_weight=torch.ones(16)),
+    )
+    strided = torch.randn(7, 16, 4).transpose(1, 2)
+    yield ValueError, "q must be contiguous along", lambda: kk.ops.rope_2d(strided, k, flat, half)
+    yield ValueError, "k must be on meta", lambda: kk.ops.rope_2d(q.to("meta"), k, flat, half)
+    cu = torch.tensor([0, 7], dtype=torch.int32)
+    x = torch.randn(7, 4, 16)
+    yield TypeError, "cu_seqlens must be int32", lambda: kk.ops.varlen_attention(x, x, x, cu.long(), 7)
+    yield ValueError, "cu_seqlens must have shape", lambda: kk.ops.varlen_attention(x, x, x, cu[None], 7)
+    for offsets in ([0, 5, 3, 7], [-1, 7], [0, 8]):
+        bad = torch.tensor(offsets, dtype=torch.int32)
+        yield ValueError, "cu_seqlens must", lambda bad=bad: kk.ops.varlen_attention(x, x, x, bad, 7)
+    yield TypeError, "max_seqlen must be an int", lambda: kk.ops.varlen_attention(x, x, x, cu, 7.0)
+    yield ValueError, "multiple of 8", lambda: kk.ops.varlen_attention(x[..., :4], x[..., :4], x[..., :4], cu, 7)
+    yield ValueError, "divides the 4 of q", lambda: kk.ops.varlen_attention(x, x[:, :3], x[:, :3], cu, 7)
+    yield TypeError, "k must be torch.float32 like q", lambda: kk.ops.varlen_attention(x, x.half(), x.half(), cu, 7)
+    features, *weights = projection_arguments()
+    grid = torch.tensor([[1, 4, 4]])
+    yield (
+        ValueError,
+        "divisible by 2",
+        lambda: kk.ops.patch_merge_projection(features, torch.tensor([[1, 16, 1]]), *weights),
+    )
+    yield (
+        ValueError,
+        "32 patches, but 16",
+        lambda: kk.ops.patch_merge_projection(features, torch.tensor([[2, 4, 4]]), *weights),
+    )
+    yield TypeError, "grid_thw must be", lambda: kk.ops.patch_merge_projection(features, [[1, 4, 4]], *weights)
+    yield (
+        ValueError,
+        "norm_weight must have shape",
+        lambda: kk.ops.patch_merge_projection(features, grid, weights[0][:5], *weights[1:]),
+    )
+    yield (
+        ValueError,
+        "linear_2_weight must have shape",
+        lambda: kk.ops.patch_merge_projection(features, grid, *weights[:4], weights[4].T, weights[5]),
+    )
+    yield ValueError, "table must be a square", lambda: kk.ops.position_embedding_2d(features, torch.randn(7, 8), grid)
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), list(bad_calls()), ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_arguments_are_named(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()

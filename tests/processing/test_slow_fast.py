@@ -1,0 +1,175 @@
+"""Keye-VL-1.5's choice of frames, slow and fast types and sizes, against the tables of the official package."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from keye_kernels.processing import process_vision_info
+from keye_kernels.processing.resize import smart_resize
+from keye_kernels.processing.sampling import sample_indices, slow_fast_frame_count, slow_fast_sizes
+from keye_kernels.processing.slow_fast import FAST, SLOW, SlowFastClassifier, hsv_patches, patch_similarity, rgb_to_hsv
+from tests.helpers.golden import golden
+from tests.helpers.video_clips import encode_clip
+
+# Tolerance of the golden README for similarities.
+SIMILARITY_ATOL = 0.02
+
+
+def table(name):
+    return json.loads(golden("v1_5", "slow_fast.json").read_text())[name]
+
+
+def video_frames(name):
+    videos = np.load(golden("v1_5", "slow_fast_videos.npz"))
+    return videos[f"{name}.frames"][videos[f"{name}.index"]]
+
+
+def file_cases(mode):
+    return [case for case in table("video_cases") if case["mode"] == mode]
+
+
+def user(part):
+    return [{"role": "user", "content": [{"type": "video", **part}]}]
+
+
+def expected_kwargs(case):
+    sizes = {name: [case[name]] for name in ("height", "width", "fast_height", "fast_width")}
+    return {**sizes, "timestamps": case["timestamps"], "frame_types": case["frame_types"]}
+
+
+def plain_kwargs(kwargs):
+    (times,), (types,) = kwargs["timestamps"], kwargs["frame_types"]
+    assert types.dtype == torch.int32
+    assert times is None or times.dtype == torch.float32
+    return {**kwargs, "timestamps": None if times is None else times.tolist(), "frame_types": types.tolist()}
+
+
+def test_frame_counts_and_indices_equal_the_official_ones():
+    for case in table("nframes_cases"):
+        count = slow_fast_frame_count(case["options"], case["total_frames"], case["video_fps"])
+        indices = sample_indices(0, case["total_frames"] - 1, count)
+        assert count == case["nframes"], case
+        assert indices[:12] == case["first_indices"], case
+        assert indices[-4:] == case["last_indices"], case
+        assert sum(indices) == case["index_sum"], case
+
+
+def test_sizes_within_the_budget_equal_the_official_ones():
+    for case in table("budget_cases"):
+        slow, fast = slow_fast_sizes(
+            case["options"], case["frame_height"], case["frame_width"], case["slow_frames"], case["fast_frames"]
+        )
+        assert (*slow, *fast) == (case["height"], case["width"], case["fast_height"], case["fast_width"]), case
+        tokens = case["slow_frames"] * math.prod(slow) + case["fast_frames"] * math.prod(fast)
+        assert tokens == 784 * case["tokens_total"], case
+
+
+def test_smart_resize_equals_the_official_one():
+    for height, width, min_pixels, max_pixels, expected in table("smart_resize_cases"):
+        if expected == "ValueError":
+            with pytest.raises(ValueError, match="200 times"):
+                smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+        else:
+            assert list(smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)) == expected
+
+
+def test_frame_types_and_similarities_equal_the_official_ones():
+    for case in file_cases("file"):
+        frames = torch.from_numpy(video_frames(case["video"])).permute(0, 3, 1, 2)
+        frames = frames[sample_indices(0, len(frames) - 1, case["num_frames"])]
+        classify = SlowFastClassifier(case["frame_height"], case["frame_width"], case["threshold"])
+        assert classify.size == (case["similarity_height"], case["similarity_width"])
+        resized = torch.nn.functional.interpolate(frames, classify.size, mode="bilinear", antialias=True)
+        key = None
+        for frame, small, kind, expected in zip(
+            frames, resized, case["frame_types"], case["similarity_to_last_slow"], strict=True
+        ):
+            patches = hsv_patches(small)
+            if key is not None:
+                similarity = patch_similarity(key, patches)
+                expected = math.nan if expected is None else expected
+                assert similarity == pytest.approx(expected, abs=SIMILARITY_ATOL, nan_ok=True), case
+            assert classify(frame) == kind, case
+            key = patches if kind == SLOW else key
+
+
+def test_lossless_files_give_the_official_types_times_and_sizes():
+    for case in file_cases("file"):
+        frames = video_frames(case["video"])
+        clip = encode_clip(
+            len(frames),
+            fps=round(case["source_fps"]),
+            height=case["frame_height"],
+            width=case["frame_width"],
+            codec="ffv1",
+            container="mkv",
+            pix_fmt="bgr0",
+            draw=lambda index, height, width, frames=frames: frames[index],
+        )
+        _, videos, kwargs = process_vision_info(user({"video": clip, **case["options"]}), edition="1.5")
+        assert plain_kwargs(kwargs) == expected_kwargs(case), case
+        assert len(videos[0]) == case["num_frames"]
+
+
+def test_lists_of_pictures_give_the_official_types_times_and_sizes():
+    for case in file_cases("image_list"):
+        frames = video_frames(case["video"])
+        as_pictures = [Image.fromarray(frame) for frame in frames]
+        as_tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        for video in (as_pictures, frames, as_tensor):
+            _, videos, kwargs = process_vision_info(user({"video": video, **case["options"]}), edition="1.5")
+            assert plain_kwargs(kwargs) == expected_kwargs(case), case
+            assert videos[0].shape == (case["num_frames"], 3, case["frame_height"], case["frame_width"])
+
+
+def test_hsv_equals_opencv():
+    # What cv2.cvtColor(..., COLOR_RGB2HSV) gives, among others where the hue wraps around.
+    expected = {
+        (255, 0, 0): (0, 255, 255),
+        (0, 255, 0): (60, 255, 255),
+        (0, 0, 255): (120, 255, 255),
+        (255, 0, 1): (0, 255, 255),
+        (255, 0, 4): (0, 255, 255),
+        (10, 20, 30): (105, 170, 30),
+        (7, 7, 7): (0, 0, 7),
+        (200, 3, 199): (150, 251, 200),
+        (13, 77, 201): (110, 238, 201),
+        (254, 255, 253): (45, 2, 255),
+        (90, 45, 44): (1, 130, 90),
+    }
+    colours = torch.tensor(list(expected), dtype=torch.uint8).T[:, None]
+    assert rgb_to_hsv(colours).dtype == torch.uint8
+    assert [tuple(colour) for colour in rgb_to_hsv(colours)[:, 0].T.tolist()] == list(expected.values())
+
+
+def test_a_video_one_patch_high_or_wide_is_classified():
+    for height, width in ((10, 1900), (1900, 10)):
+        classify = SlowFastClassifier(height, width)
+        assert 28 in classify.size
+        grey = torch.full((3, height, width), 128, dtype=torch.uint8)
+        blue = torch.tensor([0, 0, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
+        assert [classify(frame) for frame in (grey, grey, blue, blue)] == [SLOW, FAST, SLOW, FAST]
+
+
+def test_patches_black_in_both_frames_do_not_count():
+    black, grey, blue = ((0, 0, 0), (128, 128, 128), (0, 0, 255))
+    a, b = torch.zeros(2, 3, 28, 84, dtype=torch.uint8)
+    for image, colours in ((a, (black, grey, grey)), (b, (black, grey, blue))):
+        for column, colour in enumerate(colours):
+            image[:, :, 28 * column : 28 * column + 28] = torch.tensor(colour).view(3, 1, 1)
+    assert patch_similarity(hsv_patches(a), hsv_patches(b)) == 0.5
+    assert math.isnan(patch_similarity(hsv_patches(a)[:1], hsv_patches(b)[:1]))
+
+
+def test_a_similarity_equal_to_the_threshold_in_float32_is_slow_as_in_the_official_package():
+    # 9 of 10 patches in float32 is less than the double 0.9.
+    grey = torch.full((3, 56, 140), 128, dtype=torch.uint8)
+    other = grey.clone()
+    other[:, :28, :28] = torch.tensor([0, 0, 255]).view(3, 1, 1)
+    similarity = patch_similarity(hsv_patches(grey), hsv_patches(other))
+    assert similarity == pytest.approx(0.9)
+    assert similarity < 0.9

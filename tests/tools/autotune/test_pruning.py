@@ -1,0 +1,48 @@
+"""The pool of compilers ends when it is told to."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+# Each as deaf as a compiler that runs in C
+BUSY = """
+import signal, time
+from keye_kernels.tools.autotune.pruning import compiler
+
+def compile():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with compiler(2) as pool:
+        started = pool.executor.submit(time.sleep, 0)
+        for _ in range(50):
+            pool.executor.submit(compile)
+        started.result()
+        time.sleep(1)
+        print("busy", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_ctrl_c_twice_ends_it_at_once(tmp_path):
+    """A terminal sends it to all processes of the group."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    child = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        assert child.stdout.readline() == b"busy\n"
+        start = time.perf_counter()
+        os.killpg(child.pid, signal.SIGINT)
+        time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+        assert child.wait(timeout=30) != 0
+        assert time.perf_counter() - start < 15
+    finally:
+        child.kill()

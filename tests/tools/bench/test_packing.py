@@ -1,0 +1,104 @@
+"""Packing by cost, and the queue that shows what it is worth."""
+
+import itertools
+import json
+import random
+
+import pytest
+
+from keye_kernels.cli import main
+from keye_kernels.model import KeyeConfig
+from keye_kernels.small import small_model, small_processor
+from keye_kernels.tools.bench import load
+from keye_kernels.tools.bench.packing import imbalance, pack_first_come, pack_longest_first
+
+SMALL_COSTS = [random.Random(seed).choices(range(1, 30), k=7) for seed in range(20)]
+
+
+@pytest.mark.parametrize("pack", [pack_longest_first, pack_first_come])
+def test_every_request_is_packed_once(pack):
+    for bins in (1, 3, 9):
+        packed = pack([5, 1, 1, 8, 2, 2, 3], bins)
+        assert len(packed) == bins and sorted(itertools.chain(*packed)) == list(range(7))
+
+
+@pytest.mark.parametrize("costs", SMALL_COSTS, ids=str)
+def test_longest_first_stays_within_grahams_bound_of_the_best_packing(costs):
+    bins = 3
+    best = min(
+        max(sum(c for c, at in zip(costs, where, strict=True) if at == b) for b in range(bins))
+        for where in itertools.product(range(bins), repeat=len(costs))
+    )
+    found = max(sum(costs[i] for i in places) for places in pack_longest_first(costs, bins))
+    assert best <= found <= best * (4 / 3 - 1 / (3 * bins))
+
+
+def test_one_dear_request_has_a_device_of_its_own():
+    assert [0] in pack_longest_first([100, 3, 4, 5, 6], 2)
+
+
+def test_first_come_keeps_the_order_and_the_numbers_equal():
+    assert pack_first_come([9, 9, 1, 1, 1, 1], 3) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_imbalance_is_what_the_fullest_adds_to_the_mean():
+    assert imbalance([2, 2, 2]) == 0 and imbalance([3, 2, 1]) == pytest.approx(0.5) and imbalance([0, 0]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(([1], 0), "bins must be at least 1"), (([1, -1], 1), "costs must not")]
+)
+def test_impossible_packings_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pack_longest_first(*arguments)
+
+
+@pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_eight_devices_stay_within_three_percent_where_first_come_does_not(edition, seed):
+    found = load.simulate(KeyeConfig(model_type=edition), 8, seed)["packing"]
+    assert found["packed by FLOPs"]["imbalance"] <= found["packed by FLOPs"]["worst_round"] <= 0.03
+    assert found["first come"]["imbalance"] > 0.1
+
+
+def test_a_stream_is_mixed_and_the_same_for_the_same_seed():
+    requests = load.draw_requests(load.REAL, 200, seed=0)
+    assert requests == load.draw_requests(load.REAL, 200, seed=0) != load.draw_requests(load.REAL, 200, seed=1)
+    assert 20 < sum(request.is_clip for request in requests) < 80
+    assert len({request.grids for request in requests}) > 190
+
+
+def test_no_devices_name_the_argument():
+    with pytest.raises(ValueError, match="devices must be at least 1"):
+        load.simulate(KeyeConfig(), 0, 0)
+
+
+def test_the_served_prompts_have_the_pictures_that_were_drawn():
+    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.picture_side[1]) ** 2)
+    requests = load.draw_requests(load.SMALL, 6, seed=0)
+    inputs = load._prepare(processor, requests, load.draw_pixels(requests, 0))
+    drawn = {kind: [g for r in requests for g in r.grids if r.is_clip == kind] for kind in (False, True)}
+    for name, kind in (("image_grid_thw", False), ("video_grid_thw", True)):
+        assert [tuple(row) for row in inputs[name].tolist()] == drawn[kind]
+
+
+def test_serving_counts_every_token_and_finishes_batch_by_batch():
+    model = small_model(dtype="float32")
+    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.picture_side[1]) ** 2)
+    requests = load.draw_requests(load.SMALL, 3, seed=3)
+    pixels = load.draw_pixels(requests, 0)
+    found = load.serve(model, processor, requests, [[0, 2], [1]], pixels)
+    assert found.batches == 2 and 0 < found.padding < 1
+    assert 0 < found.latency_p50 < found.latency_p95
+    # tokens a second and new tokens a second share their clock
+    lengths = load._prepare(processor, requests, pixels)["attention_mask"].sum().item()
+    made = 3 * load.SMALL.new_tokens
+    assert found.tokens_per_second / found.new_tokens_per_second == pytest.approx((lengths + made) / made)
+
+
+def test_the_command_reports_both_packers_served_and_simulated(capsys):
+    assert main(["bench", "--load", "--requests", "2", "--devices", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["simulated"]["devices"] == 2 and found["served"]["requests"] == 2
+    for part in found.values():
+        assert part["packing"].keys() == {"packed by FLOPs", "first come"}

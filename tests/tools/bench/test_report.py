@@ -1,0 +1,210 @@
+"""The page of plots: what it shows, what it warns of, what it refuses; looked at in a browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from keye_kernels.cli import main
+from keye_kernels.tools.bench.counted import exceeds_limits
+
+PLOTS = ["speed-up", "roofline", "memory", "counted"]
+GPU = {"name": "NVIDIA H100", "target": "sm_90"}
+COUNTED = {
+    "versions": {"keye_kernels": "0.1.0", "triton": "3.9.0"},
+    "traffic": [
+        {
+            **{"operator": "rope_2d", "by": "ours", "launches": 1, "eager_operators": 0, "floor_bytes": 100, "idle": 0},
+            **{
+                "requested": 1.005,
+                "unique": 1.0,
+                "multiplies": None,
+                "limits": {"requested": 1.0},
+                "above": ["requested"],
+            },
+        }
+    ],
+    "machine_code": [],
+    "absent_peers": ["liger_kernel"],
+}
+
+
+def case(impl, median, shape="1k", group="rope_3d", version="0.1.0", roofline=None):
+    return {
+        "group": group,
+        "name": f"test_{group}[{shape}-{impl}]",
+        "params": {"impl": impl, "shape": shape, "dtype": "float32"},
+        "stats": {"median": median, "q1": median * 0.9, "q3": median * 1.1},
+        "extra_info": {
+            "tokens": 1024,
+            "gb_per_s": 1.5,
+            "tflop_per_s": 0.1,
+            "roofline_share": roofline,
+            "peak_memory_bytes": 3 << 20,
+            "tile_source": None,
+            "versions": {"keye_kernels": version, "torch": "2.13.0", "triton": None},
+        },
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, cases, gpu=None, **machine):
+        info = {"cpu": {"brand_raw": "A processor", "count": 2}, "system": "Linux", "gpu": gpu, **machine}
+        path = tmp_path / name
+        path.write_text(json.dumps({"machine_info": info, "benchmarks": cases}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """Runs the command: exit code, the page or None, standard error."""
+
+    def report(*arguments, folder="out"):
+        code = main(["bench", "--report", str(tmp_path / folder), *arguments])
+        page = tmp_path / folder / "index.html"
+        return code, page.read_text() if page.is_file() else None, capsys.readouterr().err
+
+    return report
+
+
+CASES = [case("official", 0.004), case("reference", 0.002), case("sdpa", 0.001, "4_images", "varlen_attention")]
+
+
+def test_a_browser_shows_every_plot(write, tmp_path, report):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium to open the page with: apt-get install chromium")
+    counted = tmp_path / "counted.json"
+    counted.write_text(json.dumps(COUNTED))
+    code, page, error = report(write("a.json", CASES), write("b.json", CASES), str(counted))
+    assert code == 0, error
+    # The browser itself says of each picture how wide it is when decoded, and how high it stands on the page
+    script = (
+        "<script>onload = () => { for (const i of document.images) "
+        "i.dataset.shown = i.naturalWidth + ' ' + Math.round(i.getBoundingClientRect().height) }</script></body>"
+    )
+    opened = tmp_path / "opened.html"
+    opened.write_text(page.replace("</body>", script))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'}"
+    command = [browser, *flags.split(), "--dump-dom", opened.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    images = dict(re.findall(r'<img id="plot-([\w-]+)"[^>]*data-shown="(\d+ \d+)"', dom))
+    assert sorted(images) == sorted([*PLOTS, "comparison"])
+    assert all(int(width) > 300 and int(height) > 60 for width, height in map(str.split, images.values())), images
+
+
+def test_the_page_loads_nothing_from_elsewhere(write, report):
+    _, page, _ = report(write("a.json", CASES))
+    assert "<script" not in page and "<link" not in page
+    assert set(re.findall(r'(?:src|href)="([^,"]*)', page)) == {"data:image/svg+xml;base64"}
+
+
+def test_cpu_timings_are_labelled_as_smoke_timings(write, report):
+    assert "CPU smoke timings" in report(write("a.json", CASES))[1]
+    assert "CPU smoke timings" not in report(write("b.json", CASES, gpu=GPU), folder="gpu")[1]
+
+
+def test_times_of_the_interpreter_are_never_shown(write, report):
+    code, page, error = report(write("a.json", [*CASES, case("triton", 7.77)]))
+    assert code == 0 and "7770" not in page
+    assert "1 cases of a.json ran in Triton" in error
+    code, _, error = report(write("b.json", [case("triton", 7.77)]), folder="other")
+    assert code == 2 and "say nothing about speed" in error
+
+
+def test_speed_up_is_the_baselines_median_over_the_others(write):
+    from keye_kernels.tools.bench.report import plot_speedup
+    from keye_kernels.tools.bench.results import read_results
+
+    (result,), _ = read_results([write("a.json", CASES)])
+    bars = [bar.get_width() for bar in plot_speedup(result).axes[0].patches]
+    # the attention case has no baseline beside it
+    assert bars == [pytest.approx(2.0)]
+
+
+def test_another_machine_and_version_are_warned_of_on_the_page_and_on_stderr(write, report):
+    first = write("a.json", CASES)
+    second = write("b.json", [case("official", 0.004, version="0.2.0")], gpu=GPU)
+    code, page, error = report(first, second)
+    assert code == 0
+    for text in (
+        "another machine: GPU is none in a.json, NVIDIA H100 in b.json",
+        "another version: keye_kernels is 0.1.0 in a.json, 0.2.0 in b.json",
+        "2 cases are in one of the two files only",
+    ):
+        assert f'<p class="warning">Warning: {text}' in page
+        assert f"warning: {text}" in error
+
+
+def test_two_results_of_one_machine_and_version_are_compared_without_a_warning(write, report):
+    code, page, error = report(write("a.json", CASES), write("b.json", CASES))
+    assert code == 0 and error == "" and 'id="plot-comparison"' in page and 'class="warning"' not in page
+
+
+@pytest.mark.parametrize(
+    "cases, arguments, message",
+    [
+        ([], [], "a.json holds no timed case: what was selected with pytest's -k or paths matched nothing"),
+        (
+            CASES,
+            ["--select", "projector"],
+            "--select 'projector' matched nothing in .*a.json, which has the groups rope_3d",
+        ),
+    ],
+)
+def test_an_empty_result_says_which_selection_matched_nothing(write, report, cases, arguments, message):
+    code, page, error = report(write("a.json", cases), *arguments)
+    assert code == 2 and page is None and re.search(message, error)
+
+
+def test_a_selection_leaves_the_other_groups_out(write, report):
+    _, page, _ = report(write("a.json", CASES), "--select", "varlen")
+    assert "<td>varlen_attention</td>" in page and "<td>rope_3d</td>" not in page
+
+
+def test_a_page_that_is_there_is_not_written_over_unasked(write, report, tmp_path):
+    one, other = write("a.json", CASES), write("b.json", CASES)
+    report(one)
+    code, page, error = report(other)
+    assert code == 2 and "--force" in error and "another folder" in error and "a.json" in page and "b.json" not in page
+    code, page, _ = report(other, "--force")
+    assert code == 0 and "b.json" in page
+
+
+@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "neither a result"), ("{}", "neither")])
+def test_other_files_are_refused(tmp_path, report, content, message):
+    (tmp_path / "a.json").write_text(content)
+    code, _, error = report(str(tmp_path / "a.json"))
+    assert code == 2 and message in error
+
+
+def test_three_results_or_none_are_refused(write, report):
+    assert "one or two files" in report()[2]
+    assert "one or two files" in report(*(write(f"{name}.json", CASES) for name in "abc"))[2]
+
+
+def test_a_missing_matplotlib_names_the_command_that_installs_it(write, report, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, page, error = report(write("a.json", CASES))
+    assert code == 2 and page is None and "pip install 'keye_kernels[bench]'" in error
+
+
+def test_the_counted_table_names_what_exceeds_its_limit(write, report, tmp_path):
+    counted = tmp_path / "counted.json"
+    counted.write_text(json.dumps(COUNTED))
+    _, page, _ = report(write("a.json", CASES), str(counted))
+    assert "<td>requested ABOVE 1</td>" in page and exceeds_limits(COUNTED)
+
+
+def test_result_files_without_report_are_refused(capsys):
+    assert main(["bench", "--load", "a.json"]) == 2
+    assert "--report DIR" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""`doctor`: it never crashes, says what is wrong, and knows the pairs of versions that do not go together."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from keye_kernels import reference
+from keye_kernels.tools import doctor
+from keye_kernels.tools.doctor import machine
+from keye_kernels.tools.doctor.versions import PACKAGES, REQUIRED, Package, version_problems
+
+GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
+OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "varlen_attention"]
+
+
+def run_doctor(*missing, path=""):
+    """The command in a process of its own, where some packages cannot be found; exit code and JSON."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r}))\n"
+    code += "from keye_kernels.cli import main; raise SystemExit(main(['doctor', '--json']))"
+    env = {**os.environ, "PYTHONPATH": str(path), "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=env
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    found = json.loads(result.stdout)
+    assert result.returncode == (1 if found["problems"] else 0)
+    return found
+
+
+def problems(versions, pinned_triton=None, **errors):
+    versions = dict.fromkeys(REQUIRED, "99.0") | versions
+    packages = {name: Package(versions.get(name), errors.get(name)) for name in PACKAGES}
+    return [(problem.what, problem.mend) for problem in version_problems(packages, pinned_triton)]
+
+
+def test_without_triton_and_transformers_the_reference_serves_and_nothing_is_broken():
+    found = run_doctor("triton", "transformers", "flash_attn", "torchvision")
+    assert found["versions"]["triton"] == found["versions"]["transformers"] == "not installed"
+    assert [(row["operator"], row["implementation"]) for row in found["operators"]] == [
+        (name, "reference") for name in OPERATORS
+    ]
+    assert found["self_test"]["operators"] == 5 and found["self_test"]["failed"] == []
+    assert not [problem for problem in found["problems"] if "vllm" not in problem["what"]]
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('built for another torch')", "SystemExit(3)"])
+def test_a_broken_flash_attn_is_named_with_what_mends_it(error, tmp_path):
+    (tmp_path / "flash_attn.py").write_text(f"raise {error}")
+    found = run_doctor("transformers", path=tmp_path)
+    assert error.split("(")[0] in found["versions"]["flash_attn"]
+    [problem] = [problem for problem in found["problems"] if "flash_attn" in problem["what"]]
+    assert "pip uninstall -y flash-attn" in problem["mend"]
+    assert found["self_test"]["failed"] == []
+
+
+def test_without_torch_it_says_so():
+    found = run_doctor("torch", "transformers", "torchvision", "flash_attn")
+    assert {"what": "torch is not installed", "mend": 'pip install "torch>=2.6"'} in found["problems"]
+    assert found["operators"] == []
+
+
+def test_versions_that_go_together_are_no_problem():
+    assert problems(GOOD, "3.9.0") == []
+    assert problems({**GOOD, "transformers": None, "kernels": "0.17.0", "torch": "2.6.0", "triton": "3.4.0"}) == []
+
+
+@pytest.mark.parametrize(
+    ("versions", "pinned", "what", "mend"),
+    [
+        ({"torch": "2.5.1"}, None, "torch 2.5.1 is older", 'pip install -U "torch>=2.6"'),
+        ({"triton": "3.3.1"}, "3.3.1", "Triton 3.3.1 is older", 'pip install -U "torch>=2.8"'),
+        ({"triton": "3.2.0"}, None, "Triton 3.2.0 is older", 'pip install -U "triton>=3.4"'),
+        ({"triton": "3.9.0"}, "3.8.0", "built for Triton 3.8.0, but 3.9.0", "pip install triton==3.8.0"),
+        ({"transformers": "4.56.2"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
+        ({"transformers": "5.24.0"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
+        ({"vllm": "0.32.0"}, None, "vllm 0.32.0 does not work", 'pip install "transformers>=4.57,<5.20"'),
+        ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.32", 'pip install -U "vllm>=0.32"'),
+        ({"kernels": "0.18.1"}, None, "kernels 0.18.1 fails", 'pip install -U "kernels>=0.18.2"'),
+        (
+            {"triton": "3.6.0", "numpy": "2.4.0"},
+            None,
+            "interpreter of Triton 3.6.0 fails with numpy 2.4.0",
+            'pip install "numpy<2.4"',
+        ),
+        ({"torch": None}, None, "torch is not installed", 'pip install "torch>=2.6"'),
+        ({"PIL": None}, None, "PIL is not installed", "pip install pillow"),
+    ],
+)
+def test_a_known_bad_pair_is_named_with_the_command_that_mends_it(versions, pinned, what, mend):
+    [(found, command)] = problems({**GOOD, **versions}, pinned)
+    assert what in found and command == mend
+
+
+def test_a_torchvision_that_cannot_be_imported_is_a_problem():
+    [(what, mend)] = problems({**GOOD, "torchvision": "0.28.0"}, torchvision="RuntimeError: operator torchvision::nms")
+    assert "torchvision 0.28.0, cannot be imported (RuntimeError" in what and "pip uninstall -y torchvision" in mend
+
+
+def test_a_wrong_operator_fails_the_self_test(monkeypatch):
+    projection = reference.patch_merge_projection
+    monkeypatch.setattr(reference, "patch_merge_projection", lambda *inputs: projection(*inputs) + 1e-3)
+    found, broken = machine.self_test("cpu", "reference")
+    assert found["failed"] == ["patch_merge_projection"]
+    assert "patch_merge_projection is wrong" in broken[0].what and "keye-kernels verify" in broken[0].mend
+
+
+def test_a_probe_that_raises_does_not_end_the_diagnosis(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no idea")
+
+    for name in ("find_device", "find_operators", "find_tiles"):
+        monkeypatch.setattr(doctor, name, broken)
+    monkeypatch.setattr(doctor, "torchs_triton", broken)
+    assert doctor.run(SimpleNamespace(json=False)) == 1
+    assert capsys.readouterr().out.count("RuntimeError: no idea") == 3
+
+
+def test_an_implementation_that_cannot_run_is_a_problem(monkeypatch):
+    monkeypatch.setenv("KEYE_KERNELS_IMPL", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    rows, found = machine.find_operators("cpu")
+    assert {row["implementation"] for row in rows} == {None} and len(found) == 5
+    assert found[0].mend == "unset KEYE_KERNELS_IMPL"
+
+
+def test_a_driver_without_a_torch_that_finds_a_gpu_is_a_problem(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found, [problem] = machine.find_device({"torch": Package("2.13.0")})
+    assert found["driver"] == "580.65.06" and "finds no GPU" in problem.what and "torch" in problem.mend
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """What torch says on a machine with a card; tile tables in an empty folder."""
+    card = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    return card
+
+
+def test_a_gpu_is_described(gpu, monkeypatch):
+    monkeypatch.setenv("CC", "gcc")
+    found, broken = machine.find_device({"torch": Package("2.13.0"), "triton": Package("3.9.0")})
+    assert (found["name"], found["capability"], found["memory_gib"]) == ("NVIDIA H100", "9.0", 80.0) and broken == []
+
+
+def test_what_keeps_a_gpu_from_the_kernels_is_a_problem(gpu, monkeypatch):
+    gpu.major, gpu.minor = 7, 5
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    _, broken = machine.find_device({"torch": Package("2.13.0"), "triton": Package(None)})
+    text = " ".join(problem.what for problem in broken)
+    assert len(broken) == 4 and all(part in text for part in ("no Triton", "TRITON_INTERPRET", "C compiler", "7.5"))
+
+
+def test_the_tile_table_in_effect_is_named(tmp_path, monkeypatch):
+    from keye_kernels.triton import tiles
+
+    files = [tmp_path / "none.json", tmp_path / "card.json"]
+    monkeypatch.setattr(tiles, "tables", lambda device: files)
+    assert str(files[0]) in machine.find_tiles("cuda")["note"]
+    files[1].write_text(json.dumps({"method": "timed", "triton": "3.9.0"}))
+    assert machine.find_tiles("cuda") == {"table": str(files[1]), "method": "timed", "triton": "3.9.0"}
+    files[0].write_text(json.dumps({"method": "ranked, not timed", "triton": "1.0.0"}))
+    assert machine.find_tiles("cuda")["table"] == str(files[1])
+    files[1].unlink()
+    note = machine.find_tiles("cuda")["note"]
+    assert f"{files[0]} is passed over: ranked with Triton 1.0.0" in note and "heuristics" in note
+    files[0].write_text('{"method": ')
+    assert "ignored: JSONDecodeError" in machine.find_tiles("cuda")["error"]

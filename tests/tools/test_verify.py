@@ -1,0 +1,236 @@
+"""`verify`: it passes what is right, and each kind of mistake that it looks for makes it fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from keye_kernels import reference
+from keye_kernels.cli import main
+from keye_kernels.tools import verify
+from keye_kernels.tools.verify import answers, choose_setup
+from keye_kernels.tools.verify.cases import cases
+from keye_kernels.tools.verify.checks import Result
+from keye_kernels.triton import rope, varlen_attention
+
+EMPTY = torch.empty  # as it is while verify guards no allocation
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
+
+
+def first_cases(*operators):
+    """The first case of each operator, at the interpreter's sizes."""
+    return [next(case for case in cases(real_sizes=False) if case.operator == name) for name in operators]
+
+
+def check(*operators, dtypes=(torch.float32,)):
+    setup = choose_setup("cpu")._replace(dtypes=dtypes)
+    return verify.verify(setup, seeds=1, chosen=first_cases(*operators), answers=False)
+
+
+def replace_attention(monkeypatch, change):
+    """Puts `change` of the reference in the place of the attention kernel."""
+
+    def attention(q, k, v, cu_seqlens, max_seqlen, *how):
+        return change(lambda *tensors: reference.varlen_attention(*tensors, cu_seqlens, *how), q, k, v)
+
+    monkeypatch.setattr(varlen_attention, "varlen_attention", attention)
+
+
+def test_the_kernels_pass():
+    results = check(*OPERATORS)
+    assert [result.operator for result in results] == OPERATORS
+    for result in results:
+        assert result.passed and 0 < result.error < result.allowed, result
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_reference_passes_in_every_dtype_at_every_size(operator):
+    small = [case for case in cases(real_sizes=False) if case.operator == operator]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    setup = choose_setup("cpu")._replace(impl="reference", dtypes=dtypes)
+    for result in verify.verify(setup, seeds=1, chosen=small, answers=False):
+        assert result.passed, result
+
+
+def test_a_kernel_that_is_slightly_wrong_fails_the_command(monkeypatch, capsys):
+    def slightly_wrong(*inputs):
+        return tuple(x * 1.0001 for x in reference.rope(*inputs))
+
+    monkeypatch.setattr(rope, "rope", slightly_wrong)
+    monkeypatch.setattr(verify, "cases", lambda real_sizes: first_cases("rope_2d", "position_embedding_2d"))
+    monkeypatch.setattr(verify, "check_answers", lambda device, impl: [])
+    assert main(["verify", "--device", "cpu", "--seeds", "1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    passed = {(line["operator"], line["dtype"]): line["passed"] for line in found["results"]}
+    # In fp16 so small a mistake is within its rounding
+    assert not passed["rope_2d", "fp32"] and passed["position_embedding_2d", "fp32"] and not found["passed"]
+    assert "interpreter" in found["notes"][0]
+
+    assert main(["verify", "--device", "cpu", "--seeds", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("FAIL")] == ["rope_2d"]
+    assert "3 of 4 checks pass, 1 FAIL" in lines[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_attention_that_leaves_out_one_key_fails(dtype, monkeypatch):
+    def without_a_key(attend, q, k, v):
+        k = k.clone()
+        k[10] = -100 * q[:, : k.shape[1]].mean(0)  # nobody attends to it
+        return attend(q, k, v)
+
+    replace_attention(monkeypatch, without_a_key)
+    (result,) = check("varlen_attention", dtypes=(dtype,))
+    assert not result.passed and result.error > result.allowed
+
+
+def test_a_racing_operator_fails(monkeypatch):
+    calls = []
+
+    def racing(attend, q, k, v):
+        out, lse = attend(q, k, v)
+        calls.append(1)
+        return torch.nextafter(out, out + len(calls) % 2), lse  # one unit in the last place, every other time
+
+    replace_attention(monkeypatch, racing)
+    (result,) = check("varlen_attention")
+    assert result.runs_that_differ == 1 and result.error <= result.allowed and not result.passed
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("input", "beside q"), ("output", "beside an output"), ("leak", "reads beside"), ("hole", "unwritten")],
+)
+def test_damage_outside_the_tensors_fails(where, message, monkeypatch):
+    def careless(attend, q, k, v):
+        out, lse = attend(q, k, v)
+        mine = torch.empty(q.shape, dtype=q.dtype).copy_(out)
+        if where == "input" and q.stride(1) > q.shape[2]:
+            q.as_strided((1,), (1,), q.storage_offset() + q.shape[2]).zero_()
+        if where == "output" and mine.untyped_storage().nbytes() > mine.nbytes:
+            mine.as_strided((1,), (1,), mine.storage_offset() + mine.numel()).zero_()
+        if where == "leak" and q.stride(1) > q.shape[2]:
+            mine[0] += 0 * q.as_strided((1,), (1,), q.storage_offset() + q.shape[2])
+        if where == "hole" and torch.empty is not EMPTY:  # elsewhere old memory happens to hold what is right
+            mine[0] = torch.empty(q.shape, dtype=q.dtype)[0]
+        return mine, lse
+
+    replace_attention(monkeypatch, careless)
+    (result,) = check("varlen_attention")
+    assert result.error <= result.allowed and not result.runs_that_differ
+    assert message in result.guards and not result.passed
+
+
+def test_an_operator_that_raises_fails_and_the_others_go_on(monkeypatch):
+    def broken(*inputs):
+        raise RuntimeError("out of resources: shared memory\nand a long trace")
+
+    monkeypatch.setattr(rope, "rope", broken)
+    first, second = check("rope_2d", "position_embedding_2d")
+    assert not first.passed and first.guards == "raised RuntimeError: out of resources: shared memory"
+    assert second.passed
+
+
+def test_answers_that_differ_from_the_reference_fail(monkeypatch):
+    device = torch.device("cpu")
+    assert all(result.passed for result in answers.check_answers(device, "reference"))
+    load = answers.small_model
+
+    def load_with_broken_kernels(*, impl, **options):
+        model = load(impl="reference", **options)
+        if impl == "triton":
+            model.mlp_AR.linear_2.weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(answers, "small_model", load_with_broken_kernels)
+    assert not all(result.passed for result in answers.check_answers(device, "triton"))
+
+
+def test_errors_that_are_not_numbers_fail():
+    assert not Result("rope_2d", "", "fp32", float("nan"), 1.0, 1, 0, "ok", 0.0).passed
+
+
+def run(code, **environment):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+
+
+def test_on_a_cpu_the_interpreter_is_chosen_before_triton_is_imported():
+    result = run("""
+import torch
+from keye_kernels.tools import verify
+setup = verify.choose_setup()
+case = verify.cases(False)[-1]
+[result] = verify.verify(setup._replace(dtypes=(torch.float32,)), seeds=1, chosen=[case], answers=False)
+print(setup.impl, result.passed, result.error > 0)
+""")
+    assert result.stdout.split() == ["triton", "True", "True"], result.stderr
+    result = run(
+        "import triton; from keye_kernels.cli import main; raise SystemExit(main(['verify', '--device', 'cpu']))"
+    )
+    assert result.returncode == 2 and "TRITON_INTERPRET=1 before Python starts" in result.stderr
+
+
+def test_without_triton_the_reference_is_verified_and_it_says_so():
+    code = "import sys; sys.modules['triton'] = None; from keye_kernels.cli import main; raise SystemExit(main(['verify']))"
+    result = run(code)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "only the reference implementation" in result.stdout and " 0 FAIL" in result.stdout
+    assert all(name in result.stdout for name in OPERATORS) and "bf16" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu9000"], "device must be a torch device"),
+        (["--device", "cuda"], "finds no CUDA or ROCm GPU"),
+        (["--device", "meta"], "device must be a CPU, CUDA or ROCm device, got 'meta'"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_names_the_argument(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["verify", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# The compiler is real, for an H100 through a driver that only says so; nothing is launched
+AHEAD = """
+import torch
+from tests.helpers.compiling_driver import install
+
+install()
+from keye_kernels.tools import verify
+from keye_kernels.ops import implementation
+from keye_kernels.tools.verify.cases import cases
+
+implementation._require_triton = lambda operator, device: None
+setup = verify.Setup(torch.device("cpu"), "triton", False, (torch.float16,), 2, [])
+chosen = cases(real_sizes=False)
+with torch.no_grad():
+    (first, known), again = verify.compile_ahead(chosen, setup), verify.compile_ahead(chosen, setup)
+assert first >= 10 and known == 0 and again == (0, 0), (first, known, again)
+"""
+
+
+def test_kernels_are_compiled_ahead_beside_each_other(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", AHEAD]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_failure_to_compile_ahead_is_left_to_the_cases(monkeypatch):
+    def fail(chosen, setup):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(verify, "compile_ahead", fail)
+    monkeypatch.setattr(verify, "check", lambda case, dtype, *rest: (case, dtype))
+    setup = verify.Setup(torch.device("cuda"), "triton", True, (torch.float16,), 2, [])
+    assert verify.verify(setup, chosen=["case"], answers=False) == [("case", torch.float16)]

@@ -1,0 +1,70 @@
+"""The two editions of Keye-VL and what differs between them. Imports nothing else of the package.
+
+The differences are described in docs/models/keye_vl_1_5.md, "Summary of differences from Preview".
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+EditionName = Literal["preview", "1.5"]
+
+
+@dataclass(frozen=True)
+class Edition:
+    """What depends on the edition of a checkpoint.
+
+    Attributes:
+        name: "preview" or "1.5", as in the `edition` argument of `process_vision_info`.
+        model_type: `model_type` in `config.json`.
+        architecture: the model class in `config.json`.
+        segment_by_frame: vision attention runs within single frames; otherwise within whole images and videos.
+        norm_before_merge: the projector normalises single patches, before the 2x2 merge; otherwise the merged vectors.
+        position_block_per_frame: for 3D positions each frame is a block of its own, and placeholders are assigned to
+            grids by count; otherwise a video is one block with a time axis, which starts after `<|vision_start|>`.
+        context_length: `max_position_embeddings` of the released model.
+    """
+
+    name: EditionName
+    model_type: str
+    architecture: str
+    segment_by_frame: bool
+    norm_before_merge: bool
+    position_block_per_frame: bool
+    context_length: int
+
+
+PREVIEW = Edition(
+    name="preview",
+    model_type="Keye",
+    architecture="KeyeForConditionalGeneration",
+    segment_by_frame=False,
+    norm_before_merge=True,
+    position_block_per_frame=False,
+    context_length=40960,
+)
+V1_5 = Edition(
+    name="1.5",
+    model_type="KeyeVL1_5",
+    architecture="KeyeVL1_5ForConditionalGeneration",
+    segment_by_frame=True,
+    norm_before_merge=False,
+    position_block_per_frame=True,
+    context_length=131072,
+)
+EDITIONS: dict[EditionName, Edition] = {edition.name: edition for edition in (PREVIEW, V1_5)}
+
+
+def edition_of(model_type: str | None) -> Edition:
+    """Returns the edition of a checkpoint.
+
+    Args:
+        model_type: `model_type` in the checkpoint's `config.json`.
+
+    Raises:
+        ValueError: `model_type` is not that of a Keye-VL checkpoint.
+    """
+    for edition in EDITIONS.values():
+        if edition.model_type == model_type:
+            return edition
+    known = ", ".join(edition.model_type for edition in EDITIONS.values())
+    raise ValueError(f"model_type must be one of {known}, got {model_type!r}")

@@ -28,9 +28,9 @@ def main() -> None:
     scene = world.random_scene(rng, (224, 168), count=3)
     while len({thing.shape for thing in scene.things}) < 3:  # so that a colour can be asked of each
         scene = world.random_scene(rng, (224, 168), count=3)
-    scene.image.save(ASSETS / "picture.png", optimize=True)
+    scene.image.save(ASSETS / "image.png", optimize=True)
     write_clip(clip, ASSETS / "clip.mp4")
-    questions = {"picture.png": scene.questions(), "clip.mp4": clip.questions()}
+    questions = {"image.png": scene.questions(), "clip.mp4": clip.questions()}
     (ASSETS / "questions.json").write_text(json.dumps(questions, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from keye_kernels.tools.demo import ASSETS, ask
 from tests.helpers.random_checkpoint import write_random_checkpoint
 from tests.helpers.video_clips import encode_clip
 
-PICTURE = ASSETS / "picture.png"
+PICTURE = ASSETS / "image.png"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_demo_answers_every_bundled_question_and_says_which_are_right():
     result = run("demo", "--impl", "reference", "--dtype", "float32")
     assert result.returncode == 0, result.stderr
     asked = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))
-    assert {"picture.png", "clip.mp4"} == asked.keys()
+    assert {"image.png", "clip.mp4"} == asked.keys()
     model, processor = kk.small_model(dtype="float32"), kk.small_processor()
     hits = []
     for name, questions in asked.items():

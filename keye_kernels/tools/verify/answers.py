@@ -10,7 +10,7 @@ from keye_kernels.small import small_model, small_processor
 
 from .checks import Result
 
-PICTURE = Path(__file__).parents[2] / "assets" / "picture.png"
+PICTURE = Path(__file__).parents[2] / "assets" / "image.png"
 COUNT = "how many objects are there?"
 LONGEST_ANSWER = 16
 

@@ -16,7 +16,7 @@ from transformers import BatchFeature as TransformersBatchFeature
 import keye_kernels as kk
 from keye_kernels.small import SMALL
 
-PICTURE = SMALL.parent / "picture.png"
+PICTURE = SMALL.parent / "image.png"
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 

@@ -199,8 +199,8 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
 
 def test_the_openai_server_answers_a_question_about_a_picture(server):
     openai = pytest.importorskip("openai")
-    picture = base64.b64encode((ASSETS / "picture.png").read_bytes()).decode()
-    question, answer = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))["picture.png"][1]
+    picture = base64.b64encode((ASSETS / "image.png").read_bytes()).decode()
+    question, answer = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))["image.png"][1]
     content = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
         {"type": "text", "text": question},

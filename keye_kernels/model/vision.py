@@ -1,7 +1,5 @@
 """The vision tower: patches to features, all pictures packed in one [T, C] axis."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,20 +8,13 @@ from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.ops.implementation import impl_outside_attention
 from keye_kernels.ops.linear import linear
+from keye_kernels.pixel_norm import PixelNorm
 
 from .config import VisionConfig
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 
 PIXEL_ORIGIN = 128
-
-
-class PixelNorm(NamedTuple):
-    """How grey levels become the model's input: (pixel * rescale_factor - mean) / std, one mean and std a channel."""
-
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
 
 
 class VisionAttention(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from keye_kernels.model.vision import PixelNorm
+from keye_kernels.pixel_norm import PixelNorm
 from tests.helpers.tiny import prompt, tiny_model
 
 NORMS = [PixelNorm(), PixelNorm((0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255)]

@@ -8,6 +8,9 @@ from typing import Literal
 
 EditionName = Literal["preview", "1.5"]
 
+# One token of the language model is a block of 28 x 28 pixels.
+PIXELS_PER_TOKEN = 28 * 28
+
 
 @dataclass(frozen=True)
 class Edition:
@@ -22,6 +25,12 @@ class Edition:
         position_block_per_frame: for 3D positions each frame is a block of its own, and placeholders are assigned to
             grids by count; otherwise a video is one block with a time axis, which starts after `<|vision_start|>`.
         context_length: `max_position_embeddings` of the released model.
+        image_pixel_limits: smallest and largest area of an image in pixels, before the limits of the image processor.
+        resample: resize filter of the image processor where `preprocessor_config.json` does not set one, as Pillow's number:
+            2 is bilinear, 3 is bicubic.
+        blend_alpha: transparent images are blended onto white; otherwise the alpha channel is dropped.
+        slow_fast_frames: the frames of a video are slow (large) or fast (small), each after a marker and its time.
+        video_kwargs: what `process_vision_info` returns about the videos and the processor takes as keyword arguments.
     """
 
     name: EditionName
@@ -31,6 +40,11 @@ class Edition:
     norm_before_merge: bool
     position_block_per_frame: bool
     context_length: int
+    image_pixel_limits: tuple[int, int]
+    resample: int
+    blend_alpha: bool
+    slow_fast_frames: bool
+    video_kwargs: tuple[str, ...]
 
 
 PREVIEW = Edition(
@@ -41,6 +55,11 @@ PREVIEW = Edition(
     norm_before_merge=True,
     position_block_per_frame=False,
     context_length=40960,
+    image_pixel_limits=(4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN),
+    resample=3,
+    blend_alpha=True,
+    slow_fast_frames=False,
+    video_kwargs=("fps",),
 )
 V1_5 = Edition(
     name="1.5",
@@ -50,6 +69,11 @@ V1_5 = Edition(
     norm_before_merge=False,
     position_block_per_frame=True,
     context_length=131072,
+    image_pixel_limits=(4 * PIXELS_PER_TOKEN, 20480 * PIXELS_PER_TOKEN),
+    resample=2,
+    blend_alpha=False,
+    slow_fast_frames=True,
+    video_kwargs=("height", "width", "fast_height", "fast_width", "timestamps", "frame_types"),
 )
 EDITIONS: dict[EditionName, Edition] = {edition.name: edition for edition in (PREVIEW, V1_5)}
 
@@ -68,3 +92,17 @@ def edition_of(model_type: str | None) -> Edition:
             return edition
     known = ", ".join(edition.model_type for edition in EDITIONS.values())
     raise ValueError(f"model_type must be one of {known}, got {model_type!r}")
+
+
+def edition_named(name: str) -> Edition:
+    """Returns the edition with this name.
+
+    Args:
+        name: "preview" or "1.5".
+
+    Raises:
+        ValueError: there is no edition of that name.
+    """
+    if name not in EDITIONS:
+        raise ValueError(f"edition must be one of {list(EDITIONS)}, got {name!r}")
+    return EDITIONS[name]

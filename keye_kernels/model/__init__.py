@@ -1,4 +1,4 @@
-"""The lean model: read `keye` first, then `vision`, `projector`, `decoder`, `positions`."""
+"""The lean Keye-VL model, independent of transformers. Start reading at `keye`."""
 
 from .cache import KVCache
 from .config import KeyeConfig, VisionConfig

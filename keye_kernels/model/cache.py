@@ -1,4 +1,4 @@
-"""The static key/value cache. Symbols: B rows, M slots of a row, Hk key heads, D head dim."""
+"""The static key/value cache. Symbols: B sequences, S new tokens, M slots per sequence, Hk key/value heads, D head dim."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,19 @@ from .config import KeyeConfig
 
 
 class KVCache:
-    """Keys and values [B, M, Hk, D] of every layer, allocated once.
+    """Keys and values of every layer, allocated once; create one with `Keye.new_cache`.
 
-    A row's tokens lie in the slots at which they stood in the input, padding included; `valid` [B, M] tells them apart.
-    `length` (a 0-dim tensor, so that neither a compiled nor a recorded step depends on its value) counts the used slots, and a
-    new token's position is its slot plus `rope_deltas` [B, 1]. The cache carries all that a conversation needs: two of them on
-    one model do not disturb each other.
+    The token at index i of a sequence, padding included, is in slot i. The position of a new token is its slot plus
+    `rope_deltas`. The cache holds all state of a conversation, so one model can serve several caches.
+
+    Attributes:
+        keys: one [B, M, Hk, D] tensor per layer.
+        values: likewise.
+        valid: [B, M] bool; False for padding and unused slots.
+        length: 0-dim int64 tensor, the number of used slots. Not a Python int, so that compiled steps and CUDA graphs do not
+            depend on its value.
+        rope_deltas: [B, 1] int64.
+        is_empty: True until the first tokens are added.
     """
 
     def __init__(self, config: KeyeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device):
@@ -26,18 +33,19 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
+        """Slots per sequence."""
         return self.valid.shape[1]
 
-    def check_room(self, batch_size: int, tokens: int) -> None:
-        """ValueError unless `tokens` more fit in each of `batch_size` rows."""
+    def check_capacity(self, batch_size: int, tokens: int) -> None:
+        """Raises ValueError unless `tokens` more tokens fit for each of `batch_size` sequences."""
         if self.valid.shape[0] != batch_size:
-            raise ValueError(f"cache has {self.valid.shape[0]} rows, but input_ids has {batch_size}")
-        # Elsewhere than on a CPU, reading the length would wait for the device
+            raise ValueError(f"cache holds {self.valid.shape[0]} sequences, but input_ids has {batch_size}")
+        # On a GPU, reading the length would synchronise
         used = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         if used + tokens > self.max_length:
             raise ValueError(
-                f"cache holds {self.max_length} tokens a row, {used} of them used: {tokens} more do not fit; "
-                "shorten the prompt or make a longer one with model.new_cache(batch_size, max_length)"
+                f"cache has {self.max_length} slots per sequence, {used} of them used: {tokens} more tokens do not fit; "
+                "shorten the prompt or allocate a larger cache with model.new_cache(batch_size, max_length)"
             )
 
     def slots(self, tokens: int) -> Tensor:
@@ -45,12 +53,12 @@ class KVCache:
         return self.length + torch.arange(tokens, device=self.length.device)
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores [B, S, Hk, D] keys and values of one layer."""
+        """Stores keys and values [B, S, Hk, D] of one layer in `slots` [S]."""
         self.keys[layer].index_copy_(1, slots, key.detach())
         self.values[layer].index_copy_(1, slots, value.detach())
 
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
-        """Marks `slots` [S] as used; `attention_mask` [B, S] tells which of them hold tokens."""
+        """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""
         self.valid.index_copy_(1, slots, attention_mask.bool())
         self.length.add_(slots.shape[0])
         self.is_empty = False

@@ -1,54 +1,70 @@
-"""Choosing tokens: greedy or by sampling, for batches, with several end tokens and a streamer."""
+"""Generation: sampling, end tokens, streaming and the decoding loop behind `Keye.generate`.
+
+Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
+"""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .step_graph import decoding_step
+
+if TYPE_CHECKING:
+    from .keye import Keye
+
 
 class Streamer(Protocol):
-    """Receives the prompt [B, S] first, then the new tokens [B] of each step, then the end; as in transformers."""
+    """Receives tokens during generation; the interface of transformers' streamers."""
 
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
+    def put(self, value: Tensor) -> None:
+        """Receives the prompt [B, S] in the first call, then the new tokens [B] of each step."""
+
+    def end(self) -> None:
+        """Called once, when generation has finished."""
 
 
 class TextStreamer:
-    """Writes the text of one row as it grows, whole characters only.
-
-    `decode` turns a list of ids into text, `write` takes each new part. The prompt is left out.
-    """
+    """Streams the generated text of one sequence, without its prompt. Emits whole characters only."""
 
     def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]):
+        """Creates a streamer.
+
+        Args:
+            decode: turns a list of token ids into text.
+            write: receives each new part of the text.
+        """
         self.decode, self.write = decode, write
         self.ids: list[int] = []
-        self.written = 0
+        self.chars_written = 0
         self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
+        """Receives the prompt [1, S] in the first call, then one token [1] per call."""
         if not self.prompt_seen:
             self.prompt_seen = True
             return
         if value.numel() != 1:
-            raise ValueError(f"streamer must be used with a batch of one row, got {value.numel()}")
+            raise ValueError(f"streamer must be used with a batch of one sequence, got {value.numel()} sequences")
         self.ids.append(int(value))
         text = self.decode(self.ids)
-        # A character of several tokens shows as U+FFFD until its last byte is there
+        # A character of several tokens decodes to U+FFFD until its last token has arrived
         if not text.endswith("\ufffd"):
-            self._write(text)
+            self._write_new(text)
 
     def end(self) -> None:
-        self._write(self.decode(self.ids))
+        """Emits the rest of the text."""
+        self._write_new(self.decode(self.ids))
 
-    def _write(self, text: str) -> None:
-        if len(text) > self.written:
-            self.write(text[self.written :])
-            self.written = len(text)
+    def _write_new(self, text: str) -> None:
+        if len(text) > self.chars_written:
+            self.write(text[self.chars_written :])
+            self.chars_written = len(text)
 
 
 class Sampler:
-    """Picks the next token of each row from its logits [B, V]: greedy, or after temperature, top-k and top-p, in this order."""
+    """Chooses the next token of each sequence: greedy, or by sampling after temperature, top-k and top-p, in this order."""
 
     def __init__(
         self,
@@ -59,37 +75,84 @@ class Sampler:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ):
+        """Creates a sampler for logits on `device`; the other arguments are those of `Keye.generate`."""
         if temperature is not None and temperature <= 0:
-            raise ValueError(
-                f"temperature must be above 0, got {temperature}; use do_sample=False for the likeliest token"
-            )
+            raise ValueError(f"temperature must be above 0, got {temperature}; use do_sample=False for greedy decoding")
         if top_k is not None and top_k < 0:
             raise ValueError(f"top_k must be at least 1, or 0 for no limit, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         self.do_sample, self.temperature, self.top_k, self.top_p = do_sample, temperature, top_k, top_p
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """[B] token ids."""
+        """[B, V] logits to [B] token ids."""
         if not self.do_sample:
             return logits.argmax(-1)
         logits = logits.float() / (self.temperature or 1.0)
         if self.top_k and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            threshold = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, order = logits.sort(descending=True)
-            share = ordered.softmax(-1)
-            # What stands before a token decides, so that the likeliest always stays
-            out = share.cumsum(-1) - share >= self.top_p
-            logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
+            probability = ordered.softmax(-1)
+            # The sum excludes the token itself, so that the most likely token is always kept
+            removed = probability.cumsum(-1) - probability >= self.top_p
+            logits = logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
         return logits.softmax(-1).multinomial(1, generator=self.generator)[:, 0]
 
 
-def end_tokens(eos_token_id: int | Iterable[int] | None, default: int | Iterable[int] | None) -> list[int]:
-    """The ids at which a row stops; an empty collection means never."""
+def end_token_ids(eos_token_id: int | Iterable[int] | None, default: int | Iterable[int] | None) -> list[int]:
+    """End tokens as a list; empty means that generation does not stop before max_new_tokens."""
     chosen = default if eos_token_id is None else eos_token_id
     if chosen is None:
         return []
     return [chosen] if isinstance(chosen, int) else [int(token) for token in chosen]
+
+
+def generate_tokens(
+    model: "Keye",
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    sampler: Sampler,
+    end_tokens: list[int],
+    pad_token_id: int,
+    streamer: Streamer | None,
+) -> Tensor:
+    """Prefills a prompt, then decodes one token per sequence and step. Arguments are not checked.
+
+    Args:
+        model: the model.
+        inputs: arguments of `model.forward`, with input_ids [B, S].
+        max_new_tokens: upper limit of the number of steps.
+        sampler: chooses the next tokens.
+        end_tokens: each of them ends a sequence.
+        pad_token_id: fills a sequence after its end token.
+        streamer: receives the prompt and the new tokens.
+
+    Returns:
+        [B, S + number of new tokens].
+    """
+    input_ids, device = inputs["input_ids"], model.device
+    batch_size, length = input_ids.shape
+    ends = torch.tensor(end_tokens, dtype=torch.int64, device=device)
+    tokens = torch.full((batch_size, length + max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
+    tokens[:, :length] = input_ids
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    if streamer is not None:
+        streamer.put(input_ids)
+    cache = model.new_cache(batch_size, length + max_new_tokens)
+    logits = model(**inputs, cache=cache, logits_to_keep=1).logits
+    step = decoding_step(model, cache, max_new_tokens - 1)
+    for index in range(length, length + max_new_tokens):
+        chosen = sampler(logits[:, -1]).masked_fill(finished, pad_token_id)
+        tokens[:, index] = chosen
+        if streamer is not None:
+            streamer.put(chosen)
+        finished |= torch.isin(chosen, ends)
+        if index + 1 == tokens.shape[1] or (len(ends) and finished.all()):
+            break
+        logits = step(chosen[:, None])
+    if streamer is not None:
+        streamer.end()
+    return tokens[:, : index + 1]

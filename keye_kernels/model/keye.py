@@ -1,32 +1,44 @@
-"""Keye-VL from end to end: tower, projector, decoder, and generation. Symbols: B rows, S tokens of a row, V vocabulary."""
+"""Keye-VL, from pixels and token ids to logits and generated tokens.
 
-import json
+`Keye` connects the vision tower, the projector and the decoder. Read next: `vision`, `projector`, `decoder`, `positions` (3D
+position ids), `cache` (key/value cache), `generation` (sampling and the decoding loop) and `checkpoint` (loading weights).
+Symbols: B sequences, S tokens per sequence (padding included), T patches, V vocabulary size.
+"""
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keye_kernels.editions import edition_of
 from keye_kernels.ops.implementation import check_impl, impl_outside_attention
+from keye_kernels.pixel_norm import PixelNorm
 
 from .cache import KVCache
-from .checkpoint import allocate, load_weights, stored_dtype
+from .checkpoint import allocate, load_weights, read_optional_json, stored_dtype
+from .checks import check_device, check_dtype, check_generation, check_given_together, check_tokens
 from .config import KeyeConfig
 from .decoder import Decoder
-from .generation import Sampler, Streamer, end_tokens
+from .generation import Sampler, Streamer, end_token_ids, generate_tokens
 from .linear import Linear
 from .positions import check_placeholders, rope_index
 from .projector import Projector
-from .step_graph import decoding_step
-from .vision import PixelNorm, VisionTower
+from .vision import VisionTower
 
-CACHE_ROUNDING = 256  # a cache made by `forward` has room for at least so many more tokens
+# `forward` allocates caches in multiples of this many tokens, with room for at least this many more than the prompt
+CACHE_BLOCK_TOKENS = 256
 
 
 class KeyeOutput(NamedTuple):
-    """logits [B, S or logits_to_keep, V]; the cache to go on with; rope_deltas [B, 1] from slot to position."""
+    """Output of `Keye.forward`.
+
+    Attributes:
+        logits: [B, S, V], or [B, logits_to_keep, V].
+        cache: keys and values of all tokens so far; pass it to the next call.
+        rope_deltas: [B, 1]; the position of a token after the prompt is its cache slot plus this.
+    """
 
     logits: Tensor
     cache: KVCache | None
@@ -34,31 +46,39 @@ class KeyeOutput(NamedTuple):
 
 
 class Keye(nn.Module):
-    """Keye-VL-8B-Preview or Keye-VL-1.5-8B, by `config.model_type`; see the specification for what each must compute."""
+    """Keye-VL-8B-Preview or Keye-VL-1.5-8B, chosen by `config.model_type`.
+
+    The arithmetic of both is documented in `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`.
+    Submodules and parameters have the names of the official checkpoints, apart from fused projections.
+    """
 
     def __init__(self, config: KeyeConfig, impl: str = "auto"):
+        """Creates a model with random weights. `impl` as in `from_pretrained`."""
         super().__init__()
         check_impl(impl)
         self.config = config
         self.generation_config: dict = {}
-        self.visual = VisionTower(config.vision_config, config.edition == "1.5", impl)
+        self.visual = VisionTower(config.vision_config, edition_of(config.model_type).segment_by_frame, impl)
         self.mlp_AR = Projector(config, impl_outside_attention(impl))
         self.model = Decoder(config, impl)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._tie()
+        self._tie_embeddings()
         if self.device.type != "meta":
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fills the parameters anew for training from nothing: normal with std `initializer_range`, norms one, biases zero."""
+        """Initialises all parameters for training from scratch.
+
+        Matrices are normal with standard deviation `config.initializer_range`, norm weights are one, biases are zero.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=self.config.initializer_range)
             else:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
 
-    def _tie(self) -> None:
+    def _tie_embeddings(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -72,41 +92,48 @@ class Keye(nn.Module):
         impl: str = "auto",
         progress: bool = False,
     ) -> "Keye":
-        """Loads a checkpoint folder: config.json, safetensors (one file or sharded) and, if there, generation_config.json.
+        """Loads a checkpoint.
 
         Args:
-            dtype: of the parameters; the configuration's (or else the stored one) if None.
-            device: torch's default device if None.
-            impl: "auto", "reference", "triton" or "flash_attn" (attention only), for every operator.
-            progress: show a bar while the weights load.
+            path: folder with config.json and safetensors (one file or sharded). generation_config.json and
+                preprocessor_config.json are used if present.
+            dtype: dtype of the parameters. Default: the one in config.json, else the dtype of the stored weights.
+            device: device of the parameters. Default: torch's default device.
+            impl: "auto", "reference", "triton" or "flash_attn" (attention only), for every operator of the model.
+            progress: show a progress bar.
 
-        Raises: FileNotFoundError for a missing file; ValueError for an unknown model type, a device that is not there, or
-            tensors that are missing, unexpected or of a wrong shape (all of them listed).
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the model type is unknown, the device is not available, or tensors are missing, unexpected or have
+                the wrong shape (the message lists all of them).
         """
         path = Path(path)
         config = KeyeConfig.from_pretrained(path)
-        device = _check_device(torch.get_default_device() if device is None else device)
+        device = check_device(torch.get_default_device() if device is None else device)
         with torch.device("meta"):
             model = cls(config, impl)
-        allocate(model, _check_dtype(dtype or config.torch_dtype or stored_dtype(path)), device)
-        model._tie()
+        allocate(model, check_dtype(dtype or config.torch_dtype or stored_dtype(path)), device)
+        model._tie_embeddings()
         load_weights(model, path, progress=progress)
-        model.generation_config = _read_json(path / "generation_config.json")
-        pixels = _read_json(path / "preprocessor_config.json")
-        known = {name: pixels[name] for name in PixelNorm._fields if pixels.get(name) is not None}
-        model.visual.pixel_norm = PixelNorm(**known)
+        model.generation_config = read_optional_json(path / "generation_config.json")
+        model.visual.pixel_norm = PixelNorm.from_dict(read_optional_json(path / "preprocessor_config.json"))
         return model.eval()
 
     @property
     def device(self) -> torch.device:
+        """Device of the parameters."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
         return self.lm_head.weight.dtype
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` rows of at most `max_length` tokens, prompt and padding included."""
+        """Allocates an empty cache for `batch_size` sequences of at most `max_length` tokens, padding included."""
         return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
 
     def get_rope_index(
@@ -117,15 +144,22 @@ class Keye(nn.Module):
         second_per_grid_ts: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """3D positions of a prompt.
+        """Computes the 3D position ids of a prompt.
+
+        See "3D position ids" in `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`.
 
         Args:
-            input_ids: [B, S], placeholders expanded; attention_mask: [B, S], 0 = padding.
-            image_grid_thw, video_grid_thw: [n, 3] integers; second_per_grid_ts: seconds between frames of each video
-                (Preview only; 1.0 if absent).
+            input_ids: [B, S], with placeholders expanded to one token per merged patch.
+            image_grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image.
+            video_grid_thw: [n, 3] integers, likewise for each video (1.5: for each run of frames of one size).
+            second_per_grid_ts: [n] seconds between the frames of each video. Preview only. Default: 1.0.
+            attention_mask: [B, S], 0 = padding.
 
-        Returns: position_ids [3, B, S] (time, height, width; 1 on padding) and rope_deltas [B, 1].
-        Raises: ValueError where placeholders and grids disagree, or the mask hides a placeholder.
+        Returns:
+            position_ids [3, B, S] (time, height, width; 1 on padding) and rope_deltas [B, 1].
+
+        Raises:
+            ValueError: the placeholders do not match the grids, or the mask hides a placeholder.
         """
         if second_per_grid_ts is not None and not isinstance(second_per_grid_ts, Tensor):
             second_per_grid_ts = torch.tensor(second_per_grid_ts, dtype=torch.float32)
@@ -134,7 +168,18 @@ class Keye(nn.Module):
         return rope_index(self.config, input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Tower and projector: patches [T, 3, 14, 14] (normalised, or uint8) of grid_thw [n, 3] to [T/4, hidden]."""
+        """Runs the vision tower and the projector.
+
+        Args:
+            pixel_values: [T, 3, 14, 14] patches, normalised floats or uint8.
+            grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image or video.
+
+        Returns:
+            [T/4, hidden]: one embedding per 2x2 block of patches.
+
+        Raises:
+            ValueError: the shapes are wrong or do not match.
+        """
         vision = self.config.vision_config
         shape = (vision.num_channels, vision.patch_size, vision.patch_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
@@ -156,66 +201,49 @@ class Keye(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> KeyeOutput:
-        """A prompt (without a cache, or with an empty one), or further tokens (with the cache of what came before).
+        """Runs a prompt (without a cache or with an empty one) or the next tokens (with the cache of all tokens before).
 
         Args:
-            input_ids: [B, S], placeholders expanded.
-            attention_mask: [B, S], 0 = padding, at the left or at the right; with a cache also [B, all tokens so far].
-            pixel_values, pixel_values_videos: [T, 3, 14, 14] patches of all images and of all frames, normalised or
-                uint8, with image_grid_thw and video_grid_thw [n, 3].
-            second_per_grid_ts: seconds between the frames of each video (Preview). num_frames: accepted for 1.5 and not used.
-            position_ids: [3, B, S], computed if None.
-            cache: one is made, with room for at least 256 more tokens, if None.
-            logits_to_keep: logits of only the last so many tokens; 0 = all.
+            input_ids: [B, S], with placeholders expanded to one token per merged patch.
+            attention_mask: [B, S], 0 = padding, on the left or on the right. With a cache also [B, all tokens so far].
+            pixel_values: [T, 3, 14, 14] patches of all images, normalised floats or uint8.
+            image_grid_thw: [n, 3] frames, patch rows and patch columns of each image.
+            pixel_values_videos: [T, 3, 14, 14] patches of all video frames.
+            video_grid_thw: [n, 3], likewise for videos.
+            second_per_grid_ts: [n] seconds between the frames of each video (Preview).
+            num_frames: accepted because the 1.5 processor returns it; not used.
+            position_ids: [3, B, S]. Default: computed by `get_rope_index`, or from the cache.
+            cache: Default: a new cache with room for at least 256 more tokens.
+            logits_to_keep: compute logits of only this many last tokens; 0 = all.
+
+        Raises:
+            ValueError: shapes, placeholders, grids or padding do not match, or the cache is full.
         """
-        rows, length = input_ids.shape
-        if (pixel_values is None, pixel_values_videos is None) != (image_grid_thw is None, video_grid_thw is None):
-            raise ValueError(
-                "pixel_values and image_grid_thw (or those of videos) must be given together, got only one"
-            )
-        mask = self._check_inputs(input_ids, attention_mask, cache)
+        batch_size, length = input_ids.shape
+        check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
+        check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
+        mask = check_tokens(input_ids, attention_mask)
+        if cache is not None:
+            cache.check_capacity(batch_size, length)
         if cache is None:
-            cache = self.new_cache(rows, (length // CACHE_ROUNDING + 2) * CACHE_ROUNDING)
+            cache = self.new_cache(batch_size, (length // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS)
         if cache.is_empty:
-            # Also where the caller brings positions of his own: decoding goes on from the deltas
+            # Needed even if the caller passes position_ids: decoding uses the deltas
             computed, cache.rope_deltas = self.get_rope_index(
                 input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask
             )
         else:
-            computed = (cache.slots(length) + cache.rope_deltas).expand(3, rows, length)
+            computed = (cache.slots(length) + cache.rope_deltas).expand(3, batch_size, length)
         embeds = self.model.embed_tokens(input_ids)
         for token, pixels, grid_thw in (
             (self.config.image_token_id, pixel_values, image_grid_thw),
             (self.config.video_token_id, pixel_values_videos, video_grid_thw),
         ):
-            if (pixels is None) != (grid_thw is None):
-                raise ValueError(
-                    "pixel_values and image_grid_thw (or those of videos) must be given together, got only one"
-                )
             if pixels is not None:
                 features = self.get_image_features(pixels, grid_thw).to(embeds.dtype)
                 embeds = embeds.masked_scatter((input_ids == token)[..., None], features)
         hidden = self.model(embeds, computed if position_ids is None else position_ids, mask, cache)
         return KeyeOutput(self.lm_head(hidden[:, -logits_to_keep:]), cache, cache.rope_deltas)
-
-    def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The mask [B, S] of these tokens. Raises ValueError for shapes, and for padding in the middle of a prompt."""
-        rows, length = input_ids.shape
-        if length == 0:
-            raise ValueError("input_ids must hold at least one token, got an empty prompt")
-        if cache is not None:
-            cache.check_room(rows, length)
-        if attention_mask is None:
-            return torch.ones_like(input_ids)
-        if attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
-            raise ValueError(f"attention_mask must have shape {[rows, length]}, got {list(attention_mask.shape)}")
-        mask = attention_mask[:, -length:]
-        starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0
-        if not torch.compiler.is_compiling() and (starts.sum(1) > 1).any():
-            raise ValueError(
-                "attention_mask must be 0 at the ends of a row only, but a row has padding between its tokens"
-            )
-        return mask
 
     @torch.no_grad()
     def generate(
@@ -234,83 +262,37 @@ class Keye(nn.Module):
         streamer: Streamer | None = None,
         **vision_inputs: Tensor,
     ) -> Tensor:
-        """Continues each row of `input_ids` [B, S] (padded at the left) and returns [B, S + new tokens].
+        """Generates tokens after each prompt of the batch.
+
+        Arguments left at None use generation_config.json, if it has them. Its `do_sample` is not used.
 
         Args:
-            max_new_tokens: at most so many; generation ends earlier once every row has met an end token.
-            do_sample, temperature, top_k, top_p, seed: how tokens are drawn; greedy unless do_sample.
-            eos_token_id: one or several end tokens; () never stops. pad_token_id: follows a row's end.
-            streamer: receives the prompt, then each step's tokens [B], then the end.
-            vision_inputs: pixel_values, image_grid_thw, ... as for `forward`.
+            input_ids: [B, S], padded on the left, with placeholders expanded to one token per merged patch.
+            attention_mask: [B, S], 0 = padding.
+            max_new_tokens: upper limit. Generation stops earlier when every sequence has produced an end token.
+            do_sample: sample; otherwise greedy decoding, which ignores temperature, top_k, top_p and seed.
+            temperature: divides the logits; must be positive.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the most likely tokens that together reach this probability.
+            eos_token_id: one or several end tokens. An empty collection disables stopping.
+            pad_token_id: fills a sequence after its end token. Default: the first end token, else 0.
+            seed: makes sampling reproducible.
+            streamer: receives the prompt, then the tokens [B] of each step, then a call of `end()`.
+            vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`.
 
-        What is None comes from generation_config.json, temperature, top_k and top_p included.
-        Raises: ValueError where prompt and new tokens exceed max_position_embeddings, or for padding at the right.
+        Returns:
+            [B, S + number of new tokens]: the prompts and the generated tokens.
+
+        Raises:
+            ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument.
         """
-        rows, length = input_ids.shape
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if length + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"max_new_tokens: {length} tokens of prompt and {max_new_tokens} new ones exceed the model's "
-                f"{self.config.max_position_embeddings} positions; shorten the prompt or ask for fewer"
-            )
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("attention_mask must pad at the left for generation, but a row ends in padding")
+        check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
         defaults = self.generation_config
-        sampler = Sampler(
-            do_sample,
-            *(
-                defaults.get(name) if value is None else value
-                for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-            ),
-            seed=seed,
-            device=self.device,
-        )
-        ends = end_tokens(eos_token_id, defaults.get("eos_token_id"))
-        pad = defaults.get("pad_token_id", ends[0] if ends else 0) if pad_token_id is None else pad_token_id
-        ends = torch.tensor(ends, dtype=torch.int64, device=self.device)
-
-        cache = self.new_cache(rows, length + max_new_tokens)
-        tokens = torch.full((rows, length + max_new_tokens), pad, dtype=torch.int64, device=self.device)
-        tokens[:, :length] = input_ids
-        finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        if streamer is not None:
-            streamer.put(input_ids)
-        logits = self(input_ids, attention_mask, cache=cache, logits_to_keep=1, **vision_inputs).logits
-        step = decoding_step(self, cache, max_new_tokens - 1)
-        for at in range(length, length + max_new_tokens):
-            chosen = sampler(logits[:, -1]).masked_fill(finished, pad)
-            tokens[:, at] = chosen
-            if streamer is not None:
-                streamer.put(chosen)
-            finished |= torch.isin(chosen, ends)
-            if at + 1 == tokens.shape[1] or (len(ends) and finished.all()):
-                break
-            logits = step(chosen[:, None])
-        if streamer is not None:
-            streamer.end()
-        return tokens[:, : at + 1]
-
-
-def _read_json(file: Path) -> dict:
-    """A configuration that a checkpoint may leave out."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _check_device(device: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {str(device)!r} was asked for, but torch finds no CUDA or ROCm GPU here; use device='cpu'"
-        )
-    return device
-
-
-def _check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
-    return chosen
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {name: defaults.get(name) if value is None else value for name, value in sampling.items()}
+        sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
+        ends = end_token_ids(eos_token_id, defaults.get("eos_token_id"))
+        if pad_token_id is None:
+            pad_token_id = defaults.get("pad_token_id", ends[0] if ends else 0)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}
+        return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer)

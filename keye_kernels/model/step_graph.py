@@ -1,58 +1,68 @@
-"""Decoding with one launch a token: the few hundred of a step are recorded as a CUDA graph and replayed.
+"""CUDA graphs for decoding: a step is captured once and then replayed, one launch per token instead of several hundred.
 
-A step of an 8B model keeps a GPU busy for about 6 ms, and its launches the host for two to four times as long.
+Without a graph, the CPU needs two to four times as long to launch a step of an 8B model as a GPU needs to run it (about 6 ms).
+Symbols: B sequences, V vocabulary size.
 """
 
 import logging
 import threading
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from keye_kernels.ops.implementation import impl_outside_attention, resolve
 
 from .cache import KVCache
 
-WORTH = 8  # steps from which on recording one, which takes as long as one, pays
+if TYPE_CHECKING:
+    from .keye import Keye
+
+MIN_STEPS_TO_RECORD = 8  # capturing a graph takes about as long as this many steps
 logger = logging.getLogger(__name__)
-_failed: WeakSet = WeakSet()  # models a step of which could not be recorded
-_recording = threading.Lock()  # torch records one graph at a time
+_failed: WeakSet = WeakSet()  # models for which capturing failed
+_capture_lock = threading.Lock()  # torch captures one graph at a time
 
 
-def decoding_step(model: nn.Module, cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
-    """Of a `Keye`: a function from the tokens [B, 1] to the logits [B, 1, V] of the next one, to be called about `steps` times.
+def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
+    """Returns a function that runs one decoding step: tokens [B, 1] to logits [B, 1, V].
 
-    The logits are good until its next call. On a CPU, of a compiled model, under autocast (whose cast weights would be the
-    recording's), where hooks want to see every step, and where the reference computes, which makes tensors on the host, it is the
-    model's own forward.
+    With a graph, the logits are overwritten by the next call. The step runs without a graph on a CPU, in a model with hooks
+    or compiled modules, under autocast (a graph would keep its cast weights) and with the reference implementation (which
+    creates tensors on the CPU).
+
+    Args:
+        model: the model.
+        cache: a cache that holds the prompt.
+        steps: how many steps are expected. A graph is used from MIN_STEPS_TO_RECORD on.
     """
-    if model.device.type == "cuda" and steps >= WORTH and model not in _failed and _is_plain(model):
+    if model.device.type == "cuda" and steps >= MIN_STEPS_TO_RECORD and model not in _failed and _can_record(model):
         return _RecordedStep(model, cache)
     return lambda token: model(token, cache=cache).logits
 
 
-def _is_plain(model: nn.Module) -> bool:
-    """Whether a replay is all that a step does."""
+def _can_record(model: "Keye") -> bool:
+    """Whether a replay does everything that a forward does."""
     modules = list(model.modules())
-    watched = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
+    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
     impls = {impl_outside_attention(getattr(module, "impl", "auto")) for module in modules}
-    by_kernels = all(resolve(impl, "rope", model.device) == "triton" for impl in impls)
-    return not watched and by_kernels and not torch.is_autocast_enabled("cuda")
+    runs_triton = all(resolve(impl, "rope", model.device) == "triton" for impl in impls)
+    return not has_hooks and runs_triton and not torch.is_autocast_enabled("cuda")
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: libraries keep a workspace for each stream that they have seen."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for each stream that they have run on."""
     return torch.cuda.Stream(device)
 
 
 class _RecordedStep:
-    """Runs the first step as it is, so that kernels are compiled and libraries have chosen theirs; records the second."""
+    """Runs the first step without a graph, to compile kernels and initialise libraries; captures the second one."""
 
-    def __init__(self, model: nn.Module, cache: KVCache):
+    def __init__(self, model: "Keye", cache: KVCache):
         self.model, self.cache = model, cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.is_warm = False
@@ -69,18 +79,20 @@ class _RecordedStep:
 
     def _record(self, token: Tensor) -> None:
         self.token = token.clone()
-        graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(token.device), _stream(token.device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(token.device)
+        stream = _capture_stream(token.device)
         try:
-            with _recording, torch.cuda.stream(stream):
+            with _capture_lock, torch.cuda.stream(stream):
                 stream.wait_stream(current)
-                graph.capture_begin(capture_error_mode="thread_local")  # other threads may allocate meanwhile
+                # Other threads may allocate memory during the capture
+                graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self.logits = self.model(self.token, cache=self.cache).logits
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
             _failed.add(self.model)
-            logger.warning("decoding goes on launch by launch, since a step could not be recorded: %s", error)
+            logger.warning("decoding runs without CUDA graphs, because a step could not be recorded: %s", error)
             return
         current.wait_stream(stream)
         self.graph = graph

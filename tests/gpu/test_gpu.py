@@ -138,7 +138,7 @@ def test_recorded_steps_give_the_tokens_of_steps_launched_one_by_one(monkeypatch
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     recorded = [model.generate(**inputs, **options) for _ in range(2)]
     assert len(replays) == 2 * 38  # the prompt gives the first of 40 tokens, a launched step the second
-    monkeypatch.setattr(step_graph, "WORTH", 1000)
+    monkeypatch.setattr(step_graph, "MIN_STEPS_TO_RECORD", 1000)
     expected = model.generate(**inputs, **options)
     assert len(replays) == 2 * 38 and all(torch.equal(found, expected) for found in recorded)
 

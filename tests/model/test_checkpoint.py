@@ -110,7 +110,7 @@ def bad_folders(tmp_path):
     yield ValueError, "pickled weights", path
     path = save_checkpoint(tiny_model(), tmp_path / "none")
     (path / "model.safetensors").unlink()
-    yield FileNotFoundError, "neither model.safetensors nor", path
+    yield FileNotFoundError, "must hold model.safetensors or", path
     path = save_checkpoint(tiny_model(), tmp_path / "cut")
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -132,7 +132,7 @@ def test_bad_checkpoints_are_explained(tmp_path):
 def test_a_gpu_that_is_not_there(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch finds no CUDA"):
+    with pytest.raises(ValueError, match="device must be available, got 'cuda', but torch finds no CUDA"):
         kk.Keye.from_pretrained(save_checkpoint(tiny_model(), tmp_path), device="cuda")
 
 

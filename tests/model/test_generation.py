@@ -156,7 +156,7 @@ def test_bad_calls_are_named(model):
     image = torch.tensor([[112, 115, 113]])
     with pytest.raises(ValueError, match="input_ids must hold at least one token"):
         model.generate(ids[:, :0])
-    with pytest.raises(ValueError, match="max_new_tokens: 3 tokens of prompt and 4000 new ones exceed"):
+    with pytest.raises(ValueError, match="max_new_tokens: 3 prompt tokens and 4000 new tokens exceed"):
         model.generate(ids, max_new_tokens=4000)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         model.generate(ids, max_new_tokens=0)
@@ -164,13 +164,13 @@ def test_bad_calls_are_named(model):
         model(ids, pixel_values=pixels, image_grid_thw=grid)
     with pytest.raises(ValueError, match=r"one image placeholder .* 0 merged patches of image_grid_thw, got 1"):
         model(image)
-    with pytest.raises(ValueError, match="attention_mask must not mask image placeholders"):
+    with pytest.raises(ValueError, match="attention_mask must be 1 for image placeholders"):
         model(image, torch.tensor([[0, 0, 1]]), pixel_values=pixels, image_grid_thw=grid)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[1, 3\]"):
         model(ids, torch.ones(2, 3))
     with pytest.raises(ValueError, match="padding between its tokens"):
         model(ids, torch.tensor([[1, 0, 1]]))
-    with pytest.raises(ValueError, match="attention_mask must pad at the left for generation"):
+    with pytest.raises(ValueError, match="attention_mask must pad on the left for generation"):
         model.generate(ids, torch.tensor([[1, 1, 0]]))
     with pytest.raises(ValueError, match="rows and columns divisible by 2"):
         model(image, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 1]]))
@@ -178,16 +178,18 @@ def test_bad_calls_are_named(model):
         model(image, pixel_values=torch.randn(8, 3, 14, 14), image_grid_thw=grid)
     with pytest.raises(ValueError, match="pixel_values must have shape"):
         model(image, pixel_values=pixels.flatten(1), image_grid_thw=grid)
-    with pytest.raises(ValueError, match=r"pixel_values and image_grid_thw .* must be given together"):
+    with pytest.raises(
+        ValueError, match="pixel_values and image_grid_thw must be given together, got only pixel_values"
+    ):
         model(image, pixel_values=pixels)
-    with pytest.raises(ValueError, match="must not end in"):
+    with pytest.raises(ValueError, match="must not end with"):
         model(torch.tensor([[1, 112]]))
-    with pytest.raises(ValueError, match="cache holds 4 tokens a row, 0 of them used: 5 more do not fit"):
+    with pytest.raises(ValueError, match="cache has 4 slots per sequence, 0 of them used: 5 more tokens do not fit"):
         model(torch.ones(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))
     cache = model(ids, cache=model.new_cache(1, 4)).cache
-    with pytest.raises(ValueError, match="3 of them used: 2 more do not fit"):
+    with pytest.raises(ValueError, match="3 of them used: 2 more tokens do not fit"):
         model(ids[:, :2], cache=cache)
-    with pytest.raises(ValueError, match="cache has 1 rows, but input_ids has 2"):
+    with pytest.raises(ValueError, match="cache holds 1 sequences, but input_ids has 2"):
         model(ids.repeat(2, 1), cache=cache)
     for name, value in (("temperature", 0.0), ("top_p", 1.5), ("top_k", -1)):
         with pytest.raises(ValueError, match=f"{name} must"):

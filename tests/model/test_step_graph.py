@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from keye_kernels.model import step_graph
-from keye_kernels.model.step_graph import WORTH, _RecordedStep, decoding_step
+from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, decoding_step
 from keye_kernels.ops.implementation import use_impl
 
 
@@ -23,12 +23,12 @@ def kernels_can_run(monkeypatch):
     monkeypatch.setattr("keye_kernels.ops.implementation._require_triton", lambda operator, device: None)
 
 
-def is_recorded(model, steps=WORTH):
+def is_recorded(model, steps=MIN_STEPS_TO_RECORD):
     return isinstance(decoding_step(model, None, steps), _RecordedStep)
 
 
 def test_many_steps_on_a_gpu_are_recorded_and_few_are_not():
-    assert is_recorded(OnGpu()) and not is_recorded(OnGpu(), WORTH - 1)
+    assert is_recorded(OnGpu()) and not is_recorded(OnGpu(), MIN_STEPS_TO_RECORD - 1)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

@@ -1,0 +1,79 @@
+"""Checks of the arguments of `Keye`'s public methods. Symbols: B sequences, S tokens per sequence."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Returns `device` as a torch.device. Raises ValueError if it is not one or is not available."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device must be available, got {str(device)!r}, but torch finds no CUDA or ROCm GPU; use 'cpu'"
+        )
+    return device
+
+
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Returns `dtype` as a torch.dtype. Raises TypeError if it is not a floating-point dtype."""
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
+    return chosen
+
+
+def check_given_together(name: str, value: Any, other_name: str, other_value: Any) -> None:
+    """Raises ValueError if only one of two optional arguments is given."""
+    if (value is None) != (other_value is None):
+        given = other_name if value is None else name
+        raise ValueError(f"{name} and {other_name} must be given together, got only {given}")
+
+
+def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Checks a batch of tokens.
+
+    Args:
+        input_ids: [B, S].
+        attention_mask: [B, at least S] or None; 0 = padding. The last S columns belong to `input_ids`.
+
+    Returns:
+        The mask [B, S] of `input_ids`.
+
+    Raises:
+        ValueError: there are no tokens, the shapes do not match, or there is padding between the tokens of a sequence.
+    """
+    batch_size, length = input_ids.shape
+    if length == 0:
+        raise ValueError("input_ids must hold at least one token, got an empty prompt")
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+        expected = [batch_size, length]
+        raise ValueError(f"attention_mask must have shape {expected}, got {list(attention_mask.shape)}")
+    mask = attention_mask[:, -length:]
+    starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0
+    if not torch.compiler.is_compiling() and (starts.sum(1) > 1).any():
+        raise ValueError("attention_mask must be 0 only at the ends of a sequence, got padding between its tokens")
+    return mask
+
+
+def check_generation(
+    input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, max_position_embeddings: int
+) -> None:
+    """Raises ValueError if the tokens do not fit in the model's context or a prompt is padded on the right."""
+    length = input_ids.shape[1]
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if length + max_new_tokens > max_position_embeddings:
+        raise ValueError(
+            f"max_new_tokens: {length} prompt tokens and {max_new_tokens} new tokens exceed the model's "
+            f"{max_position_embeddings} positions; shorten the prompt or reduce max_new_tokens"
+        )
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError("attention_mask must pad on the left for generation, got a sequence padded on the right")

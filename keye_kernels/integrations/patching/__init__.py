@@ -1,6 +1,6 @@
-"""Puts this package's operators into models that are already loaded, one instance at a time, and takes them out again."""
+"""Patches loaded models to run this package's operators. Start reading at `patch`; the supported classes are in `families`."""
 
 from .patch import apply_keye_kernels, revert_keye_kernels
-from .report import PatchReport
+from .report import ModuleReport, PatchReport
 
-__all__ = ["PatchReport", "apply_keye_kernels", "revert_keye_kernels"]
+__all__ = ["ModuleReport", "PatchReport", "apply_keye_kernels", "revert_keye_kernels"]

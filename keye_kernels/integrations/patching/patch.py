@@ -1,7 +1,7 @@
-"""`apply_keye_kernels` and its way back.
+"""`apply_keye_kernels` and `revert_keye_kernels`.
 
-A patched module carries one thing more: a bound `forward` of its own, made from a function of this package. What is in place
-can be read from that function, so nothing has to be remembered elsewhere, and a copy of a model is a patched model.
+A patched module has one additional instance attribute: a bound method `forward`, made from a function of this package. This
+function also identifies the replaced parts, so no other state is kept, and a copy of a patched model is patched too.
 """
 
 import inspect
@@ -12,12 +12,12 @@ from types import MethodType
 
 from torch import nn
 
-from .families import ROLES, Role
-from .report import Entry, Part, PatchReport, grouped
+from .families import RULES, PatchRule
+from .report import ModuleReport, Part, PatchReport, grouped_lines
 
 PACKAGE = __name__.partition(".")[0]
-# What the name of a module must look like to be mentioned in a report although nothing is known about its class
-SUSPECTS: dict[Part, str] = {
+# Modules of unknown classes are reported if their class name matches
+REPORTED_CLASS_NAMES: dict[Part, str] = {
     "rope": "Rotary|RoPE|Rope",
     "attention": "Attention",
     "projector": "Projector|PatchMerger",
@@ -26,214 +26,231 @@ _parts_of: dict[Callable, frozenset[Part]] = {}
 
 
 @dataclass
-class Site:
-    """A module whose class has a role."""
+class KnownModule:
+    """A module with a class that has a `PatchRule`."""
 
     name: str
     module: nn.Module
-    role: Role
+    rule: PatchRule
 
     @property
-    def exchanging(self) -> Part:
-        """The part by which it takes part in the exchange of its rope group; Keye's own attention is replaced as a whole."""
-        return "rope" if "rope" in self.role.parts else "attention"
+    def rope_part(self) -> Part:
+        """The part that makes this module exchange positions. Keye's own vision attention is replaced as a whole."""
+        return "rope" if "rope" in self.rule.parts else "attention"
 
-    def entry(self, part: Part, note: str, missing: bool = False) -> Entry:
-        return Entry(self.name, type(self.module).__name__, part, note, missing)
+    def report(self, part: Part, note: str, missing: bool = False) -> ModuleReport:
+        return ModuleReport(self.name, type(self.module).__name__, part, note, missing)
 
 
 def apply_keye_kernels(
     model: nn.Module, *, rope: bool = True, attention: bool = True, projector: bool = True, strict: bool = False
 ) -> PatchReport:
-    """Makes a loaded model run this package's operators; this instance only, its class and its weights stay as they are.
+    """Makes a loaded model run this package's operators.
+
+    Only this instance changes; its class and its weights do not. Calling it again changes nothing and returns the same
+    report; calling it with other flags adds parts. `with apply_keye_kernels(model):` reverts at the end of the block. See
+    `docs/patching.md` for what is replaced in which model.
 
     Args:
-        model: Keye's own (remote-code) class, or transformers' PaddleOCR-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL; also
-            inside another module (a compiled one, for example), or a part of one.
-        rope: `rope_2d` in the vision tower, `rope_3d` in the text model.
-        attention: `varlen_attention` in the vision tower. The text model's attention stays its own.
-        projector: `patch_merge_projection`.
-        strict: raise if anything asked for cannot run, instead of saying so in the report; nothing is changed then.
+        model: a model of Keye's own (remote code) class, or PaddleOCR-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers.
+            It may be inside another module (a compiled one, for example), or be a part of a model.
+        rope: replace rope with `rope_2d` in the vision tower and `rope_3d` in the text model.
+        attention: replace attention with `varlen_attention` in the vision tower. Text attention is never replaced.
+        projector: replace the projector with `patch_merge_projection`.
+        strict: raise if a requested part cannot be replaced, and change nothing. Default: report it.
 
-    Returns: what was replaced and what was left alone, and why. Calling again changes nothing and reports the same; flags add
-        to what is in place. `with apply_keye_kernels(model):` takes it back at the end of the block.
-    Raises: TypeError if `model` is no module; ValueError with `strict`.
+    Returns:
+        A report of what was replaced and what was left alone, and why.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: with `strict`, if a requested part cannot be replaced. The message lists all of them.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    asked = {part for part, flag in (("rope", rope), ("attention", attention), ("projector", projector)) if flag}
-    sites, strangers = survey(model)
-    obstacles = find_obstacles(sites, strangers, asked)
+    _check_module(model)
+    requested = {part for part, flag in (("rope", rope), ("attention", attention), ("projector", projector)) if flag}
+    known, unknown = find_modules(model)
+    obstacles = find_obstacles(known, unknown, requested)
 
     replaced, left_alone, changes = [], [], []
-    for site in sites:
-        before = patched_parts(site.module)
-        for part, note in site.role.parts.items():
-            if part in before or (part in asked and (site.name, part) not in obstacles):
-                replaced.append(site.entry(part, note))
+    for item in known:
+        before = patched_parts(item.module)
+        for part, note in item.rule.parts.items():
+            if part in before or (part in requested and (item.name, part) not in obstacles):
+                replaced.append(item.report(part, note))
             else:
-                reason = obstacles.get((site.name, part), f"not asked for ({part}=False)")
-                left_alone.append(site.entry(part, reason, missing=part in asked))
-        left_alone += [site.entry(part, reason) for part, reason in site.role.own.items()]
-        added = {part for part in asked & site.role.parts.keys() if (site.name, part) not in obstacles} - before
+                reason = obstacles.get((item.name, part), f"not requested ({part}=False)")
+                left_alone.append(item.report(part, reason, missing=part in requested))
+        left_alone += [item.report(part, reason) for part, reason in item.rule.kept.items()]
+        added = {part for part in requested & item.rule.parts.keys() if (item.name, part) not in obstacles} - before
         if added:
-            changes.append((site, frozenset(added)))
-    left_alone += [stranger for stranger in strangers if not stranger.missing or stranger.part in asked]
+            changes.append((item, frozenset(added)))
+    left_alone += [report for report in unknown if not report.missing or report.part in requested]
 
-    missing = tuple(entry for entry in left_alone if entry.missing)
-    here_already = any(not stranger.missing for stranger in strangers)
-    if strict and (missing or not (replaced or here_already)):
-        raise ValueError(_complaint(model, missing))
-    for site, added in changes:
-        set_parts(site, patched_parts(site.module) | added)
+    missing = tuple(report for report in left_alone if report.missing)
+    has_own_operators = any(not report.missing for report in unknown)
+    if strict and (missing or not (replaced or has_own_operators)):
+        raise ValueError(_strict_message(model, missing))
+    for item, added in changes:
+        set_parts(item, patched_parts(item.module) | added)
 
     def undo() -> None:
-        broken = {site.role.rope_group for site, added in changes if site.exchanging in added} - {None}
-        for site in sites:
-            if site.role.rope_group in broken:
-                set_parts(site, patched_parts(site.module) - {"rope"})
-        for site, added in changes:
-            set_parts(site, patched_parts(site.module) - added)
-        # What a later call puts in place is not this one's to take back
+        # Rope is reverted in a whole group, also where another call replaced it
+        groups = {item.rule.rope_group for item, added in changes if item.rope_part in added} - {None}
+        for item in known:
+            if item.rule.rope_group in groups:
+                set_parts(item, patched_parts(item.module) - {"rope"})
+        for item, added in changes:
+            set_parts(item, patched_parts(item.module) - added)
+        # A second use of the report must not revert the changes of later calls
         changes.clear()
 
     return PatchReport(type(model).__name__, tuple(replaced), tuple(left_alone), undo)
 
 
 def revert_keye_kernels(model: nn.Module) -> None:
-    """Takes out everything that `apply_keye_kernels` put into `model`; a model without is left as it is.
+    """Reverts everything that `apply_keye_kernels` replaced in `model`. Does nothing if the model is not patched.
 
     Args:
-        model: the module that was given to `apply_keye_kernels`, or one around it. A part of it will do where no positions are
-            exchanged with the rest.
+        model: the module that was passed to `apply_keye_kernels`, or a module that contains it. A part of it is accepted if
+            it exchanges no positions with the rest.
 
-    Raises: TypeError if `model` is no module; ValueError, and nothing is changed, for a part that exchanges positions.
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: `model` is a part that exchanges positions with the rest. Nothing is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    sites = survey(model)[0]
-    for group in {site.role.rope_group for site in sites} - {None}:
-        givers, takers = _sides([site for site in sites if site.role.rope_group == group])
-        for alone, others in ((givers, takers), (takers, givers)):
-            if not others and any("rope" in patched_parts(site.module) for site in alone):
+    _check_module(model)
+    known, _ = find_modules(model)
+    for group in {item.rule.rope_group for item in known} - {None}:
+        producers, consumers = _rope_producers_and_consumers([item for item in known if item.rule.rope_group == group])
+        for one_side, other_side in ((producers, consumers), (consumers, producers)):
+            if not other_side and any("rope" in patched_parts(item.module) for item in one_side):
                 raise ValueError(
-                    f"model must be the module that was given to apply_keye_kernels, got {type(model).__name__}, which "
+                    f"model must be the module that was passed to apply_keye_kernels, got {type(model).__name__}, which "
                     f"exchanges positions with modules outside of it"
                 )
-    for site in sites:
-        set_parts(site, frozenset())
+    for item in known:
+        set_parts(item, frozenset())
 
 
-def survey(model: nn.Module) -> tuple[list[Site], list[Entry]]:
-    """The modules with a role, and report entries for those without whose names suggest that somebody may ask about them."""
-    sites, strangers = [], []
-    # Names below which strangers are parts of something mentioned already
-    inside: tuple[str, ...] = ()
+def find_modules(model: nn.Module) -> tuple[list[KnownModule], list[ModuleReport]]:
+    """The modules of known classes, and reports of other modules with class names that suggest rope, attention or projector."""
+    known, unknown = [], []
+    # Unknown modules below these names belong to a module that is already reported
+    reported: tuple[str, ...] = ()
     for name, module in model.named_modules():
         class_name = type(module).__name__
-        if class_name not in ROLES and name.startswith(inside):
+        if class_name not in RULES and name.startswith(reported):
             continue
-        ours = type(module).__module__.partition(".")[0] == PACKAGE
-        if class_name in ROLES and not ours:
-            sites.append(Site(name, module, ROLES[class_name]))
-            settled = not ROLES[class_name].parts
+        is_own = type(module).__module__.partition(".")[0] == PACKAGE
+        if class_name in RULES and not is_own:
+            known.append(KnownModule(name, module, RULES[class_name]))
+            covers_submodules = not RULES[class_name].parts
         else:
-            note = f"of {PACKAGE}: runs kk.ops already" if ours else "nothing is known about its class"
-            suspected = [part for part, pattern in SUSPECTS.items() if re.search(pattern, class_name)]
-            strangers += [Entry(name, class_name, part, note, missing=not ours) for part in suspected]
-            settled = bool(suspected)
-        if settled:
-            inside += (f"{name}.",)
-    return sites, strangers
+            note = f"part of {PACKAGE}, already runs kk.ops" if is_own else "its class is unknown"
+            parts = [part for part, pattern in REPORTED_CLASS_NAMES.items() if re.search(pattern, class_name)]
+            unknown += [ModuleReport(name, class_name, part, note, missing=not is_own) for part in parts]
+            covers_submodules = bool(parts)
+        if covers_submodules:
+            reported += (f"{name}.",)
+    return known, unknown
 
 
-def find_obstacles(sites: list[Site], strangers: list[Entry], asked: set[Part]) -> dict[tuple[str, Part], str]:
-    """(module name, part) to the reason for each part that was asked for, is not in place and cannot be."""
+def find_obstacles(
+    known: list[KnownModule], unknown: list[ModuleReport], requested: set[Part]
+) -> dict[tuple[str, Part], str]:
+    """Maps (module name, part) to the reason, for each part that is requested, not yet replaced, and cannot be replaced."""
     obstacles = {}
-    for site in sites:
-        for part in (asked & site.role.parts.keys()) - patched_parts(site.module):
-            if reason := foreign_forward(site.module) or site.role.obstacle(site.module, part):
-                obstacles[site.name, part] = reason
-    if "rope" in asked:
-        for group in {site.role.rope_group for site in sites} - {None}:
-            members = [site for site in sites if site.role.rope_group == group]
-            if reason := _group_obstacle(members, strangers, obstacles, asked):
-                for site in members:
-                    if "rope" in site.role.parts.keys() - patched_parts(site.module):
-                        obstacles.setdefault((site.name, "rope"), reason)
+    for item in known:
+        for part in (requested & item.rule.parts.keys()) - patched_parts(item.module):
+            if reason := _foreign_forward(item.module) or item.rule.obstacle(item.module, part):
+                obstacles[item.name, part] = reason
+    if "rope" in requested:
+        for group in {item.rule.rope_group for item in known} - {None}:
+            members = [item for item in known if item.rule.rope_group == group]
+            if reason := _group_obstacle(members, unknown, obstacles, requested):
+                for item in members:
+                    if "rope" in item.rule.parts.keys() - patched_parts(item.module):
+                        obstacles.setdefault((item.name, "rope"), reason)
     return obstacles
 
 
-def _sides(members: list[Site]) -> tuple[list[Site], list[Site]]:
-    """The modules of a rope group that give positions, and those that take them."""
-    takers = [site for site in members if not site.role.gives_positions]
-    # A rotary module inside an attention layer is a spare one: the pair comes from further up
-    inner = tuple(f"{site.name}." if site.name else "" for site in takers)
-    givers = [site for site in members if site.role.gives_positions and not site.name.startswith(inner)]
-    return givers, takers
+def _rope_producers_and_consumers(members: list[KnownModule]) -> tuple[list[KnownModule], list[KnownModule]]:
+    """The modules of a rope group that produce positions, and those that consume them."""
+    consumers = [item for item in members if not item.rule.produces_positions]
+    # A rotary module inside an attention layer is not used: the layer gets its positions from the model
+    inside = tuple(f"{item.name}." if item.name else "" for item in consumers)
+    producers = [item for item in members if item.rule.produces_positions and not item.name.startswith(inside)]
+    return producers, consumers
 
 
-def _group_obstacle(members: list[Site], strangers: list[Entry], obstacles: dict, asked: set[Part]) -> str | None:
-    """Why positions cannot travel from the modules that give them to the attention layers that take them."""
-    givers, takers = _sides(members)
-    if not givers or not takers:
-        missing = "gives it positions" if takers else "takes its positions"
-        return f"no module of a known class {missing}"
-    for site in members:
-        part = site.exchanging
-        if (site.name, part) in obstacles:
-            return f"{site.name or 'a module'} cannot take part: {obstacles[site.name, part]}"
-        if part not in asked and part not in patched_parts(site.module):
-            return f"here rope_2d runs inside the replaced attention: ask for {part}=True as well"
-    homes = tuple(giver.name.rpartition(".")[0] for giver in givers)
-    for stranger in strangers:
-        if stranger.missing and stranger.part == "attention" and stranger.module.startswith(homes):
-            return f"{stranger.module} beside it is of a class that nothing is known about"
+def _group_obstacle(
+    members: list[KnownModule], unknown: list[ModuleReport], obstacles: dict, requested: set[Part]
+) -> str | None:
+    """The reason why positions cannot be passed from the producers of a rope group to its consumers, or None."""
+    producers, consumers = _rope_producers_and_consumers(members)
+    if not producers or not consumers:
+        return f"no module of a known class {'produces' if consumers else 'consumes'} its positions"
+    for item in members:
+        part = item.rope_part
+        if (item.name, part) in obstacles:
+            return f"{item.name or 'the model itself'} cannot be replaced: {obstacles[item.name, part]}"
+        if part not in requested and part not in patched_parts(item.module):
+            return f"rope_2d runs inside the replaced attention of this model: pass {part}=True as well"
+    parents = tuple(producer.name.rpartition(".")[0] for producer in producers)
+    for report in unknown:
+        if report.missing and report.part == "attention" and report.module.startswith(parents):
+            return f"{report.module} would receive the positions, and its class is unknown"
     return None
 
 
-def _slot(module: nn.Module) -> str:
-    """Where the module's forward lies: accelerate's hooks put their own in `forward` and keep it in `_old_forward`."""
+def _forward_attribute(module: nn.Module) -> str:
+    """The attribute that holds the module's forward: accelerate's hooks replace `forward` and keep the original here."""
     return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
 
 
-def _bound_function(module: nn.Module) -> Callable | None:
-    """The function behind the instance's own forward, None where the class's runs."""
-    forward = module.__dict__.get(_slot(module))
+def _instance_forward(module: nn.Module) -> Callable | None:
+    """The function behind the instance's forward, or None if the class's forward runs."""
+    forward = module.__dict__.get(_forward_attribute(module))
     function = forward.__func__ if inspect.ismethod(forward) else forward
     return None if function is type(module).forward else function
 
 
 def patched_parts(module: nn.Module) -> frozenset[Part]:
-    """What this package has taken over in `module`."""
-    return _parts_of.get(_bound_function(module), frozenset())
+    """The parts of `module` that are replaced."""
+    return _parts_of.get(_instance_forward(module), frozenset())
 
 
-def foreign_forward(module: nn.Module) -> str | None:
-    function = _bound_function(module)
+def _foreign_forward(module: nn.Module) -> str | None:
+    """The reason not to patch a module with a forward that other code replaced, or None."""
+    function = _instance_forward(module)
     if function is None or function in _parts_of:
         return None
     return f"its forward was already replaced by {getattr(function, '__qualname__', function)}"
 
 
-def set_parts(site: Site, parts: frozenset[Part]) -> None:
-    """Gives the module the forward for `parts`, or its class's for none."""
-    module, slot = site.module, _slot(site.module)
+def set_parts(item: KnownModule, parts: frozenset[Part]) -> None:
+    """Gives the module the forward with `parts` replaced, or the forward of its class if `parts` is empty."""
+    module, attribute = item.module, _forward_attribute(item.module)
     if parts == patched_parts(module):
         return
     if parts:
-        function = site.role.forward(module, parts)
+        function = item.rule.make_forward(module, parts)
         _parts_of[function] = parts
-        setattr(module, slot, MethodType(function, module))
-    elif slot == "forward":
+        setattr(module, attribute, MethodType(function, module))
+    elif attribute == "forward":
         del module.forward
     else:
         module._old_forward = MethodType(type(module).forward, module)
 
 
-def _complaint(model: nn.Module, missing: tuple[Entry, ...]) -> str:
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _strict_message(model: nn.Module, missing: tuple[ModuleReport, ...]) -> str:
     name = type(model).__name__
     if not missing:
-        return f"nothing in {name} can be replaced, and strict=True asks for all of it"
-    lines = "\n".join(f"  {line}" for line in grouped(missing))
-    return f"strict=True, and these parts of {name} cannot be replaced:\n{lines}"
+        return f"strict=True, but nothing in {name} can be replaced"
+    lines = "\n".join(f"  {line}" for line in grouped_lines(missing))
+    return f"strict=True, but these requested parts of {name} cannot be replaced:\n{lines}"

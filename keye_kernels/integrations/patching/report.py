@@ -1,4 +1,4 @@
-"""What `apply_keye_kernels` did and did not do, module by module."""
+"""The report of `apply_keye_kernels`: what was replaced and what was left alone, module by module."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +10,15 @@ Part = Literal["rope", "attention", "projector"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One part of one module: which operator runs it now (`replaced`), or why not (`left_alone`).
+class ModuleReport:
+    """What happened to one part of one module.
 
-    `missing`: it was asked for and does not run this package's operators; `strict` is about these.
+    Attributes:
+        module: name of the module, as in `named_modules()`.
+        class_name: name of its class.
+        part: "rope", "attention" or "projector".
+        note: the operator that runs now, or the reason why the part was left alone.
+        missing: the part was requested but does not run this package's operators; `strict=True` raises for these.
     """
 
     module: str
@@ -25,14 +30,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The result of `apply_keye_kernels`; printed, it groups modules that fared alike.
+    """Result of `apply_keye_kernels`. `print(report)` groups modules with the same result.
 
-    As a context manager it takes back, at the end of the block, what its own call changed.
+    Used as a context manager, it reverts the changes of its own call at the end of the block.
+
+    Attributes:
+        model: class name of the model.
+        replaced: the parts that run this package's operators now.
+        left_alone: the parts that do not, with the reasons.
     """
 
     model: str
-    replaced: tuple[Entry, ...]
-    left_alone: tuple[Entry, ...]
+    replaced: tuple[ModuleReport, ...]
+    left_alone: tuple[ModuleReport, ...]
     _undo: Callable[[], None] = field(repr=False, compare=False)
 
     def __enter__(self) -> "PatchReport":
@@ -44,20 +54,18 @@ class PatchReport:
         self._undo()
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.replaced)} replaced, {len(self.left_alone)} left alone"]
-        if not self.replaced:
-            lines = [f"{self.model}: nothing replaced, {len(self.left_alone)} left alone"]
-        for title, entries in (("replaced", self.replaced), ("left alone", self.left_alone)):
-            if entries:
-                lines += [f"  {title}:", *(f"    {line}" for line in grouped(entries))]
+        lines = [f"{self.model}: {len(self.replaced) or 'nothing'} replaced, {len(self.left_alone)} left alone"]
+        for title, reports in (("replaced", self.replaced), ("left alone", self.left_alone)):
+            if reports:
+                lines += [f"  {title}:", *(f"    {line}" for line in grouped_lines(reports))]
         return "\n".join(lines)
 
 
-def grouped(entries: tuple[Entry, ...]) -> list[str]:
-    """One line for the modules that differ in the numbers of their names only: "visual.blocks.*.attn (x32): ..."."""
+def grouped_lines(reports: tuple[ModuleReport, ...]) -> list[str]:
+    """One line per group of modules with names that differ only in numbers, such as "visual.blocks.*.attn (x32): ..."."""
     groups: dict[tuple[str, ...], int] = {}
-    for entry in entries:
-        key = (re.sub(r"\b\d+\b", "*", entry.module), entry.class_name, entry.part, entry.note)
+    for report in reports:
+        key = (re.sub(r"\b\d+\b", "*", report.module), report.class_name, report.part, report.note)
         groups[key] = groups.get(key, 0) + 1
     return [
         f"{name or '(the model itself)'} {class_name} (x{count}), {part}: {note}"

@@ -1,6 +1,6 @@
-"""A small transliteration of Keye's own `modeling_keye.py`: its class, attribute and argument names, its order of operations.
+"""A small rewrite of Keye's own `modeling_keye.py` with its class, attribute and argument names and its order of operations.
 
-Where the original calls flash-attn, the same is written out with torch.
+Where the original calls flash-attn, this file uses torch.
 """
 
 from itertools import pairwise
@@ -63,9 +63,9 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
     def forward(self, hidden_states, attention_mask=None, output_attentions=False, cu_seqlens=None, rope_emb=None):
-        rows, length, _ = hidden_states.shape
+        batch_size, length, _ = hidden_states.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(hidden_states).view(rows, length, self.num_heads, self.head_dim) for p in projections)
+        q, k, v = (p(hidden_states).view(batch_size, length, self.num_heads, self.head_dim) for p in projections)
         if rope_emb is not None:
             cos, sin = rope_emb
             q, k = apply_rotary_pos_emb_flashatt(q, k, cos, sin)
@@ -272,8 +272,8 @@ class KeyeAttention(nn.Module):
         self.rotary_emb = KeyeRotaryEmbedding(config)
 
     def forward(self, hidden_states, attention_mask=None, past_key_value=None, position_embeddings=None):
-        rows, length, _ = hidden_states.shape
-        shape = (rows, length, -1, self.head_dim)
+        batch_size, length, _ = hidden_states.shape
+        shape = (batch_size, length, -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
@@ -309,7 +309,7 @@ class Qwen3Model(nn.Module):
     def forward(self, inputs_embeds, position_ids, attention_mask, past_key_values=None):
         length = inputs_embeds.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        # A padded row may look at itself, or its softmax would be of nothing
+        # Padding tokens attend to themselves: the softmax of a fully masked row is NaN
         mask = (causal & attention_mask.bool()[:, None]) | torch.eye(length, dtype=torch.bool)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         x = inputs_embeds

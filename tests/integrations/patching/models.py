@@ -1,4 +1,4 @@
-"""Tiny random models of each family, and batches of two padded rows with pictures of different sizes and a clip."""
+"""Tiny random models of each family, their inputs (two sequences, with images of different sizes and a clip), and helpers."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ TEXT = {
     "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
 }
-# A head dim of 72, as in Keye
+# head dim 72, as in Keye
 VISION = {"hidden_size": 144, "intermediate_size": 96, "patch_size": 4}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START}
 IMAGE_GRIDS = ((1, 4, 6), (1, 8, 4))
@@ -75,7 +75,7 @@ WITH_VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def build(family: str, **changes: Mapping) -> nn.Module:
-    """A seeded float32 model with weights large enough that every part matters; `changes` go to its builder."""
+    """A seeded float32 model with weights large enough that every part affects the logits. `changes` go to its builder."""
     torch.manual_seed(0)
     model = BUILDERS[family](**changes)
     with torch.no_grad():
@@ -88,23 +88,23 @@ def build(family: str, **changes: Mapping) -> nn.Module:
 
 
 def batch(family: str) -> dict[str, torch.Tensor]:
-    """Two rows, the shorter one padded at the left: a picture each and, where the family has video, a clip in the second."""
+    """Two sequences, left-padded, with an image each; the second also has a clip if the family supports video."""
     generator = torch.Generator().manual_seed(1)
 
     def text(length: int) -> list[int]:
         return torch.randint(3, 100, (length,), generator=generator).tolist()
 
-    rows = []
+    sequences = []
     for grid in IMAGE_GRIDS:
-        rows.append([*text(3), VISION_START, *[IMAGE] * (grid[1] * grid[2] // 4), 113, *text(4)])
+        sequences.append([*text(3), VISION_START, *[IMAGE] * (grid[1] * grid[2] // 4), 113, *text(4)])
     if family in WITH_VIDEO:
         frames, height, width = VIDEO_GRID
         pads = [VIDEO] * (height * width // 4)
-        # Qwen3-VL writes a time before every frame
+        # Qwen3-VL puts a timestamp before each frame
         clip = [token for _ in range(frames) for token in (*([7] if family == "qwen3_vl" else []), *pads)]
-        rows[1] += [VISION_START, *clip, 113, *text(2)]
-    length = max(map(len, rows))
-    input_ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        sequences[1] += [VISION_START, *clip, 113, *text(2)]
+    length = max(map(len, sequences))
+    input_ids = torch.tensor([[0] * (length - len(sequence)) + sequence for sequence in sequences])
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
     inputs["image_grid_thw"] = torch.tensor(IMAGE_GRIDS)
     inputs["pixel_values"] = _pixels(family, IMAGE_GRIDS, generator)
@@ -127,3 +127,15 @@ def _pixels(family: str, grids: tuple, generator: torch.Generator) -> torch.Tens
 def logits(model: nn.Module, family: str, **options) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch(family), **options).logits
+
+
+def instance_forwards(model: nn.Module) -> dict[str, object]:
+    """The forwards that are attributes of the instances, as patched ones are, by module name."""
+    return {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
+def operators_run(model: nn.Module, family: str) -> set[str]:
+    """Names of this package's operators that run in one forward."""
+    with torch.profiler.profile() as profile:
+        logits(model, family)
+    return {event.name.removeprefix("keye_kernels::") for event in profile.events() if "keye_kernels" in event.name}

@@ -1,4 +1,4 @@
-"""Each family: the same outputs, the operators in them, a complete report, an exact way back."""
+"""Each supported family: outputs, operators that run, report, strict mode, revert, gradients and generation."""
 
 import re
 from collections import Counter
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import keye_kernels as kk
 
 pytest.importorskip("transformers")
-from .models import BUILDERS, batch, build, logits
+from .models import BUILDERS, batch, build, instance_forwards, logits
 
-# float32 sums in another order
+# Sums in a different order
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
-# Two layers in each tower; rope of q and k is one call
+# Two layers per tower; one rope call rotates q and k
 OPERATORS = {
     "keye": {"rope": 4, "varlen_attention": 2, "patch_merge_projection": 1},
     "paddleocr_vl": {"rope": 4, "varlen_attention": 2, "patch_merge_projection": 1},
@@ -27,7 +27,7 @@ FAMILIES = pytest.mark.parametrize("family", BUILDERS)
 
 
 class CountOperators(TorchDispatchMode):
-    """Counts the calls of this package's operators."""
+    """Counts calls of this package's operators."""
 
     def __init__(self):
         super().__init__()
@@ -39,12 +39,8 @@ class CountOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def instance_forwards(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if "forward" in module.__dict__]
-
-
 @FAMILIES
-def test_outputs_are_those_of_the_model_and_the_operators_make_them(family):
+def test_outputs_match_and_the_operators_run(family):
     model = build(family)
     expected = logits(model, family)
     keys = list(model.state_dict())
@@ -58,40 +54,40 @@ def test_outputs_are_those_of_the_model_and_the_operators_make_them(family):
 
 @FAMILIES
 @pytest.mark.parametrize("part", ["rope", "attention", "projector"])
-def test_each_part_alone_leaves_the_outputs(family, part):
+def test_outputs_match_with_one_part_replaced(family, part):
     model = build(family)
     expected = logits(model, family)
     flags = {name: name == part for name in ("rope", "attention", "projector")}
     report = kk.apply_keye_kernels(model, **flags)
-    assert {entry.part for entry in report.replaced} <= {part}
+    assert {item.part for item in report.replaced} <= {part}
     with CountOperators() as counter:
         torch.testing.assert_close(logits(model, family), expected, **FLOAT32)
     operator = {"rope": "rope", "attention": "varlen_attention", "projector": "patch_merge_projection"}[part]
-    wanted = OPERATORS[family].get(operator, 0)
+    expected_calls = OPERATORS[family].get(operator, 0)
     if (family, part) == ("keye", "rope"):
-        wanted = 2  # its tower's rope runs inside the replaced attention
-        assert any("attention=True" in entry.note for entry in report.left_alone)
-    assert counter.calls == Counter({operator: wanted} if wanted else {})
+        expected_calls = 2  # rope_2d of its tower runs inside the replaced attention
+        assert any("attention=True" in item.note for item in report.left_alone)
+    assert counter.calls == Counter({operator: expected_calls} if expected_calls else {})
 
 
 @FAMILIES
 def test_report_names_every_attention_rope_and_projector_module(family):
     model = build(family)
     report = kk.apply_keye_kernels(model)
-    named = {(entry.module, entry.class_name) for entry in (*report.replaced, *report.left_alone)}
-    suspects = {
+    named = {(item.module, item.class_name) for item in (*report.replaced, *report.left_alone)}
+    expected_names = {
         (name, type(module).__name__)
         for name, module in model.named_modules()
         if re.search("Attention|Rotary|Merger|Projector", type(module).__name__)
     }
-    assert suspects - {("visual.vision_model.head.attention", "MultiheadAttention")} <= named
-    assert all(entry.note for entry in report.left_alone)
-    parts = [(entry.module, entry.part) for entry in (*report.replaced, *report.left_alone)]
+    assert expected_names - {("visual.vision_model.head.attention", "MultiheadAttention")} <= named
+    assert all(item.note for item in report.left_alone)
+    parts = [(item.module, item.part) for item in (*report.replaced, *report.left_alone)]
     assert len(parts) == len(set(parts))
 
 
 @FAMILIES
-def test_revert_is_exact_and_leaves_nothing(family):
+def test_revert_restores_the_model_exactly(family):
     model = build(family)
     expected = logits(model, family)
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
@@ -103,30 +99,30 @@ def test_revert_is_exact_and_leaves_nothing(family):
 
 
 @pytest.mark.parametrize("family", ["keye", "qwen2_5_vl"])
-def test_low_precision_is_no_further_from_float32_than_the_model_itself(family):
+def test_bfloat16_error_is_at_most_twice_that_of_the_model(family):
     model = build(family)
     exact = logits(model, family)
     model.bfloat16()
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch(family).items()}
     with torch.no_grad():
-        own = model(**inputs).logits
+        original = model(**inputs).logits
         kk.apply_keye_kernels(model)
         found = model(**inputs).logits
-    # Both round in many places; twice the model's own error is the margin of chance
-    error, own_error = ((x.float() - exact).abs().max().item() for x in (found, own))
-    assert error <= 2 * own_error
+    # Both round in many places, so their errors differ by chance
+    error, original_error = ((x.float() - exact).abs().max().item() for x in (found, original))
+    assert error <= 2 * original_error
 
 
 @pytest.mark.parametrize(
-    "family, flag, words",
+    "family, flag, message",
     [
         ("qwen2_5_vl", "projector", "Qwen2_5_VLRMSNorm"),
         ("qwen3_vl", "rope", "interleaves"),
     ],
 )
-def test_strict_raises_with_the_list_and_changes_nothing(family, flag, words):
+def test_strict_raises_and_changes_nothing(family, flag, message):
     model = build(family)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         kk.apply_keye_kernels(model, strict=True)
     assert not instance_forwards(model)
     kk.apply_keye_kernels(model, strict=True, **{flag: False})
@@ -134,11 +130,11 @@ def test_strict_raises_with_the_list_and_changes_nothing(family, flag, words):
 
 
 @pytest.mark.parametrize("family", ["keye", "paddleocr_vl", "qwen2_vl"])
-def test_strict_accepts_a_model_in_which_everything_fits(family):
+def test_strict_accepts_a_fully_supported_model(family):
     assert kk.apply_keye_kernels(build(family), strict=True).replaced
 
 
-def test_gradients_are_those_of_the_model():
+def test_gradients_match():
     model = build("qwen2_vl").train()
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -157,26 +153,26 @@ def test_gradients_are_those_of_the_model():
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "paddleocr_vl"])
-def test_generation_with_a_cache_gives_the_same_tokens(family):
+def test_generation_with_a_cache_produces_the_same_tokens(family):
     model = build(family)
     expected = model.generate(**batch(family), max_new_tokens=6, do_sample=False)
     kk.apply_keye_kernels(model)
     assert torch.equal(model.generate(**batch(family), max_new_tokens=6, do_sample=False), expected)
 
 
-def test_kernels_run_inside_a_patched_model(monkeypatch):
+def test_triton_kernels_run_in_a_patched_model(monkeypatch):
     from keye_kernels.triton import patch_merge, rope, varlen_attention
 
     launched = []
 
-    def watch(module: ModuleType, name: str) -> None:
+    def record_launches(module: ModuleType, name: str) -> None:
         launcher = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *arguments: launched.append(name) or launcher(*arguments))
 
-    watch(rope, "rope")
-    watch(varlen_attention, "varlen_attention")
-    watch(patch_merge, "patch_merge_projection")
-    # One head, one layer: the interpreter is slow
+    record_launches(rope, "rope")
+    record_launches(varlen_attention, "varlen_attention")
+    record_launches(patch_merge, "patch_merge_projection")
+    # One head and one layer, because the interpreter is slow
     vision = {"hidden_size": 72, "num_attention_heads": 1, "num_hidden_layers": 1}
     model = build("paddleocr_vl", vision=vision, text={"num_hidden_layers": 1})
     expected = logits(model, "paddleocr_vl")

@@ -1,4 +1,4 @@
-"""What the code of Keye's own repository can do beyond a plain call: it stays possible."""
+"""Options of Keye's own code, and patching of only a part of it."""
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def encode(model: nn.Module, **options) -> tuple[torch.Tensor, tuple]:
         {"height_position_ids": torch.arange(PATCHES), "width_position_ids": torch.arange(PATCHES) // 3},
         {"output_attentions": True},
     ],
-    ids=["grids-in-lists", "segments-by-frame", "no-rope", "positions-of-the-caller", "attention-weights"],
+    ids=["nested-grids", "segments-by-frame", "no-rope", "caller-positions", "attention-weights"],
 )
-def test_options_of_the_encoder_work_as_before(model, options):
+def test_encoder_options_work_after_patching(model, options):
     expected, weights = encode(model, **options)
     kk.apply_keye_kernels(model, strict=True)
     found, found_weights = encode(model, **options)
@@ -45,7 +45,7 @@ def test_options_of_the_encoder_work_as_before(model, options):
     torch.testing.assert_close(found_weights, weights, **FLOAT32)
 
 
-def test_pictures_do_not_see_each_other(model):
+def test_attention_ignores_neighbouring_images(model):
     kk.apply_keye_kernels(model, strict=True)
     x = torch.randn(1, PATCHES, 144)
     changed = x.clone()
@@ -55,16 +55,16 @@ def test_pictures_do_not_see_each_other(model):
     assert not torch.equal(before[:, 24:], after[:, 24:])
 
 
-def test_projector_takes_blocks_that_lie_side_by_side_its_own_way(model):
+def test_projector_runs_its_own_forward_on_a_tensor_in_block_order(model):
     x = torch.randn(24, 144)
     expected = model.mlp_AR(x, None)
     kk.apply_keye_kernels(model)
     assert torch.equal(model.mlp_AR(x, None), expected)
 
 
-def test_rope_and_attention_can_be_taken_in_two_steps(model):
+def test_rope_and_attention_can_be_replaced_in_two_calls(model):
     kk.apply_keye_kernels(model, rope=False)
-    assert not any(entry.missing for entry in kk.apply_keye_kernels(model, attention=False).left_alone)
+    assert not any(item.missing for item in kk.apply_keye_kernels(model, attention=False).left_alone)
     together = build("keye")
     kk.apply_keye_kernels(together)
     inputs = batch("keye")
@@ -72,7 +72,7 @@ def test_rope_and_attention_can_be_taken_in_two_steps(model):
         assert torch.equal(model(**inputs).logits, together(**inputs).logits)
 
 
-def test_attention_taken_back_takes_the_rope_that_needs_it(model):
+def test_reverting_attention_reverts_the_rope_that_depends_on_it(model):
     inputs = batch("keye")
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -83,7 +83,7 @@ def test_attention_taken_back_takes_the_rope_that_needs_it(model):
         torch.testing.assert_close(model(**inputs).logits, expected, **FLOAT32)
 
 
-def test_one_layer_of_the_tower_can_be_taken_back_alone(model):
+def test_one_layer_of_the_tower_can_be_reverted_alone(model):
     inputs, layers = batch("keye"), model.visual.vision_model.encoder.layers
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -96,8 +96,8 @@ def test_one_layer_of_the_tower_can_be_taken_back_alone(model):
 
 
 @pytest.mark.parametrize("part", ["layers.0", "layers.0.self_attn"])
-def test_one_layer_alone_keeps_its_rope(model, part):
-    """Cos and sin come from outside of it."""
+def test_rope_of_a_single_layer_is_not_replaced(model, part):
+    """Its cos and sin come from outside."""
     inputs = batch("keye")
     with torch.no_grad():
         expected = model(**inputs).logits

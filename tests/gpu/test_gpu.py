@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import keye_kernels as kk
 from keye_kernels.model import step_graph
@@ -22,10 +21,8 @@ from keye_kernels.tools.autotune.sweep import on_this_gpu, sweep
 from keye_kernels.triton import tiles
 from keye_kernels.triton.descriptors import loads_of
 from keye_kernels.triton.tiles import target_name
-from tests.helpers.golden import golden
+from tests.helpers.golden import CASES, LOGITS_TOLERANCE, golden, load_case, token_mask
 from tests.helpers.tiny import prompt, tiny_model
-from tests.model.test_golden_preview import CASES, TOLERANCES, inputs_of
-from tests.model.test_golden_v1_5 import LOGITS_TOLERANCE, MODEL_CASES, split
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
@@ -38,27 +35,17 @@ def on_gpu(inputs):
     return {name: value if name.endswith("grid_thw") else value.to(CUDA) for name, value in inputs.items()}
 
 
-def check_golden(edition, inputs, logits, tokens, tolerance):
+@pytest.mark.parametrize(("edition", "name"), CASES)
+def test_logits_and_tokens_match_the_official_code(edition, name):
+    inputs, outputs = load_case(edition, name)
     model = kk.Keye.from_pretrained(golden(edition), dtype=torch.float32, device=CUDA, impl="triton")
-    mask, inputs = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool(), on_gpu(inputs)
+    mask, inputs = token_mask(inputs), on_gpu(inputs)
     with torch.no_grad():
         found = model(**inputs).logits.cpu()
-    torch.testing.assert_close(found[mask], logits[mask], atol=tolerance, rtol=0)
-    length = inputs["input_ids"].shape[1]
-    generated = model.generate(**inputs, max_new_tokens=tokens.shape[1], eos_token_id=())[:, length:]
-    assert torch.equal(generated.cpu(), tokens)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_preview_gives_the_official_logits_and_tokens(name):
-    case = load_file(golden("preview", f"case_{name}.safetensors"))
-    check_golden("preview", inputs_of(case), case["logits"], case["generated"], TOLERANCES["logits"])
-
-
-@pytest.mark.parametrize("name", MODEL_CASES)
-def test_1_5_gives_the_official_logits_and_tokens(name):
-    inputs, outputs = split(load_file(golden("v1_5", "cases.safetensors")), name)
-    check_golden("v1_5", inputs, outputs["logits"], outputs["greedy_tokens"].long(), LOGITS_TOLERANCE)
+    torch.testing.assert_close(found[mask], outputs["logits"][mask], atol=LOGITS_TOLERANCE[edition], rtol=0)
+    length, steps = inputs["input_ids"].shape[1], outputs["generated"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=steps, eos_token_id=())[:, length:]
+    assert torch.equal(generated.cpu(), outputs["generated"])
 
 
 @pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
@@ -181,8 +168,8 @@ def test_the_transformers_model_gives_the_official_tokens():
     transformers = pytest.importorskip("transformers", reason=reason)
     pytest.importorskip("keye_kernels.auto")  # for what it registers
 
-    case = load_file(golden("preview", "case_b_two_images.safetensors"))
-    inputs, tokens = on_gpu(inputs_of(case)), case["generated"]
+    inputs, outputs = load_case("preview", "b_two_images")
+    inputs, tokens = on_gpu(inputs), outputs["generated"]
     model = transformers.AutoModelForImageTextToText.from_pretrained(golden("preview"), dtype=torch.float32).to(CUDA)
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": tokens.shape[1]}
     found = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :]

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from keye_kernels.processing import process_vision_info
-from keye_kernels.processing.images import IMAGE_PIXEL_LIMITS, fetch_image, load_image
-from keye_kernels.processing.patches import BICUBIC, BILINEAR, PatchConfig, to_frame_array, to_frame_tensors
+from keye_kernels.editions import EDITIONS
+from keye_kernels.processing.images import fetch_image, load_image
+from keye_kernels.processing.patches import PatchConfig, to_frame_array, to_frame_tensors
 from keye_kernels.processing.sources import read_source
-from tests.helpers.golden import golden
+from tests.helpers.golden import load_golden
 from tests.helpers.http_answers import answer
 
 # The golden pixels are float32; x * (1 / 255) and x / 255 differ by one rounding.
@@ -128,8 +128,9 @@ def test_options_of_a_part_set_the_size(options, size):
 
 def test_the_editions_differ_in_the_largest_picture():
     image = Image.new("RGB", (5600, 4200))
-    for edition, (_, max_pixels) in IMAGE_PIXEL_LIMITS.items():
-        resized = fetch_image({"image": image}, edition=edition)
+    for edition in EDITIONS.values():
+        max_pixels = edition.image_pixel_limits[1]
+        resized = fetch_image({"image": image}, edition=edition.name)
         assert max_pixels * 0.97 < resized.height * resized.width <= max_pixels
 
 
@@ -305,7 +306,7 @@ def test_a_silent_server_meets_the_time_limit(server):
 
 @pytest.mark.parametrize("name", ["image0", "image1", "image2", "video0"])
 def test_patches_equal_the_official_ones(name):
-    tensors = load_file(golden("preview", "image_processing.safetensors"))
+    tensors = load_golden("preview", "image_processing.safetensors")
     frames = tensors[f"{name}.uint8"].numpy()
     patches, grid = PatchConfig().frames_to_patches(frames if name == "video0" else [frames])
     grids = tensors[f"{name}.video_grid_thw" if name == "video0" else f"{name}.image_grid_thw"]
@@ -337,10 +338,10 @@ def test_the_configuration_is_read_from_the_file():
     config = PatchConfig.from_dict(
         {"min_pixels": 784, "max_pixels": 7840, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}, "preview"
     )
-    assert (config.min_pixels, config.max_pixels, config.resample) == (784, 7840, BICUBIC)
+    assert (config.min_pixels, config.max_pixels, config.resample) == (784, 7840, Image.Resampling.BICUBIC)
     pixels = config.normalize(config.patchify(torch.full((3, 28, 28), 255, dtype=torch.uint8)))
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([0.9, 0.4, 0.7 / 3]))
-    assert PatchConfig.from_dict({}, "1.5").resample == BILINEAR
+    assert PatchConfig.from_dict({}, "1.5").resample == Image.Resampling.BILINEAR
     assert PatchConfig.from_dict({"resample": 0}, "1.5").resample == 0
     assert PatchConfig.from_dict({"size": {"shortest_edge": 784, "longest_edge": 7840}}, "1.5").max_pixels == 7840
 

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from keye_kernels.processing import KeyeProcessor, process_vision_info, split_thinking
 from keye_kernels.processing.packing import pack_video
 from keye_kernels.processing.patches import PatchConfig
 from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE, load_chat_template, render_chat_template
 from keye_kernels.processing.tokenizer import SPECIAL_TOKENS, KeyeTokenizer, build_byte_tokenizer
-from tests.helpers.golden import golden
+from tests.helpers.golden import golden, load_golden
 from tests.helpers.small_tokenizer import write_processor_files
 
 PIXEL_ATOL = 1e-6
@@ -208,7 +207,7 @@ def test_official_calls_give_the_models_inputs(processor):
 
 
 def test_pixels_of_several_images_equal_the_official_ones(preview):
-    tensors = load_file(golden("preview", "image_processing.safetensors"))
+    tensors = load_golden("preview", "image_processing.safetensors")
     images = [tensors[f"image{index}.uint8"].numpy() for index in range(3)]
     inputs = preview(text=IMAGE * 3, images=images)
     assert torch.equal(inputs.image_grid_thw, tensors["all.image_grid_thw"])
@@ -330,7 +329,7 @@ def test_a_list_of_pictures_goes_through_the_preview_processor(preview):
 
 
 def test_frames_of_a_video_equal_the_official_ones(preview):
-    tensors = load_file(golden("preview", "image_processing.safetensors"))
+    tensors = load_golden("preview", "image_processing.safetensors")
     video = tensors["video0.uint8"].permute(0, 3, 1, 2)
     for same in (video, video.float()):
         inputs = preview(text=VIDEO, videos=[same])
@@ -372,7 +371,7 @@ def test_keywords_of_the_other_edition_are_refused(preview, v1_5):
 @pytest.mark.parametrize("as_lists", [True, False], ids=["lists", "tensors"])
 def test_packing_equals_the_reference(v1_5, case, as_lists):
     settings = json.loads(golden("v1_5", "packing.json").read_text())[case]
-    tensors = load_file(golden("v1_5", "cases.safetensors"))
+    tensors = load_golden("v1_5", "cases.safetensors")
     names = ("height", "width", "fast_height", "fast_width", "frame_types", "timestamps")
     kwargs = {name: [settings[name]] for name in names if settings[name] is not None}
     if not as_lists:

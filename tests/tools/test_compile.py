@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from keye_kernels.tools import compile as checker
-from tests.helpers.counting import PATH
+from tests.helpers.machine_code import read_machine_code
 
 MODULE = [sys.executable, "-W", "ignore", "-m", "keye_kernels.tools.compile"]
 
@@ -37,24 +37,6 @@ for spec in (
     dataclasses.replace(embedding, uses_tensor_cores=True),
 ):
     print("|".join(checker.check("sm_80", "test", spec).failures))
-"""
-
-# Widths of the memory instructions, by the disassembler that lives beside the repository
-WIDTHS = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("sass", sys.argv[1])
-sass = importlib.util.module_from_spec(spec)
-sys.modules["sass"] = sass
-spec.loader.exec_module(sass)
-from keye_kernels.triton import position_embedding, rope
-found = {}
-for module in (rope, position_embedding):
-    for variant in module.compile_specs(90):
-        if variant.label not in ("text norm bf16", "vision bf16", "vision fp32", "bf16"):
-            continue
-        report = sass.analyse(variant.kernel, variant.signature, 90, variant.num_warps, variant.num_stages)
-        found[f"{module.__name__.split('.')[-1]} {variant.label}"] = report.mix[1]
-print(json.dumps(found))
 """
 
 
@@ -90,15 +72,13 @@ def test_norm_and_rope_stay_within_70_registers(reports):
 
 
 def test_accesses_are_wide():
-    if not PATH.with_name("sass.py").is_file():
-        pytest.skip(f"{PATH.with_name('sass.py')} is not there")
-    call = run(sys.executable, "-W", "ignore", "-c", WIDTHS, PATH.with_name("sass.py"))
-    assert call.returncode == 0, call.stderr
-    for label, widths in json.loads(call.stdout).items():
-        assert not any(name.endswith((".8", ".16")) for name in widths), label
-        stores = {int(name.split(".")[1]) for name in widths if name.startswith("STG")}
-        # A 72-wide head's second half starts 72 bytes into it, so that 16-bit channels go 8 bytes at a time
-        assert stores == {64 if "vision" in label and "fp32" not in label else 128}, label
+    labels = {"rope": ("text norm bf16", "vision bf16", "vision fp32"), "position_embedding": ("bf16",)}
+    for row in read_machine_code(*(("sm_90", kernel, label) for kernel in labels for label in labels[kernel])):
+        kernel, label = row["kernel"], row["variant"]
+        assert not any(name.endswith((".8", ".16")) for name in row["accesses"]), label
+        stores = {int(name.split(".")[1]) for name in row["accesses"] if name.startswith("STG")}
+        # The second half of a 72-wide head starts at byte 72, so 16-bit channels are stored 8 bytes at a time
+        assert stores == {64 if label == "vision bf16" else 128}, (kernel, label)
 
 
 def test_findings_are_named(tmp_path):

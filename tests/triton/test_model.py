@@ -2,31 +2,15 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.library import opcheck
 
 import keye_kernels as kk
 from examples.train_small import world
 from examples.train_small.evaluate import answer, fresh
-from tests.helpers.golden import golden
+from tests.helpers.golden import LOGITS_TOLERANCE, golden, load_case
 from tests.helpers.tiny import prompt, tiny_model
 
 IMPLEMENTATIONS = ("reference", "triton")
-LOGITS_TOLERANCE = {"preview": 1e-4, "v1_5": 1e-3}  # those of the golden READMEs
-
-
-def preview_case(name):
-    case = load_file(golden("preview", f"case_{name}.safetensors"))
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    inputs = {key: case[key] for key in (*names, "second_per_grid_ts") if key in case}
-    return inputs, case["logits"], case["generated"][:, :4]
-
-
-def v1_5_case(name):
-    cases = load_file(golden("v1_5", "cases.safetensors"))
-    inputs = {k.removeprefix(f"{name}.in."): v for k, v in cases.items() if k.startswith(f"{name}.in.")}
-    inputs = {k: v.float() if v.is_floating_point() else v.long() for k, v in inputs.items()}
-    return inputs, cases[f"{name}.out.logits"], cases[f"{name}.out.greedy_tokens"][:, :3].long()
 
 
 @pytest.mark.parametrize(
@@ -34,12 +18,13 @@ def v1_5_case(name):
     [("preview", "c_batch_left_pad"), ("preview", "d3_two_videos"), ("v1_5", "two_images")],
 )
 def test_kernels_give_the_golden_tokens(edition, name):
-    inputs, logits, tokens = (preview_case if edition == "preview" else v1_5_case)(name)
+    inputs, outputs = load_case(edition, name)
+    tokens = outputs["generated"][:, : 4 if edition == "preview" else 3]
     model = kk.Keye.from_pretrained(golden(edition), dtype=torch.float32, impl="triton")
     with torch.no_grad():
         output = model(**inputs)
         mask = inputs["attention_mask"].bool()
-        torch.testing.assert_close(output.logits[mask], logits[mask], atol=LOGITS_TOLERANCE[edition], rtol=0)
+        torch.testing.assert_close(output.logits[mask], outputs["logits"][mask], atol=LOGITS_TOLERANCE[edition], rtol=0)
         for token in tokens.unbind(1):
             assert torch.equal(output.logits[:, -1].argmax(-1), token)
             output = model(token[:, None], cache=output.cache)

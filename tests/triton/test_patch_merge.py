@@ -1,21 +1,17 @@
 """The projector's kernels in the interpreter: against the reference, the official numbers, and the bytes they may move."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import keye_kernels as kk
 from keye_kernels.reference.patch_merge import patch_merge_projection as reference
+from keye_kernels.tools.bench.traffic import count_traffic, tensor_bytes
 from keye_kernels.triton import matmul, patch_merge
 from keye_kernels.triton.patch_merge import patch_merge_projection
-from tests.helpers.golden import golden
+from tests.helpers.golden import load_projector_case
 
-TOOLS = Path(__file__).resolve().parents[3] / "shared" / "tools"
 CHANNELS, HIDDEN, OUT = 64, 128, 96
 GRIDS = [(1, 4, 6), (1, 2, 2), (2, 6, 4)]
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -198,91 +194,63 @@ def test_inputs_are_not_written():
 
 
 def test_golden_tiny_projector(use_tile, poisoned_empty):
-    data = load_file(golden("preview", "kernel_projector_tiny.safetensors"))
-    model = load_file(golden("preview", "model.safetensors"))
-    names = [f"mlp_AR.{layer}.{kind}" for layer in ("pre_norm", "linear_1", "linear_2") for kind in ("weight", "bias")]
-    weights = [model[name].float() for name in names]
-    index = merge_index(data["grid_thw"].tolist())
-    out = patch_merge_projection(data["features"], index, *weights)
-    assert (out.double() - data["out_f64"]).abs().max() <= 2e-6
-
-
-def golden_weight(stream, rows, cols, scale):
-    """The formula of the golden README, exact in float32."""
-    n = np.arange(rows * cols, dtype=np.uint64) + (np.uint64(stream) << np.uint64(40))
-    z = (n + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    u = (z >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
-    return torch.from_numpy((u * scale).astype(np.float32).reshape(rows, cols))
+    features, grid_thw, weights, expected = load_projector_case("tiny")
+    out = patch_merge_projection(features, merge_index(grid_thw.tolist()), *weights)
+    assert (out.double() - expected).abs().max() <= 2e-6
 
 
 def test_golden_real_projector(monkeypatch, use_tile, poisoned_empty):
-    data = load_file(golden("preview", "kernel_projector_real.safetensors"))
-    weights = [golden_weight(1, 1, 1152, 1.0)[0] + 1, golden_weight(2, 1, 1152, 0.5)[0]]
-    weights += [golden_weight(3, 4608, 4608, 2**-4), golden_weight(4, 1, 4608, 0.5)[0]]
-    weights += [golden_weight(5, 4096, 4608, 2**-4), golden_weight(6, 1, 4096, 0.5)[0]]
-    assert torch.equal(weights[2].flatten()[:4], data["check.linear_1.weight"][:4])
+    features, grid_thw, weights, expected = load_projector_case("real")
     # A tile for the interpreter, whose time goes by steps.
     wide = {"BLOCK_M": 16, "BLOCK_N": 512, "BLOCK_K": 128}
     use_tile(**wide)
     monkeypatch.setattr("keye_kernels.triton.matmul.tile", lambda kernel, device, key, heuristic: heuristic | wide)
-    index = merge_index(data["grid_thw"].tolist())
-    out = patch_merge_projection(data["features"], index, *weights)
-    assert (out.double() - data["out_f64"]).abs().max() <= 3e-5
+    out = patch_merge_projection(features, merge_index(grid_thw.tolist()), *weights)
+    assert (out.double() - expected).abs().max() <= 3e-5
 
 
-@pytest.fixture
-def traffic(monkeypatch):
-    if not TOOLS.exists():
-        pytest.skip(f"counting bytes needs traffic.py at {TOOLS}")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(TOOLS)])
-    return pytest.importorskip("traffic")
-
-
-def practical_floor(traffic, features, weights):
+def practical_floor(features, weights):
     """Every input read and every output written once, and the hidden activation both written and read."""
     rows, hidden, out = features.shape[0] // 4, weights[2].shape[0], weights[4].shape[0]
-    return traffic.tensor_bytes(features, *weights) + rows * (2 * hidden + out) * features.element_size()
+    return tensor_bytes(features, *weights) + rows * (2 * hidden + out) * features.element_size()
 
 
 @pytest.mark.parametrize("order", ["raster", "block"])
-def test_sixteen_images_take_two_launches_and_one_practical_floor(traffic, order):
+def test_sixteen_images_take_two_launches_and_one_practical_floor(order):
     channels, hidden, out = 64, 256, 224
     features = make_features(1536, channels, torch.float16)
     weights = make_weights(channels, channels, hidden, out, torch.float16)
     index = merge_index([(1, 8, 12)] * 16) if order == "raster" else None
-    with traffic.count() as counts:
+    with count_traffic() as traffic:
         patch_merge_projection(features, index, *weights)
-    floor = practical_floor(traffic, features, weights)
-    assert len(counts.launches) == 2 and not counts.eager.ops
-    assert counts.total.idle_programs == 0
-    assert counts.total.unique <= 1.05 * floor
+    floor = practical_floor(features, weights)
+    assert len(traffic.launches) == 2 and not traffic.eager_operators
+    assert traffic.idle_programs == 0
+    assert traffic.unique <= 1.05 * floor
 
 
-def test_few_rows_read_the_features_twice_and_stay_within_the_floor(traffic):
+def test_few_rows_read_the_features_twice_and_stay_within_the_floor():
     features = make_features(32, CHANNELS, torch.float16)
     weights = make_weights(hidden=256, out=224, dtype=torch.float16)
-    with traffic.count() as counts:
+    with count_traffic() as traffic:
         patch_merge_projection(features, None, *weights)
-    assert [launch.name for launch in counts.launches] == [
+    assert [launch.kernel for launch in traffic.launches] == [
         "patch_merge_norm_kernel",
         "patch_merge_linear_kernel",
         "linear_kernel",
     ]
-    assert counts.total.idle_programs == 0
-    assert counts.total.unique <= 1.05 * practical_floor(traffic, features, weights)
+    assert traffic.idle_programs == 0
+    assert traffic.unique <= 1.05 * practical_floor(features, weights)
 
 
-def test_merged_rows_go_through_memory_once_and_into_two_plain_products(traffic, use_tile):
+def test_merged_rows_go_through_memory_once_and_into_two_plain_products(use_tile):
     use_tile(path="merged")
     features = make_features(32, CHANNELS, torch.float16)
     index, weights = merge_index([(1, 4, 8)]), make_weights(hidden=256, out=224, dtype=torch.float16)
-    with traffic.count() as counts:
+    with count_traffic() as traffic:
         patch_merge_projection(features, index, *weights)
-    names = [launch.name for launch in counts.launches]
-    assert names == ["patch_merge_norm_kernel", "linear_kernel", "linear_kernel"] and not counts.eager.ops
+    names = [launch.kernel for launch in traffic.launches]
+    assert names == ["patch_merge_norm_kernel", "linear_kernel", "linear_kernel"] and not traffic.eager_operators
 
 
 def test_the_second_product_goes_to_torch_where_its_table_says_so(monkeypatch, poisoned_empty):

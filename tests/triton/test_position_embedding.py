@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from keye_kernels import reference
+from keye_kernels.tools.bench.traffic import count_traffic, tensor_bytes
 from keye_kernels.triton.position_embedding import position_embedding_2d
-from tests.helpers.counting import count, tensor_bytes
 
 SIDE = 6
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -91,13 +91,13 @@ def test_no_patches_give_an_empty_output():
 
 def test_one_launch_touches_the_floor_and_no_more():
     arguments = make(200, torch.float16, channels=1152)
-    with count() as counted:
+    with count_traffic() as traffic:
         out = position_embedding_2d(*arguments)
     # of the table, the rows that some patch uses
     unused = arguments[1].shape[0] - arguments[2].unique().numel()
     floor = tensor_bytes(*arguments, out) - unused * tensor_bytes(arguments[1][0])
-    assert counted.total.launches == 1 and counted.total.idle_programs == 0 and not counted.eager.ops
-    assert counted.total.unique <= 1.05 * floor
+    assert len(traffic.launches) == 1 and traffic.idle_programs == 0 and not traffic.eager_operators
+    assert traffic.unique <= 1.05 * floor
     # Each patch's features, indices and weights are asked for once; the four table rows come from the cache
     rows = 4 * tensor_bytes(out)
-    assert counted.total.requested - rows <= 1.05 * floor
+    assert traffic.requested - rows <= 1.05 * floor

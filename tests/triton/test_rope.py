@@ -2,14 +2,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from safetensors.torch import load_file
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from keye_kernels import reference
+from keye_kernels.tools.bench.traffic import count_traffic, tensor_bytes
 from keye_kernels.triton.rope import _cos_sin, rope
-from tests.helpers.counting import count, tensor_bytes
-from tests.helpers.golden import golden
+from tests.helpers.golden import load_golden
 
 TEXT, VISION = [16, 24, 24], [18, 18]
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -92,7 +91,7 @@ def test_angles_are_float32_products_up_to_the_largest_positions(largest):
 
 
 def test_rope_matches_golden_mrope():
-    data = load_file(golden("preview") / "kernel_mrope.safetensors")
+    data = load_golden("preview", "kernel_mrope.safetensors")
     for row in range(2):
         q, k = (data[name][row].transpose(0, 1) for name in "qk")  # [S, heads, 128] without a copy
         call = (data["position_ids"][:, row], data["inv_freq"], data["mrope_section"].tolist())
@@ -106,7 +105,7 @@ def test_rope_matches_golden_mrope():
 
 
 def test_rope_matches_golden_vision_rope():
-    data = load_file(golden("preview") / "kernel_vision_rope.safetensors")
+    data = load_golden("preview", "kernel_vision_rope.safetensors")
     q, k = data["q"], data["k"]
     call = (torch.stack([data["height_position_ids"], data["width_position_ids"]]), data["inv_freq"], VISION)
     for out, out_bf16, name in zip(rope(q, k, *call), rope(q.bfloat16(), k.bfloat16(), *call), "qk", strict=True):
@@ -264,10 +263,10 @@ def test_no_tokens_give_empty_outputs():
 def test_one_launch_moves_little_more_than_the_floor(kind, heads, requested, unique):
     arguments = make(kind, 32, torch.float16, heads)
     inputs = [x for x in arguments.values() if isinstance(x, Tensor)]
-    with count() as counted:
+    with count_traffic() as traffic:
         outputs = rope(**arguments)
     # no frequencies: they are the kernel's own way to an angle
     floor = tensor_bytes(*inputs, *outputs) - tensor_bytes(arguments["inv_freq"])
-    assert counted.total.launches == 1 and counted.total.idle_programs == 0 and not counted.eager.ops
-    assert counted.total.requested <= requested * floor
-    assert counted.total.unique <= unique * floor
+    assert len(traffic.launches) == 1 and traffic.idle_programs == 0 and not traffic.eager_operators
+    assert traffic.requested <= requested * floor
+    assert traffic.unique <= unique * floor

@@ -1,47 +1,22 @@
 """Packed attention in the interpreter: against float64, exact properties, the tile schedule, and the numbers of the design."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from keye_kernels.reference.varlen_attention import varlen_attention as reference
+from keye_kernels.tools.bench.traffic import count_traffic
 from keye_kernels.triton import schedule, varlen_attention
 from keye_kernels.triton.schedule import tile_schedule
 from keye_kernels.triton.varlen_attention import heads_that_stay_near, heuristic
-from tests.helpers.counting import PATH, count
-from tests.helpers.golden import golden
+from tests.helpers.golden import load_golden
+from tests.helpers.machine_code import read_machine_code
 
 FP32 = {"atol": 1e-5, "rtol": 1e-5}  # also the golden README's, for the output and for lse
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 FP16_AND_FP32 = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
-
-# What the machine code of every 16-bit variant costs, by the disassembler that lives beside the repository
-MACHINE_CODE = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("sass", sys.argv[1])
-sass = importlib.util.module_from_spec(spec)
-sys.modules["sass"] = sass
-spec.loader.exec_module(sass)
-from keye_kernels.triton.varlen_attention import compile_specs
-for arch, label in ((80, "vision bf16"), (90, "vision bf16"), (100, "vision bf16")):
-    [variant] = [spec for spec in compile_specs(arch) if spec.label == label]
-    warps, shape = variant.num_warps, variant.signature
-    report = sass.analyse(variant.kernel, shape, arch, warps, variant.num_stages)
-    categories, memory = report.loop_mix
-    scores = shape["BLOCK_M"] * shape["BLOCK_N"] / (32 * warps)  # of one thread in one pass
-    print(json.dumps({
-        "arch": arch, "stack": report.stack, "shared": report.smem, "blocks": report.occupancy[0],
-        "warps": report.occupancy[0] * report.warps, "instructions": len(report.loops[0]) / scores,
-        "integer": categories["integer"] / scores, "memory": report.mix[1], "loop_memory": memory,
-    }))
-"""
 
 
 def packed(lengths, head_dim=72, heads=2, key_heads=None, dtype=torch.float16, extra=0, seed=0):
@@ -101,7 +76,7 @@ def test_a_long_segment_beside_many_short_ones_matches(max_seqlen, causal, poiso
 
 @FP16_AND_FP32
 def test_attention_matches_the_official_numbers(dtype):
-    case = load_file(golden("preview", "kernel_varlen_attention.safetensors"))
+    case = load_golden("preview", "kernel_varlen_attention.safetensors")
     scale, cu_seqlens = case["softmax_scale"].item(), case["cu_seqlens"]
     q, k, v = (case[name].to(dtype) for name in ("q", "k", "v"))
     if dtype == torch.float32:
@@ -159,9 +134,9 @@ def test_tokens_of_no_segment_get_zero(causal, poisoned_empty):
 @pytest.mark.parametrize("cu_seqlens", [[0], [0, 0], [3, 3, 3]])
 def test_no_work_launches_nothing(cu_seqlens, poisoned_empty):
     q, k, v, _ = packed([5])
-    with count() as counted:
+    with count_traffic() as traffic:
         out, lse = varlen_attention.varlen_attention(q, k, v, torch.tensor(cu_seqlens).int(), 0, 1.0, False, True)
-    assert not out.any() and (lse == -torch.inf).all() and counted.launches == []
+    assert not out.any() and (lse == -torch.inf).all() and traffic.launches == []
 
 
 def test_lse_is_left_out_where_nobody_asks():
@@ -271,38 +246,33 @@ def test_multiplies_stay_near_what_is_needed(rows, limit):
     tile = heuristic(90, 72, torch.float16) | {"BLOCK_M": rows}
     for lengths in ([1024], [576, 252, 112, 84]):
         q, k, v, cu_seqlens = packed(lengths, heads=1)
-        with count() as counted:
+        with count_traffic() as traffic:
             varlen_attention.varlen_attention(q, k, v, cu_seqlens, max(lengths), 72**-0.5, False, True, tile)
         needed = 4 * 72 * sum(n * n for n in lengths)
-        assert counted.total.dot_flops <= (1.06 if len(lengths) == 1 else limit) * needed
-        assert counted.total.idle_programs == 0 and len(counted.launches) == 1
+        assert traffic.dot_flops <= (1.06 if len(lengths) == 1 else limit) * needed
+        [launch] = traffic.launches
+        assert launch.idle_programs == 0
         # every input read and the output written at least once, and nothing outside them
-        assert counted.total.unique_load - counted.total.programs * 12 == 3 * q.nbytes
-        assert counted.total.unique_store == q.nbytes + 4 * sum(lengths)
+        assert launch.loaded_once - launch.programs * 12 == 3 * q.nbytes
+        assert launch.stored_once == q.nbytes + 4 * sum(lengths)
 
 
 def test_causal_skips_the_keys_past_the_diagonal():
     q, k, v, cu_seqlens = packed([1024], heads=1)
-    with count() as counted:
+    with count_traffic() as traffic:
         attend(q, k, v, cu_seqlens, causal=True)
-    assert counted.total.dot_flops <= 0.57 * 4 * 72 * 1024**2 * 19 / 18  # (16 + 1) / 32 tiles, of 76 for 72 channels
+    assert traffic.dot_flops <= 0.57 * 4 * 72 * 1024**2 * 19 / 18  # (16 + 1) / 32 tiles, of 76 for 72 channels
 
 
 def test_machine_code_meets_the_design():
-    if not PATH.with_name("sass.py").is_file():
-        pytest.skip(f"{PATH.with_name('sass.py')} is not there")
-    command = [sys.executable, "-W", "ignore", "-c", MACHINE_CODE, PATH.with_name("sass.py")]
-    call = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
-    assert call.returncode == 0, call.stderr
-    found = [json.loads(line) for line in call.stdout.splitlines()]
-    assert [code["arch"] for code in found] == [80, 90, 100]
-    for code in found:
-        assert code["stack"] == 0
-        assert code["instructions"] <= (11 if code["arch"] == 80 else 9) and code["integer"] <= 1.5
-        assert code["warps"] >= 8 or code["blocks"] >= 2
-        assert code["shared"] <= (80 if code["arch"] == 80 else 100) * 1024
-        assert not {"LDG.16", "STG.16", "STS.16"} & code["memory"].keys()
-        assert code["loop_memory"]["LDGSTS.128"] >= 9 and "LDG.128" not in code["loop_memory"]
+    for row in read_machine_code(*((f"sm_{arch}", "varlen_attention", "vision bf16") for arch in (80, 90, 100))):
+        is_sm_80 = row["target"] == "sm_80"
+        assert row["stack_bytes"] == 0
+        assert row["instructions_a_score"] <= (11 if is_sm_80 else 9) and row["integer_a_score"] <= 1.5
+        assert row["blocks"] * row["warps"] >= 8 or row["blocks"] >= 2
+        assert row["shared_bytes"] <= (80 if is_sm_80 else 100) * 1024
+        assert not {"LDG.16", "STG.16", "STS.16"} & row["accesses"].keys()
+        assert row["loop_accesses"]["LDGSTS.128"] >= 9 and "LDG.128" not in row["loop_accesses"]
 
 
 def test_torch_computes_what_a_table_gives_it_and_only_that(monkeypatch):

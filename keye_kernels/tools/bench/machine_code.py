@@ -1,6 +1,7 @@
 """What the compiled kernels cost on chips that are not here: registers, spills, shared memory, instructions a score."""
 
 import re
+from collections import Counter
 from importlib import import_module
 from typing import Any
 
@@ -32,17 +33,17 @@ def variants(target: str) -> list[tuple[str, str]]:
     """(kernel, label) of what the table shows for a target."""
     found = []
     for kernel, pattern in VARIANTS.items():
-        found += [(kernel, spec.label) for spec in _specs(target, kernel) if re.fullmatch(pattern, spec.label)]
+        found += [(kernel, spec.label) for spec in specs(target, kernel) if re.fullmatch(pattern, spec.label)]
     return found
 
 
-def _specs(target: str, kernel: str) -> list[CompileSpec]:
+def specs(target: str, kernel: str) -> list[CompileSpec]:
     return import_module(f"keye_kernels.triton.{kernel}").compile_specs(int(target.removeprefix("sm_")))
 
 
 def read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
     """Compiles one variant (in a process whose Triton does not interpret) and reads its machine code."""
-    spec = next(spec for spec in _specs(target, kernel) if spec.label == label)
+    spec = next(spec for spec in specs(target, kernel) if spec.label == label)
     report = check(target, kernel, spec)
     row = {
         "kernel": kernel,
@@ -72,12 +73,22 @@ def read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
 def read_loop(lines: list[str]) -> dict[str, Any]:
     """Instructions, integer ones among them, and the narrowest access to memory in bytes a thread (None: no access)."""
     opcodes = [match[1] for match in map(OPCODE.match, lines) if match]
-    accesses = [int(width[1]) if (width := WIDTH.search(op)) else 32 for op in opcodes if ACCESS.match(op)]
+    bits = [bits for _, bits in access_widths(lines)]
     return {
         "instructions": len(opcodes),
         "integer": sum(bool(INTEGER.match(op)) for op in opcodes),
-        "narrowest_access": min(accesses) // 8 if accesses else None,
+        "narrowest_access": min(bits) // 8 if bits else None,
     }
+
+
+def access_widths(lines: list[str]) -> Counter[tuple[str, int]]:
+    """Counts the memory instructions by opcode and bits per thread, for example ("LDG", 128)."""
+    opcodes = [match[1] for match in map(OPCODE.match, lines) if match]
+    return Counter(
+        (op.partition(".")[0], int(width[1]) if (width := WIDTH.search(op)) else 32)
+        for op in opcodes
+        if ACCESS.match(op)
+    )
 
 
 def above(row: dict[str, Any]) -> list[str]:

@@ -2,13 +2,11 @@
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 
 import keye_kernels.auto  # noqa: F401
-from tests.helpers.golden import golden
-from tests.model.test_golden_preview import inputs_of
+from tests.helpers.golden import golden, load_case
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Of the first process: half of the rows or columns
@@ -30,10 +28,9 @@ def main() -> None:
     for name, shape in SPLIT.items():
         assert tuple(parameters[name].to_local().shape) == shape, (name, parameters[name])
     for name in ("c_batch_left_pad", "d1_video_ts_0_5"):
-        case = load_file(golden("preview", f"case_{name}.safetensors"))
-        inputs = inputs_of(case)
+        inputs, outputs = load_case("preview", name)
         tokens = model.generate(**inputs, max_new_tokens=16, **GREEDY)[:, inputs["input_ids"].shape[1] :]
-        assert torch.equal(tokens, case["generated"]), name
+        assert torch.equal(tokens, outputs["generated"]), name
     dist.destroy_process_group()
     print("golden tokens")
 

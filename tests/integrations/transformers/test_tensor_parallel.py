@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.helpers.golden import golden
-
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -17,7 +15,6 @@ def test_two_processes_give_the_golden_tokens():
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4 has no DistributedConfig")
-    golden("preview")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*torchrun, "--module", "tests.integrations.transformers.tensor_parallel"],

@@ -1,8 +1,8 @@
-"""`warmup`: compiles the kernels that a model will need before its first request, several at a time.
+"""`warmup`: compiles the kernels that a model needs before its first request, several in parallel.
 
-The model's own forward runs, with one layer of tower and decoder, on tensors of the given sizes: what is compiled is what a
-request will call for, strides and alignment included. A first pass compiles in threads and launches nothing; a second one
-runs the same calls, which now find every kernel in Triton's cache.
+It calls the model's own forward, reduced to one layer of the vision tower and one of the decoder, on tensors of the given
+sizes. So it compiles exactly the kernels of a request, including the specialisation on strides and alignment. A first pass
+compiles in threads and launches nothing. A second pass runs the same calls with the compiled kernels.
 """
 
 import copy
@@ -21,12 +21,19 @@ from .model import Keye
 from .ops.implementation import resolve
 
 Grid = tuple[int, int, int]
-OPERATORS = ("rope", "varlen_attention", "patch_merge_projection", "position_embedding_2d")
+OPERATORS = ("rope_3d", "varlen_attention", "patch_merge_projection", "position_embedding_2d")
 
 
 @dataclass(frozen=True)
 class WarmupReport:
-    """What a warm-up did. `compiled` counts kernels that were not in Triton's cache, `cached` those that were."""
+    """Result of `warmup`.
+
+    Attributes:
+        compiled: number of kernels that were compiled.
+        cached: number of kernels that were in Triton's cache.
+        seconds: duration.
+        note: what was warmed up, or why there was nothing to compile.
+    """
 
     compiled: int
     cached: int
@@ -41,27 +48,35 @@ def warmup(
     *,
     progress: bool = False,
 ) -> WarmupReport:
-    """Compiles, in parallel, what requests of these sizes need, and runs each size once.
+    """Compiles the kernels for requests of the given sizes, in parallel, and runs each size once.
+
+    The compiled kernels are stored in Triton's cache on disk (TRITON_CACHE_DIR), so a second process only loads them.
+    Code that `torch.compile` generates is not included.
 
     Args:
-        model: a loaded `kk.Keye`, where it will serve.
-        grids: a request's picture as (frames, patch rows, patch columns), or a list of such where it has several.
-        prompt_lengths: tokens of a prompt, placeholders expanded; one further token is decoded after each.
-        progress: count the kernels that are ready.
+        model: a loaded model, on the device where it will run.
+        grids: vision inputs. Each entry is the (frames, patch rows, patch columns) of one image or video, or a list of them
+            for a request with several.
+        prompt_lengths: numbers of prompt tokens, with placeholders expanded. One more token is decoded after each prompt.
+        progress: show a counter of the kernels that are ready.
 
-    Returns: a `WarmupReport`. Where nothing is compiled (the reference implementation, Triton's interpreter), it says so.
-    Raises: ValueError or TypeError naming the argument. A second process finds the kernels in Triton's cache on disk
-        (TRITON_CACHE_DIR) and only loads them. What `torch.compile` would compile is not part of this.
+    Returns:
+        A `WarmupReport`. If there is nothing to compile (no operator runs as a Triton kernel, or Triton's interpreter is
+        active), its note says so.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a grid or a prompt length is not possible for this model.
     """
     if not isinstance(model, Keye):
         raise TypeError(f"model must be a keye_kernels.Keye, got {type(model).__name__}")
-    pictures = _check_grids(grids, model.config.vision_config.spatial_merge_size)
+    checked_grids = _check_grids(grids, model.config.vision_config.spatial_merge_size)
     lengths = _check_lengths(prompt_lengths, model.config.max_position_embeddings)
     if note := _nothing_to_compile(model):
         return WarmupReport(0, 0, 0.0, note)
     from .triton.launch import compile_steps
 
-    steps = _steps(model, pictures, lengths)
+    steps = _steps(model, checked_grids, lengths)
     start = time.perf_counter()
     with torch.no_grad(), tqdm(desc="warm-up", unit=" kernels", disable=not progress) as bar:
         compiled, cached = compile_steps(steps, bar.update)
@@ -82,7 +97,7 @@ def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> lis
         try:
             grid = torch.tensor(entry).reshape(-1, 3)
             if not check_grid_thw(grid, None, merge_size):
-                raise ValueError("no picture")
+                raise ValueError("the list is empty")
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"grids must hold (frames, patch rows, patch columns) or lists of those, got {entry!r}: {error}"
@@ -91,42 +106,44 @@ def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> lis
     return checked
 
 
-def _check_lengths(prompt_lengths: Sequence[int], most: int) -> list[int]:
+def _check_lengths(prompt_lengths: Sequence[int], max_tokens: int) -> list[int]:
     if not isinstance(prompt_lengths, Sequence):
-        raise TypeError(f"prompt_lengths must be a list of numbers of tokens, got {prompt_lengths!r}")
+        raise TypeError(f"prompt_lengths must be a list of token counts, got {prompt_lengths!r}")
     for length in prompt_lengths:
-        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < most:
-            raise ValueError(f"prompt_lengths must hold numbers of tokens from 1 to {most - 1}, got {length!r}")
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < max_tokens:
+            raise ValueError(f"prompt_lengths must hold token counts from 1 to {max_tokens - 1}, got {length!r}")
     return list(prompt_lengths)
 
 
 def _nothing_to_compile(model: Keye) -> str | None:
     chosen = {resolve(model.mlp_AR.impl, operator, model.device) for operator in OPERATORS}
     if "triton" not in chosen:
-        return f"nothing to compile: the reference implementation serves {model.device}"
+        return f"nothing to compile: no operator runs as a Triton kernel on {model.device}"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "nothing to compile: TRITON_INTERPRET=1 makes Triton interpret its kernels"
+        return "nothing to compile: Triton's interpreter is active (TRITON_INTERPRET=1)"
     return None
 
 
-def _steps(model: Keye, pictures: Sequence[Tensor], lengths: Sequence[int]) -> list[Callable[[], object]]:
-    """For each size a call of the model's own forward, with one layer each of tower and decoder: all are alike."""
-    thin = _replaced(model, visual=_one_layer(model.visual), model=_one_layer(model.model))
-    thin.config = replace(model.config, num_hidden_layers=1)  # of which the cache is made
+def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> list[Callable[[], object]]:
+    """One call of the model's forward per size, with one layer each of tower and decoder: all layers use the same kernels."""
+    reduced = _replaced(model, visual=_one_layer(model.visual), model=_one_layer(model.model))
+    reduced.config = replace(model.config, num_hidden_layers=1)  # sizes the cache
     vision = model.config.vision_config
-    patch = (vision.num_channels, vision.patch_size, vision.patch_size)
+    patch_shape = (vision.num_channels, vision.patch_size, vision.patch_size)
 
-    def look(grid: Tensor) -> None:
-        patches = int(grid.prod(1).sum())
-        thin.get_image_features(torch.zeros(patches, *patch, dtype=model.dtype, device=model.device), grid)
+    def encode_image(grid_thw: Tensor) -> None:
+        patches = int(grid_thw.prod(1).sum())
+        pixel_values = torch.zeros(patches, *patch_shape, dtype=model.dtype, device=model.device)
+        reduced.get_image_features(pixel_values, grid_thw)
 
-    def read(length: int) -> None:
+    def prefill_and_decode(length: int) -> None:
         ids = torch.zeros(1, length + 1, dtype=torch.int64, device=model.device)
-        cache = thin.new_cache(1, length + 1)
-        thin(ids[:, :-1], cache=cache, logits_to_keep=1)
-        thin(ids[:, -1:], cache=cache)
+        cache = reduced.new_cache(1, length + 1)
+        reduced(ids[:, :-1], cache=cache, logits_to_keep=1)
+        reduced(ids[:, -1:], cache=cache)
 
-    return [*(partial(look, grid) for grid in pictures), *(partial(read, length) for length in lengths)]
+    encode = [partial(encode_image, grid_thw) for grid_thw in grids]
+    return [*encode, *(partial(prefill_and_decode, length) for length in lengths)]
 
 
 def _one_layer(module: nn.Module) -> nn.Module:
@@ -134,7 +151,7 @@ def _one_layer(module: nn.Module) -> nn.Module:
 
 
 def _replaced(module: nn.Module, **children: nn.Module) -> nn.Module:
-    """A shallow copy with other children; the parameters are shared."""
-    shallow = copy.copy(module)
-    shallow._modules = {**module._modules, **children}
-    return shallow
+    """A shallow copy of `module` with some children replaced. Parameters are shared."""
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **children}
+    return copied

@@ -68,7 +68,7 @@ def test_a_second_start_finds_everything_in_the_cache(tmp_path):
 
 def test_nothing_is_compiled_for_the_reference_and_it_says_so():
     report = kk.warmup(tiny_model(), grids=[(1, 4, 4), [(1, 4, 4), (2, 2, 6)]], prompt_lengths=[5], progress=True)
-    assert report == WarmupReport(0, 0, 0.0, "nothing to compile: the reference implementation serves cpu")
+    assert report == WarmupReport(0, 0, 0.0, "nothing to compile: no operator runs as a Triton kernel on cpu")
 
 
 def test_nothing_is_compiled_in_the_interpreter_and_it_says_so():
@@ -98,7 +98,7 @@ def test_the_model_stays_as_it_was():
         ({"grids": ["picture.jpg"]}, "grids must hold .*, got 'picture.jpg'"),
         ({"grids": [None]}, "grids must hold"),
         ({"grids": [(1, 4.5, 4)]}, "grids must hold"),
-        ({"prompt_lengths": [0]}, "prompt_lengths must hold numbers of tokens from 1 to 2047, got 0"),
+        ({"prompt_lengths": [0]}, "prompt_lengths must hold token counts from 1 to 2047, got 0"),
         ({"prompt_lengths": [2048]}, "prompt_lengths must hold"),
         ({"prompt_lengths": [7.5]}, "prompt_lengths must hold .*, got 7.5"),
     ],

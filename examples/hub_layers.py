@@ -1,9 +1,10 @@
-"""This package's layers through the Hub's `kernels` package: a module says which layer may take over, a mapping says whose.
+"""Uses this package's layers through the Hub's `kernels` package.
 
     pip install kernels
     python examples/hub_layers.py
 
-A mapping usually names a repository on the Hub (`LayerRepository`); here the layers come from the installed package.
+A decorator names the layer that may replace a module's forward; a mapping says where the layer comes from. Usually that is a
+repository on the Hub (`LayerRepository`). Here it is the installed package.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from keye_kernels import layers
 
 @dataclass(frozen=True)
 class InstalledLayer:
-    """What `kernels` asks of a repository, for a layer that is installed already."""
+    """The interface of a `kernels` repository, for a layer of the installed package."""
 
     layer_name: str
 
@@ -27,7 +28,7 @@ class InstalledLayer:
 
 @use_kernel_forward_from_hub("KeyeProjector")
 class Projector(nn.Module):
-    """A projector as Keye-VL has it, one picture after the other."""
+    """Keye-VL's projector in plain PyTorch, one image after the other."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -37,9 +38,9 @@ class Projector(nn.Module):
 
     def forward(self, image_features: Tensor, image_grid_thw: Tensor) -> Tensor:
         tokens = []
-        pictures = self.pre_norm(image_features).split(image_grid_thw.prod(1).tolist())
-        for picture, (t, h, w) in zip(pictures, image_grid_thw.tolist(), strict=True):
-            blocks = picture.view(t, h // 2, 2, w // 2, 2, -1).transpose(2, 3).reshape(t * h * w // 4, -1)
+        images = self.pre_norm(image_features).split(image_grid_thw.prod(1).tolist())
+        for image, (t, h, w) in zip(images, image_grid_thw.tolist(), strict=True):
+            blocks = image.view(t, h // 2, 2, w // 2, 2, -1).transpose(2, 3).reshape(t * h * w // 4, -1)
             tokens.append(self.linear_2(nn.functional.gelu(self.linear_1(blocks))))
         return torch.cat(tokens)
 

@@ -1,4 +1,7 @@
-"""Fast, exact Keye-VL: Triton kernels, a lean model, and everything between a picture and an answer."""
+"""Keye-VL: Triton kernels, a lean PyTorch model, image and video processing, and integrations with other libraries.
+
+Start with `Keye` (the model), `KeyeProcessor` (its inputs) and `ops` (the operators).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when first used, so that `import keye_kernels` costs nothing and needs neither Triton nor transformers
-_HOMES = {
+# Public name -> module that defines it. Imported on first use, so that `import keye_kernels` is fast and needs neither Triton
+# nor transformers.
+_MODULES = {
     "Keye": "model",
     "KeyeConfig": "model",
     "KVCache": "model",
@@ -38,20 +42,20 @@ _HOMES = {
     "small_processor": "small",
     "use_impl": "ops",
     "warmup": "warm_up",
-    "ops": None,
+    "ops": "ops",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'keye_kernels' has no attribute {name!r}")
-    home = _HOMES[name]
-    value = import_module(f".{name}", __name__) if home is None else getattr(import_module(f".{home}", __name__), name)
+    module = import_module(f".{_MODULES[name]}", __name__)
+    value = module if name == "ops" else getattr(module, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

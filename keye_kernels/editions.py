@@ -8,8 +8,9 @@ from typing import Literal
 
 EditionName = Literal["preview", "1.5"]
 
-# One token of the language model is a block of 28 x 28 pixels.
-PIXELS_PER_TOKEN = 28 * 28
+# The language model gets one token per block of 28 x 28 pixels.
+TOKEN_SIDE_PIXELS = 28
+PIXELS_PER_TOKEN = TOKEN_SIDE_PIXELS**2
 
 
 @dataclass(frozen=True)

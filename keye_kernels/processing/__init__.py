@@ -1,4 +1,4 @@
-"""Conversations, pictures and videos to the inputs of a Keye model."""
+"""Conversations, images and videos to the inputs of a Keye model."""
 
 from .processor import KeyeProcessor
 from .prompts import split_thinking

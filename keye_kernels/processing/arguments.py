@@ -1,4 +1,4 @@
-"""What callers may pass to the processor, brought into one form: lists over prompts, pictures and videos."""
+"""Normalises the processor's arguments: one value, a list, or a nested list becomes a list over prompts, images or videos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sampling import DEFAULT_FPS
 
 
 def list_prompts(text: str | Sequence[str]) -> list[str]:
-    """One prompt or several as a list; an empty one is an error."""
+    """Returns one or several prompts as a list; raises an error for an empty prompt."""
     prompts = [text] if isinstance(text, str) else text
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -25,7 +25,7 @@ def list_prompts(text: str | Sequence[str]) -> list[str]:
 
 
 def list_images(images: Any) -> list[Any]:
-    """None, one picture, pictures, or a list of pictures for each prompt, as one flat list."""
+    """Returns None, one image, a list of images, or a list of images per prompt as one flat list."""
     if images is None:
         return []
     if isinstance(images, (torch.Tensor, np.ndarray)):
@@ -36,7 +36,7 @@ def list_images(images: Any) -> list[Any]:
 
 
 def list_videos(videos: Any) -> list[Any]:
-    """None, one video or videos as a list; a list of pictures is one video."""
+    """Returns None, one video or several videos as a list; a list of images is one video."""
     if videos is None:
         return []
     if isinstance(videos, (torch.Tensor, np.ndarray)):
@@ -48,30 +48,30 @@ def list_videos(videos: Any) -> list[Any]:
     return list(videos)
 
 
-def check_count(kind: str, placeholder: str, prompts: Sequence[str], given: int) -> None:
-    """Raises ValueError unless the prompts hold as many placeholders as pictures or videos were given."""
+def check_placeholders(modality: str, placeholder: str, prompts: Sequence[str], given: int) -> None:
+    """Raises ValueError if the number of placeholders in the prompts differs from the number of images or videos."""
     found = sum(prompt.count(placeholder) for prompt in prompts)
     if found != given:
         raise ValueError(
-            f"text holds {found} {kind} placeholders ({placeholder}), but {given} {kind}s were given; "
+            f"text holds {found} {modality} placeholders ({placeholder}), but {given} {modality}s were given; "
             "pass one for each, in order"
         )
 
 
-def expand(prompts: Sequence[str], placeholder: str, replacements: Sequence[str]) -> list[str]:
-    """The prompts with the n-th placeholder, counted over all of them, replaced by ``replacements[n]``."""
+def replace_placeholders(prompts: Sequence[str], placeholder: str, replacements: Sequence[str]) -> list[str]:
+    """Replaces the n-th placeholder, counted over all prompts, by `replacements[n]`."""
     remaining = iter(replacements)
-    expanded = []
+    replaced = []
     for prompt in prompts:
         first, *rest = prompt.split(placeholder)
-        expanded.append(first + "".join(next(remaining) + piece for piece in rest))
-    return expanded
+        replaced.append(first + "".join(next(remaining) + piece for piece in rest))
+    return replaced
 
 
 def repeat_ids(ids: Sequence[int], repeats: Mapping[int, Iterator[int]]) -> list[int]:
-    """The ids with each one in ``repeats`` written as often as its iterator says next.
+    """Repeats each id that is a key of `repeats` as often as the next value of its iterator.
 
-    Placeholders are special tokens, so encoding one and repeating its id equals encoding the repeated text.
+    Placeholders are special tokens, so repeating an id is the same as encoding the repeated text.
     """
     repeated: list[int] = []
     for token_id in ids:
@@ -80,49 +80,58 @@ def repeat_ids(ids: Sequence[int], repeats: Mapping[int, Iterator[int]]) -> list
 
 
 def align_timestamps(timestamps: Any, num_frames: Sequence[int]) -> Any:
-    """Timestamps of several videos with None put where ``keye_vl_utils`` 1.5 left a video's out.
+    """Inserts None into a list of timestamps for each video that has none.
+
+    `keye_vl_utils` 1.5 leaves those videos out of the list. They are found by comparing the numbers of timestamps with the
+    numbers of frames.
 
     Args:
-        timestamps: as passed to the processor; returned unchanged unless it is a list shorter than the videos.
-        num_frames: frames of each video.
+        timestamps: as passed to the processor; returned unchanged unless it is a list shorter than the number of videos.
+        num_frames: number of frames of each video.
+
+    Returns:
+        The timestamps, with one entry per video.
 
     Raises:
-        ValueError: the lengths do not tell which videos they belong to.
+        ValueError: the timestamps fit none or several choices of videos.
     """
     if not isinstance(timestamps, (list, tuple)) or not timestamps or isinstance(timestamps[0], (int, float)):
         return timestamps
     if len(timestamps) >= len(num_frames) or any(times is None for times in timestamps):
         return timestamps
     lengths = [len(times) for times in timestamps]
-    first = _places(lengths, num_frames)
-    last = [len(num_frames) - 1 - place for place in reversed(_places(lengths[::-1], num_frames[::-1]))]
-    # The leftmost and the rightmost match agree only where there is no other.
-    if len(first) != len(lengths) or first != last:
+    leftmost = _match_lengths(lengths, num_frames)
+    rightmost = [len(num_frames) - 1 - index for index in reversed(_match_lengths(lengths[::-1], num_frames[::-1]))]
+    # The leftmost and the rightmost match are equal only if there is no other match.
+    if len(leftmost) != len(lengths) or leftmost != rightmost:
         raise ValueError(
             f"timestamps must hold one entry (or None) for each of the {len(num_frames)} videos, got {len(lengths)}; "
-            f"videos have {list(num_frames)} frames, timestamps {lengths} times"
+            f"the videos have {list(num_frames)} frames, the entries {lengths} timestamps"
         )
-    times_of = dict(zip(first, timestamps, strict=True))
-    return [times_of.get(index) for index in range(len(num_frames))]
+    timestamps_by_video = dict(zip(leftmost, timestamps, strict=True))
+    return [timestamps_by_video.get(index) for index in range(len(num_frames))]
 
 
-def _places(lengths: Sequence[int], num_frames: Sequence[int]) -> list[int]:
-    """Leftmost videos that have these numbers of frames, in order; fewer if some cannot be placed."""
-    places: list[int] = []
-    for place, count in enumerate(num_frames):
-        if len(places) < len(lengths) and count == lengths[len(places)]:
-            places.append(place)
-    return places
+def _match_lengths(lengths: Sequence[int], num_frames: Sequence[int]) -> list[int]:
+    """Returns the leftmost videos with these numbers of frames, in order; fewer if some have no match."""
+    matches: list[int] = []
+    for index, count in enumerate(num_frames):
+        if len(matches) < len(lengths) and count == lengths[len(matches)]:
+            matches.append(index)
+    return matches
 
 
 def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:
-    """A keyword argument as a list over videos, with None for each video where it was not given.
+    """Converts a keyword argument to a list with one entry per video; None for a video without a value.
 
     Args:
-        name: for the error.
+        name: name of the argument, for the error message.
         value: None, one value for all videos, or a list over videos.
         count: number of videos.
-        nested: each video's value is itself a sequence, one entry a frame.
+        nested: the value of a video is itself a sequence, with one entry per frame.
+
+    Raises:
+        ValueError: the list has another length.
     """
     if isinstance(value, torch.Tensor):
         value = list(value) if value.ndim == (2 if nested else 1) else [value] if nested else value.item()
@@ -138,7 +147,7 @@ def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:
 
 
 def frame_size(height_name: str, width_name: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
-    """``(height, width)`` from a video's options, None if neither is given."""
+    """Returns `(height, width)` from the options of a video, or None if both are None."""
     height, width = options[height_name], options[width_name]
     if (height is None) != (width is None):
         raise ValueError(f"{height_name} and {width_name} must be given together")
@@ -146,7 +155,15 @@ def frame_size(height_name: str, width_name: str, options: Mapping[str, Any]) ->
 
 
 def seconds_per_grid(fps: Any, count: int) -> torch.Tensor:
-    """Seconds between frames, float32 ``[videos]``, of frame rates given as one number, one a video, or not at all."""
+    """Computes the seconds between frames, float32 `[count]`, from the frame rates of `count` videos.
+
+    Args:
+        fps: one number for all videos, one number per video, or None for the default.
+        count: number of videos.
+
+    Raises:
+        ValueError: a frame rate is not positive, or the list has another length.
+    """
     rates = [DEFAULT_FPS if rate is None else float(rate) for rate in per_video("fps", fps, count, nested=False)]
     for rate in rates:
         if not 0 < rate < float("inf"):

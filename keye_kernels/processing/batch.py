@@ -1,4 +1,4 @@
-"""The dictionary of tensors that the processor hands to the model."""
+"""The dictionary of tensors that the processor returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class BatchFeature(dict):
-    """Model inputs by name, also as attributes; ``model(**inputs)`` works."""
+    """Model inputs by name, also readable as attributes. Call the model with `model(**inputs)`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -23,14 +23,20 @@ class BatchFeature(dict):
         *,
         non_blocking: bool = False,
     ) -> BatchFeature:
-        """Moves every tensor to ``device`` and casts the floating ones to ``dtype``; changes and returns this object.
+        """Moves all tensors to a device and casts the floating-point ones, in place.
 
-        As in transformers, a dtype may stand in the first place.
+        Args:
+            device: target device; None leaves the tensors where they are. As in transformers, a dtype may be passed here.
+            dtype: target dtype of the floating-point tensors; None keeps their dtype.
+            non_blocking: copy without waiting, as in `torch.Tensor.to`.
+
+        Returns:
+            This object.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
-                cast = dtype if value.is_floating_point() else None
-                self[name] = value.to(device=device, dtype=cast, non_blocking=non_blocking)
+                target_dtype = dtype if value.is_floating_point() else None
+                self[name] = value.to(device=device, dtype=target_dtype, non_blocking=non_blocking)
         return self

@@ -1,71 +1,61 @@
-"""Pictures from anywhere: path, URL, base64, bytes, PIL or numpy, always to an RGB picture.
+"""Loads images (path, URL, base64, bytes, PIL or numpy) as RGB and resizes them, as `fetch_image` of `keye_vl_utils` does.
 
-Two editions of ``keye_vl_utils`` are followed: "preview" puts transparent pictures on white, "1.5" drops the alpha
-channel. Neither reads the EXIF orientation tag, so a picture stands as its pixels are stored.
+The two editions differ in transparent images and in the largest size, see `keye_kernels.editions`. Neither applies the
+EXIF orientation tag: an image keeps the orientation of its stored pixels.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .resize import FACTOR, smart_resize
-from .sources import DOWNLOAD_TIMEOUT, MAX_DOWNLOAD_BYTES, describe_source, read_source
+from keye_kernels.editions import EditionName, edition_named
+
+from .resize import smart_resize
+from .sources import DOWNLOAD_TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES, describe_source, read_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Edition = Literal["preview", "1.5"]
-
-PIXELS_PER_TOKEN = FACTOR * FACTOR
-# Smallest and largest picture, in pixels, before the processor's own (tighter) limits apply.
-IMAGE_PIXEL_LIMITS: dict[str, tuple[int, int]] = {
-    "preview": (4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN),
-    "1.5": (4 * PIXELS_PER_TOKEN, 20480 * PIXELS_PER_TOKEN),
-}
-
-
-def check_edition(edition: str) -> None:
-    """Raises ValueError unless ``edition`` is "preview" or "1.5"."""
-    if edition not in IMAGE_PIXEL_LIMITS:
-        raise ValueError(f"edition must be one of {sorted(IMAGE_PIXEL_LIMITS)}, got {edition!r}")
 
 
 def load_image(
     source: Any,
     *,
-    edition: Edition = "preview",
-    timeout: float = DOWNLOAD_TIMEOUT,
+    edition: EditionName = "preview",
+    timeout: float = DOWNLOAD_TIMEOUT_SECONDS,
     max_bytes: int = MAX_DOWNLOAD_BYTES,
 ) -> Image:
-    """Loads a picture as RGB, as ``fetch_image`` of the official packages does.
+    """Loads an image as RGB, without resizing it.
 
-    The EXIF orientation tag is ignored, as in the official code. Transparency in RGBA pictures is blended onto white
-    ("preview") or dropped ("1.5"); every other mode goes through Pillow's ``convert("RGB")``.
+    RGBA images are blended onto white ("preview") or lose their alpha channel ("1.5"). Images of other modes are converted
+    with Pillow's `convert("RGB")`.
 
     Args:
-        source: path, ``file://`` or ``http(s)://`` address, ``data:image...;base64,`` string, the bytes of an image
-            file, a PIL picture, or a uint8 numpy array ``[H, W, 3]`` (``[H, W, 4]`` with alpha).
-        edition: whose rule for transparency applies.
-        timeout: seconds a download may take in all.
-        max_bytes: size a download may have.
+        source: path, `file://` or `http(s)://` URL, `data:image...;base64,` string, the bytes of an image file, a PIL image,
+            or a uint8 numpy array `[H, W, 3]` (RGB) or `[H, W, 4]` (RGBA).
+        edition: "preview" or "1.5".
+        timeout: time limit of a download in seconds.
+        max_bytes: size limit of a download.
+
+    Returns:
+        An RGB image.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the source cannot be fetched or is no readable picture; the message names it.
-        TypeError: a source of another type.
+        ValueError: the source cannot be downloaded or is not a readable image; the message names it.
+        TypeError: the source has another type.
     """
     from PIL import Image
 
-    check_edition(edition)
+    blend_alpha = edition_named(edition).blend_alpha
     name = describe_source(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, edition, name)
+        return _to_rgb(source, blend_alpha, name)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_image_from_array(source), edition, name)
+        return _to_rgb(_image_from_array(source), blend_alpha, name)
     encoded = read_source(source, timeout=timeout, max_bytes=max_bytes)
     try:
         image = Image.open(io.BytesIO(encoded))
@@ -76,68 +66,72 @@ def load_image(
             f"image {name} is not in a format that Pillow can read ({len(encoded)} bytes); pass a PNG, JPEG or WebP"
         ) from error
     with image:
-        return _to_rgb(image, edition, name)
+        return _to_rgb(image, blend_alpha, name)
 
 
 def fetch_image(
     part: Mapping[str, Any],
     *,
-    edition: Edition = "preview",
+    edition: EditionName = "preview",
     pixel_limits: tuple[float, float] | None = None,
-    timeout: float = DOWNLOAD_TIMEOUT,
+    timeout: float = DOWNLOAD_TIMEOUT_SECONDS,
     max_bytes: int = MAX_DOWNLOAD_BYTES,
 ) -> Image:
-    """Loads and resizes the picture of one message part (bicubic, both sides multiples of 28).
+    """Loads the image of one message part and resizes it (bicubic, both sides multiples of 28).
 
     Args:
-        part: has ``image`` or ``image_url`` (a string or ``{"url": ...}``), and may have ``resized_height`` with
-            ``resized_width``, ``min_pixels`` and ``max_pixels``.
-        edition: whose limits and rule for transparency apply.
-        pixel_limits: smallest and largest area if the part sets none; the edition's image limits by default.
-        timeout, max_bytes: as for :func:`load_image`.
+        part: has `image` or `image_url` (a string or `{"url": ...}`), and may have the options `resized_height` together
+            with `resized_width`, `min_pixels` and `max_pixels`.
+        edition: "preview" or "1.5".
+        pixel_limits: smallest and largest area in pixels, for what the part does not set. Default: those of the edition.
+        timeout: time limit of a download in seconds.
+        max_bytes: size limit of a download.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: as for :func:`load_image`, or an option out of range.
+        FileNotFoundError: the file does not exist.
+        ValueError: the image cannot be loaded (see `load_image`), or an option is out of range.
+        TypeError: the source has another type.
     """
-    check_edition(edition)
+    edition_named(edition)
     source = part["image"] if "image" in part else part.get("image_url")
     if isinstance(source, Mapping):
         source = source.get("url")
     if source is None:
-        raise ValueError("an image part needs 'image' or 'image_url' with a path, address, base64 string or picture")
+        raise ValueError("an image part needs 'image' or 'image_url' with a path, URL, base64 string or image")
     image = load_image(source, edition=edition, timeout=timeout, max_bytes=max_bytes)
-    height, width = resized_size(part, image.height, image.width, edition=edition, pixel_limits=pixel_limits)
+    height, width = size_from_options(part, image.height, image.width, edition=edition, pixel_limits=pixel_limits)
     return image.resize((width, height))
 
 
-def resized_size(
+def size_from_options(
     part: Mapping[str, Any],
     height: int,
     width: int,
     *,
-    edition: Edition,
+    edition: EditionName,
     pixel_limits: tuple[float, float] | None = None,
 ) -> tuple[int, int]:
-    """``(height, width)`` that a part's options give a picture of ``height x width``.
+    """Computes `(height, width)` after resizing an image of `height` x `width` pixels with the options of a message part.
 
-    ``resized_height`` and ``resized_width`` win over everything else; only the edition's image limits hold for them,
-    as in the official packages. Otherwise ``min_pixels`` and ``max_pixels`` win over ``pixel_limits``.
+    `resized_height` and `resized_width` take precedence and are limited only by the edition, as in the official packages.
+    Otherwise `min_pixels` and `max_pixels` of the part take precedence over `pixel_limits`.
     """
     for option in ("resized_height", "resized_width", "min_pixels", "max_pixels"):
         value = part.get(option)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
             raise ValueError(f"{option} must be a positive number, got {value!r}")
-    resized = part.get("resized_height"), part.get("resized_width")
-    if (resized[0] is None) != (resized[1] is None):
+    resized_height, resized_width = part.get("resized_height"), part.get("resized_width")
+    if (resized_height is None) != (resized_width is None):
         raise ValueError("resized_height and resized_width must be given together")
-    if resized[0] is not None:
-        height, width = resized
-        min_pixels, max_pixels = IMAGE_PIXEL_LIMITS[edition]
+    edition_limits = edition_named(edition).image_pixel_limits
+    if resized_height is not None:
+        height, width = resized_height, resized_width
+        min_pixels, max_pixels = edition_limits
     else:
-        min_pixels, max_pixels = pixel_limits or IMAGE_PIXEL_LIMITS[edition]
+        min_pixels, max_pixels = pixel_limits or edition_limits
         min_pixels = part.get("min_pixels") or min_pixels
         max_pixels = part.get("max_pixels") or max_pixels
     return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -153,11 +147,11 @@ def _image_from_array(array: np.ndarray) -> Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_rgb(image: Image, edition: Edition, name: str) -> Image:
+def _to_rgb(image: Image, blend_alpha: bool, name: str) -> Image:
     from PIL import Image
 
     try:
-        if image.mode == "RGBA" and edition == "preview":
+        if image.mode == "RGBA" and blend_alpha:
             background = Image.new("RGB", image.size, (255, 255, 255))
             background.paste(image, mask=image.getchannel("A"))
             return background
@@ -170,6 +164,6 @@ def _to_rgb(image: Image, edition: Edition, name: str) -> Image:
 
 def _bomb_error(name: str, error: Exception) -> ValueError:
     return ValueError(
-        f"image {name} is refused as a decompression bomb: {error}; "
+        f"image {name} is rejected as a decompression bomb: {error}; "
         "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS before loading"
     )

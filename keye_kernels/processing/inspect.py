@@ -1,4 +1,4 @@
-"""What the model sees of a video: sampled times, slow and fast frames, tokens by frame; as numbers and as a drawing."""
+"""Reports how a video is sampled: times, slow and fast frames, and tokens per frame, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ from typing import Any
 
 import torch
 
-from .images import Edition
+from keye_kernels.editions import EditionName, edition_named
+
+from .packing import video_prompt
 from .patches import PatchConfig, to_frame_tensors
 from .processor import KeyeProcessor
+from .sampling import sample_indices
 from .slow_fast import FAST, SLOW
+from .tokenizer import FAST_END, FAST_START, FRAME, VIDEO_PAD
 from .videos import fetch_video
 
-THUMBNAIL_HEIGHT = 90
+THUMBNAIL_HEIGHT_PIXELS = 90
 MAX_THUMBNAILS = 12
 
 
 @dataclass(frozen=True)
 class VideoInspection:
-    """A video as the model gets it. N sampled frames.
+    """The N sampled frames of a video and their tokens.
 
     Attributes:
         edition: "preview" or "1.5".
-        seconds: N times; the frame's number where pictures came without ``fps``.
-        frame_types: N numbers, 0 slow and 1 fast; Preview's frames are all slow.
-        frame_sizes: N pairs ``(height, width)`` in pixels.
+        seconds: N times; the frame indices for a list of images without `fps`.
+        frame_types: N numbers, 0 for slow and 1 for fast; all frames of Preview are slow.
+        frame_sizes: N pairs `(height, width)` in pixels.
         frame_tokens: N numbers of vision tokens.
-        text_tokens: tokens of frame markers and times that 1.5 writes between the frames; Keye's tokenizer splits
-            numbers into digits, so they are counted by character.
-        thumbnails: up to 12 of the frames, uint8 ``[3, 90, w]``, by frame number.
+        text_tokens: number of tokens of the markers and times between the frames of 1.5. Times are counted by character, since
+            Keye's tokenizer splits numbers into digits.
+        thumbnails: up to 12 frames, uint8 `[3, 90, w]`, by frame index.
     """
 
-    edition: Edition
+    edition: EditionName
     seconds: list[float]
     frame_types: list[int]
     frame_sizes: list[tuple[int, int]]
@@ -44,15 +48,19 @@ class VideoInspection:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that the video takes of the context, vision and text."""
+        """Number of tokens of the video, vision and text."""
         return sum(self.frame_tokens) + self.text_tokens
 
     def to_text(self, context_length: int | None = None) -> str:
-        """A table of the frames and the total, also as a share of ``context_length``."""
+        """Formats a table of the frames and their total.
+
+        Args:
+            context_length: context length of the model, to report the total as a percentage of it.
+        """
         lines = ["frame  seconds  type  height x width  tokens"]
         rows = zip(self.seconds, self.frame_types, self.frame_sizes, self.frame_tokens, strict=True)
-        for index, (seconds, kind, (height, width), tokens) in enumerate(rows):
-            name = "fast" if kind == FAST else "slow"
+        for index, (seconds, frame_type, (height, width), tokens) in enumerate(rows):
+            name = "fast" if frame_type == FAST else "slow"
             lines.append(f"{index:5d}  {seconds:7.2f}  {name}  {height:6d} x {width:<5d}  {tokens:6d}")
         slow = self.frame_types.count(SLOW)
         total = f"{self.total_tokens} tokens"
@@ -63,35 +71,40 @@ class VideoInspection:
 
 
 def inspect_video(
-    video: Any, processor: KeyeProcessor | Edition = "preview", options: Mapping[str, Any] | None = None
+    video: Any, processor: KeyeProcessor | EditionName = "preview", options: Mapping[str, Any] | None = None
 ) -> VideoInspection:
-    """Samples a video and counts what it costs.
+    """Samples a video as the processor does and counts its tokens.
 
     Args:
-        video: as ``video`` of a message part, see :func:`~keye_kernels.processing.videos.fetch_video`.
-        processor: the checkpoint's processor, or an edition, with that edition's usual limits.
-        options: options of the part, such as ``fps``.
+        video: `video` of a message part, see `process_vision_info`.
+        processor: processor of a checkpoint, or "preview" or "1.5" for the default limits of an edition.
+        options: options of the message part, such as `fps`.
+
+    Returns:
+        The sampled frames and their tokens.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: as for ``fetch_video``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the video cannot be read, or an option is out of range.
+        TypeError: the source has an unsupported type.
     """
     edition = processor.edition if isinstance(processor, KeyeProcessor) else processor
     sampled = fetch_video({**(options or {}), "video": video}, edition=edition)
     frames = to_frame_tensors(sampled.frames, edition)
     config = processor.patch_config if isinstance(processor, KeyeProcessor) else PatchConfig.from_dict({}, edition)
-    if edition == "preview":
+    if edition_named(edition).slow_fast_frames:
+        types = sampled.frame_types.tolist()
+        sizes = [(sampled.slow_size, sampled.fast_size)[frame_type] for frame_type in types]
+        text_tokens = _count_text_tokens(types, sampled.seconds)
+    else:
         types = [SLOW] * len(frames)
         sizes = [config.resized_size(*frames[0].shape[1:])] * len(frames)
         text_tokens = 0
-    else:
-        types = sampled.frame_types.tolist()
-        sizes = [(sampled.slow_size, sampled.fast_size)[kind] for kind in types]
-        text_tokens = _count_text_tokens(types, sampled.seconds)
     seconds = [float(index) for index in range(len(frames))]
     if sampled.seconds is not None:
-        # Preview repeats the last frame of an odd list.
+        # Preview repeats the last frame of a list of odd length.
         seconds = (sampled.seconds.tolist() + sampled.seconds[-1:].tolist())[: len(frames)]
-    shown = torch.linspace(0, len(frames) - 1, min(len(frames), MAX_THUMBNAILS)).round().long().unique().tolist()
+    shown = sample_indices(0, len(frames) - 1, min(len(frames), MAX_THUMBNAILS))
     return VideoInspection(
         edition,
         seconds,
@@ -104,38 +117,38 @@ def inspect_video(
 
 
 def plot_inspection(inspection: VideoInspection, path: str | Path, context_length: int | None = None) -> None:
-    """Draws the frames on a time line, slow and fast ones marked, into an image file.
+    """Plots the frames on a time line, with different colours for slow and fast frames, and writes an image file.
 
     Args:
-        inspection: from :func:`inspect_video`.
+        inspection: what `inspect_video` returned.
         path: PNG, PDF or SVG file to write.
-        context_length: the model's, to name the share of it.
+        context_length: context length of the model, to show the total as a percentage of it.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'keye_kernels[bench]'") from error
     figure = Figure(figsize=(14, 4.5), layout="constrained")
-    pictures, bars = figure.subplots(2, 1, height_ratios=(1, 2))
-    pictures.axis("off")
-    pictures.set_xlim(0, 1)
-    pictures.set_ylim(0, 1)
-    for place, (index, thumbnail) in enumerate(inspection.thumbnails.items()):
-        left, width = place / len(inspection.thumbnails), 1 / len(inspection.thumbnails)
-        axes = pictures.inset_axes((left, 0, width * 0.96, 0.85))
+    images, bars = figure.subplots(2, 1, height_ratios=(1, 2))
+    images.axis("off")
+    images.set_xlim(0, 1)
+    images.set_ylim(0, 1)
+    width = 1 / len(inspection.thumbnails)
+    for column, (index, thumbnail) in enumerate(inspection.thumbnails.items()):
+        axes = images.inset_axes((column * width, 0, width * 0.96, 0.85))
         axes.imshow(thumbnail.permute(1, 2, 0).numpy())
         axes.set_title(f"{inspection.seconds[index]:.1f} s", fontsize=8)
         axes.axis("off")
-    for kind, name, colour in ((SLOW, "slow", "tab:blue"), (FAST, "fast", "tab:orange")):
-        chosen = [index for index, of_frame in enumerate(inspection.frame_types) if of_frame == kind]
-        if not chosen:
+    for frame_type, name, colour in ((SLOW, "slow", "tab:blue"), (FAST, "fast", "tab:orange")):
+        indices = [index for index, value in enumerate(inspection.frame_types) if value == frame_type]
+        if not indices:
             continue
-        times = [inspection.seconds[index] for index in chosen]
-        tokens = [inspection.frame_tokens[index] for index in chosen]
-        bars.vlines(times, 0, tokens, color=colour, label=f"{name} ({len(chosen)} frames)")
+        times = [inspection.seconds[index] for index in indices]
+        tokens = [inspection.frame_tokens[index] for index in indices]
+        bars.vlines(times, 0, tokens, color=colour, label=f"{name} ({len(indices)} frames)")
         bars.plot(times, tokens, "o", color=colour, markersize=4)
     title = f"Keye {inspection.edition}: {inspection.total_tokens} tokens"
     if context_length:
@@ -147,10 +160,13 @@ def plot_inspection(inspection: VideoInspection, path: str | Path, context_lengt
 
 
 def _count_text_tokens(types: list[int], seconds: torch.Tensor | None) -> int:
-    markers = sum(3 if kind == FAST else 1 for kind in types)
-    return markers + (0 if seconds is None else sum(len(format(time, ".1f")) for time in seconds.tolist()))
+    # One token per marker and per character of a time
+    text = video_prompt(types, seconds).replace(VIDEO_PAD, "")
+    for marker in (FRAME, FAST_START, FAST_END):
+        text = text.replace(marker, "#")
+    return len(text)
 
 
 def _thumbnail(frame: torch.Tensor) -> torch.Tensor:
-    size = (THUMBNAIL_HEIGHT, max(1, round(frame.shape[2] * THUMBNAIL_HEIGHT / frame.shape[1])))
+    size = (THUMBNAIL_HEIGHT_PIXELS, max(1, round(frame.shape[2] * THUMBNAIL_HEIGHT_PIXELS / frame.shape[1])))
     return torch.nn.functional.interpolate(frame[None], size, mode="bilinear", antialias=True)[0]

@@ -1,7 +1,7 @@
-"""Keye-VL-1.5 videos: slow and fast frames resized, packed in time order, and written into the prompt.
+"""Keye-VL-1.5 videos: resizes slow and fast frames, packs their patches in time order, and builds the video's prompt.
 
-Symbols: N frames, P patches, h and w rows and columns of patches. Source: processor of the transformers pull request
-41040 and vLLM, which agree; see :mod:`keye_kernels.processing.patches` for the pixels.
+Symbols: N frames, P patches, h and w rows and columns of patches. Agrees with the processor of transformers pull request
+41040 and with vLLM; see docs/models/keye_vl_1_5.md, "Processor".
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .tokenizer import FAST_END, FAST_START, FRAME, VIDEO_PAD
 
 @dataclass(frozen=True)
 class PackedVideo:
-    """One video ready for the model.
+    """One video as the model's input.
 
     Attributes:
-        patches: uint8 ``[P, 3, 14, 14]``, frame by frame in time order.
-        grid_thw: run-length grids: neighbouring frames of equal size share one row ``(frames, h, w)``.
-        tokens: number of placeholders of each of the N frames.
-        prompt: what one ``<|video_pad|>`` of the prompt becomes, with one placeholder a frame.
+        patches: uint8 `[P, 3, 14, 14]`, frame by frame in time order.
+        grid_thw: `(frames, h, w)` for each run of consecutive frames of equal size.
+        tokens: N numbers of vision tokens, one per frame.
+        prompt: replaces `<|video_pad|>` in the prompt; has one placeholder per frame.
     """
 
     patches: torch.Tensor
@@ -43,20 +43,21 @@ def pack_video(
     frame_types: Sequence[int] | None = None,
     timestamps: Sequence[float] | None = None,
 ) -> PackedVideo:
-    """Resizes and packs one video.
+    """Resizes the frames of one video and packs their patches.
 
     Args:
-        frames: N tensors uint8 ``[3, H, W]``.
-        config: patch size, limits and normalisation.
-        slow_size, fast_size: ``(height, width)`` in pixels, multiples of 28; by default what the image processor gives
-            the first frame.
-        frame_types: N numbers, 0 slow and 1 fast; all slow by default.
-        timestamps: N times in seconds, or None to leave them out of the prompt.
+        frames: N tensors uint8 `[3, H, W]`.
+        config: settings of the image processor.
+        slow_size: `(height, width)` of slow frames in pixels, multiples of 28. Default: the size to which the image
+            processor resizes the first frame.
+        fast_size: `(height, width)` of fast frames, likewise.
+        frame_types: N numbers, 0 for slow and 1 for fast. Default: all slow.
+        timestamps: N times in seconds, written into the prompt. Default: no times.
 
     Raises:
-        ValueError: a size, type or count that does not fit the frames.
+        ValueError: a size, a frame type or the number of entries does not fit the frames.
     """
-    frame_types = [SLOW] * len(frames) if frame_types is None else [int(kind) for kind in frame_types]
+    frame_types = [SLOW] * len(frames) if frame_types is None else [int(frame_type) for frame_type in frame_types]
     if len(frame_types) != len(frames) or not set(frame_types) <= {SLOW, FAST}:
         raise ValueError(
             f"frame_types must hold one 0 (slow) or 1 (fast) for each of the {len(frames)} frames, "
@@ -66,25 +67,25 @@ def pack_video(
         raise ValueError(f"timestamps must hold one time for each of the {len(frames)} frames, got {len(timestamps)}")
     default_size = config.resized_size(*frames[0].shape[-2:])
     sizes = {SLOW: slow_size or default_size, FAST: fast_size or default_size}
-    grids = [config.grid(*sizes[kind]) for kind in frame_types]
+    grids = [config.grid(*sizes[frame_type]) for frame_type in frame_types]
 
     lengths = [rows * columns for rows, columns in grids]
     patches = torch.empty(sum(lengths), 3, config.patch_size, config.patch_size, dtype=torch.uint8)
     targets = patches.split(lengths)
-    for frame, kind, target in zip(frames, frame_types, targets, strict=True):
-        # On 8-bit pixels, so that the result is rounded to whole grey levels as in the official processor.
-        resized = torch.nn.functional.interpolate(frame[None], sizes[kind], mode="bilinear", antialias=True)[0]
+    for frame, frame_type, target in zip(frames, frame_types, targets, strict=True):
+        # Resizing uint8 rounds to whole pixel values, as the official processor does.
+        resized = torch.nn.functional.interpolate(frame[None], sizes[frame_type], mode="bilinear", antialias=True)[0]
         target.copy_(config.patchify(resized))
 
-    runs = [(len(list(run)), *grid) for grid, run in groupby(grids)]
+    grid_thw = [(len(list(run)), *grid) for grid, run in groupby(grids)]
     tokens = [length // config.merge_size**2 for length in lengths]
-    return PackedVideo(patches, runs, tokens, frame_prompts(frame_types, timestamps))
+    return PackedVideo(patches, grid_thw, tokens, video_prompt(frame_types, timestamps))
 
 
-def frame_prompts(frame_types: Sequence[int], timestamps: Sequence[float] | None) -> str:
-    """Per frame: marker, time in seconds with one decimal, and a placeholder, wrapped for fast frames."""
+def video_prompt(frame_types: Sequence[int], timestamps: Sequence[float] | None) -> str:
+    """Builds the prompt of a video: a marker, the time in seconds and a placeholder per frame."""
     pieces = []
-    for index, kind in enumerate(frame_types):
+    for index, frame_type in enumerate(frame_types):
         time = "" if timestamps is None else format(float(timestamps[index]), ".1f")
-        pieces.append(FRAME + time + (FAST_START + VIDEO_PAD + FAST_END if kind == FAST else VIDEO_PAD))
+        pieces.append(FRAME + time + (FAST_START + VIDEO_PAD + FAST_END if frame_type == FAST else VIDEO_PAD))
     return "".join(pieces)

@@ -1,4 +1,4 @@
-"""Pictures to patches: the image processor's arithmetic, from 8-bit pixels to 14 x 14 patches and their normalisation.
+"""The image processor's arithmetic: 8-bit images to 14 x 14 patches, and their normalisation.
 
 Symbols: P patches, T frames, h and w rows and columns of patches.
 """
@@ -6,38 +6,49 @@ Symbols: P patches, T frames, h and w rows and columns of patches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from .images import Edition, load_image
-from .resize import smart_resize_processor
+from keye_kernels.editions import PREVIEW, EditionName, edition_named
+from keye_kernels.pixel_norm import PixelNorm
 
-BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, which preprocessor_config.json uses
-DEFAULT_RESAMPLE = {"preview": BICUBIC, "1.5": BILINEAR}
+from .images import load_image
+from .resize import smart_resize_processor
 
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """What ``preprocessor_config.json`` says about pictures."""
+    """The settings of the image processor, read from `preprocessor_config.json`.
+
+    Attributes:
+        min_pixels: smallest area of a resized image, in pixels.
+        max_pixels: largest area of a resized image, in pixels.
+        patch_size: side of a patch, in pixels.
+        merge_size: the language model gets one token per `merge_size` x `merge_size` patches.
+        norm: normalisation of the pixels.
+        resample: Pillow's number of the resize filter.
+    """
 
     min_pixels: int = 3136
     max_pixels: int = 1003520
     patch_size: int = 14
     merge_size: int = 2
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
-    resample: int = BICUBIC
+    norm: PixelNorm = field(default_factory=PixelNorm)
+    resample: int = PREVIEW.resample
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], edition: Edition) -> PatchConfig:
+    def from_dict(cls, config: Mapping[str, Any], edition: EditionName) -> PatchConfig:
         """Reads a preprocessor configuration.
 
+        Args:
+            config: content of `preprocessor_config.json`; missing entries keep their defaults.
+            edition: "preview" or "1.5"; determines the default of `resample`.
+
         Raises:
-            ValueError: a value that the model cannot take, such as a temporal patch size other than 1.
+            ValueError: the model does not support a value, such as a temporal patch size other than 1.
         """
         if config.get("temporal_patch_size", 1) != 1:
             raise ValueError(
@@ -48,31 +59,26 @@ class PatchConfig:
             "min_pixels": config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge"),
         }
-        values = {name: int(value) for name, value in limits.items() if value is not None}
-        values["resample"] = DEFAULT_RESAMPLE[edition]
-        for name in ("patch_size", "merge_size", "rescale_factor", "resample"):
+        values: dict[str, Any] = {name: int(value) for name, value in limits.items() if value is not None}
+        values["resample"] = edition_named(edition).resample
+        for name in ("patch_size", "merge_size", "resample"):
             if config.get(name) is not None:
                 values[name] = config[name]
-        for name in ("image_mean", "image_std"):
-            if config.get(name) is not None:
-                if len(config[name]) != 3:
-                    raise ValueError(f"{name} in preprocessor_config.json must hold 3 numbers, got {config[name]}")
-                values[name] = tuple(float(number) for number in config[name])
-        return cls(**values)
+        return cls(**values, norm=PixelNorm.from_dict(config))
 
     @property
     def factor(self) -> int:
-        """Sides of resized pictures are multiples of this many pixels."""
+        """Sides of resized images are multiples of this number of pixels."""
         return self.patch_size * self.merge_size
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """``(height, width)`` the image processor gives a picture."""
+        """Computes `(height, width)` to which the image processor resizes an image of this size."""
         return smart_resize_processor(
             height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels, factor=self.factor
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """``(h, w)`` in patches of a resized picture."""
+        """Computes `(h, w)`, rows and columns of patches, of a resized image."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
             raise ValueError(
                 f"height and width of resized frames must be multiples of {self.factor}, got {height}x{width}"
@@ -80,32 +86,41 @@ class PatchConfig:
         return height // self.patch_size, width // self.patch_size
 
     def patchify(self, frame: torch.Tensor) -> torch.Tensor:
-        """Patches, row by row, of one picture whose size is already right.
+        """Splits a resized image into patches, row by row.
 
         Args:
-            frame: uint8 ``[3, H, W]``.
+            frame: uint8 `[3, H, W]`.
 
         Returns:
-            uint8 ``[h * w, 3, patch_size, patch_size]``.
+            uint8 `[h * w, 3, patch_size, patch_size]`.
         """
         rows, columns = self.grid(*frame.shape[-2:])
         blocks = frame.reshape(3, rows, self.patch_size, columns, self.patch_size)
         return blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, self.patch_size, self.patch_size)
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """``(patches * rescale_factor - mean) / std`` of uint8 ``[P, 3, 14, 14]``, float32 of the same shape."""
-        mean = torch.tensor(self.image_mean).view(3, 1, 1)
-        std = torch.tensor(self.image_std).view(3, 1, 1)
-        return patches.float().mul_(self.rescale_factor).sub_(mean).div_(std)
-
-    def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Patches of one picture or of one Preview video; the first frame decides the size of all.
+        """Applies `norm` to patches.
 
         Args:
-            frames: uint8 RGB arrays ``[H, W, 3]``.
+            patches: uint8 `[P, 3, 14, 14]`.
 
         Returns:
-            ``(patches, (T, h, w))``: uint8 ``[T * h * w, 3, 14, 14]``, frame by frame and row by row.
+            float32 `[P, 3, 14, 14]`.
+        """
+        mean = torch.tensor(self.norm.image_mean).view(3, 1, 1)
+        std = torch.tensor(self.norm.image_std).view(3, 1, 1)
+        return patches.float().mul_(self.norm.rescale_factor).sub_(mean).div_(std)
+
+    def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Resizes one image, or the frames of one Preview video, and splits them into patches.
+
+        All frames get the size that the first one determines.
+
+        Args:
+            frames: T uint8 RGB arrays `[H, W, 3]`.
+
+        Returns:
+            `(patches, (T, h, w))` with patches uint8 `[T * h * w, 3, 14, 14]`, frame by frame and row by row.
         """
         from PIL import Image
 
@@ -118,23 +133,24 @@ class PatchConfig:
         return patches, (len(frames), rows, columns)
 
 
-def to_frame_array(image: Any, edition: Edition) -> np.ndarray:
-    """uint8 RGB array ``[H, W, 3]`` of anything :func:`load_image` takes, or of a tensor ``[3, H, W]``."""
+def to_frame_array(image: Any, edition: EditionName) -> np.ndarray:
+    """Converts a tensor `[3, H, W]`, or anything that `load_image` takes, to a uint8 RGB array `[H, W, 3]`."""
     if isinstance(image, torch.Tensor):
         return _check_tensor(image).permute(1, 2, 0).contiguous().numpy()
     return np.asarray(load_image(image, edition=edition))
 
 
-def to_frame_tensors(video: Any, edition: Edition) -> list[torch.Tensor]:
-    """Frames of one video, each uint8 ``[3, H, W]``.
+def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
+    """Converts one video to a list of frames, each uint8 `[3, H, W]`.
 
     Args:
-        video: tensor ``[T, 3, H, W]`` (uint8, or float holding 0 to 255), uint8 array ``[T, H, W, 3]``, or a list of
-            pictures or tensors ``[3, H, W]``, which may differ in size.
-        edition: whose rule for transparency applies.
+        video: tensor `[T, 3, H, W]` (uint8, or float with values from 0 to 255), uint8 array `[T, H, W, 3]`, or a list of
+            images or tensors `[3, H, W]`, which may differ in size.
+        edition: "preview" or "1.5".
 
     Raises:
-        ValueError, TypeError: another shape or type, no frames, or values outside 0 to 255.
+        ValueError: the shape is wrong, there are no frames, or values are outside 0 to 255.
+        TypeError: the video has another type.
     """
     if isinstance(video, torch.Tensor):
         if video.ndim != 4 or video.shape[1] != 3:
@@ -151,7 +167,7 @@ def to_frame_tensors(video: Any, edition: Edition) -> list[torch.Tensor]:
         ]
     else:
         raise TypeError(
-            "a video must be a tensor [T, 3, H, W], a uint8 array [T, H, W, 3] or a list of pictures, "
+            "a video must be a tensor [T, 3, H, W], a uint8 array [T, H, W, 3] or a list of images, "
             f"got {type(video).__name__}; read files with process_vision_info first"
         )
     if not frames:
@@ -160,7 +176,7 @@ def to_frame_tensors(video: Any, edition: Edition) -> list[torch.Tensor]:
 
 
 def to_uint8(pixels: torch.Tensor, name: str) -> torch.Tensor:
-    """The same pixels as uint8 on the CPU; floating values must be in 0 to 255 and are rounded."""
+    """Converts pixels to uint8 on the CPU; floating-point values must be from 0 to 255 and are rounded."""
     pixels = pixels.detach().cpu()
     if pixels.dtype == torch.uint8:
         return pixels

@@ -1,4 +1,4 @@
-"""One processor for both editions: conversations, pictures and videos to the model's inputs."""
+"""The processor of both editions: conversations, images and videos to the model's inputs."""
 
 from __future__ import annotations
 
@@ -10,47 +10,59 @@ from typing import Any
 
 import torch
 
+from keye_kernels.editions import EDITIONS, EditionName, edition_of
+
 from .arguments import (
     align_timestamps,
-    check_count,
-    expand,
+    check_placeholders,
     frame_size,
     list_images,
     list_prompts,
     list_videos,
     per_video,
     repeat_ids,
+    replace_placeholders,
     seconds_per_grid,
 )
 from .batch import BatchFeature
-from .images import Edition
 from .packing import PackedVideo, pack_video
 from .patches import PatchConfig, to_frame_array, to_frame_tensors
 from .prompts import load_chat_template, render_chat_template
 from .tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer, read_json
 from .vision_info import Messages, process_vision_info, split_conversations
 
-EDITIONS: dict[str, Edition] = {"Keye": "preview", "KeyeVL1_5": "1.5"}
-VIDEO_KWARGS = {
-    "preview": ("fps",),
-    "1.5": ("height", "width", "fast_height", "fast_width", "timestamps", "frame_types"),
-}
+# Video arguments with one entry per frame
+PER_FRAME_KWARGS = ("timestamps", "frame_types")
 
 
 class KeyeProcessor:
-    """Tokenizer, chat template and image processor of a Keye checkpoint.
+    """Converts conversations, images and videos to the inputs of a Keye model.
+
+    Create one with `KeyeProcessor.from_pretrained`.
 
     Attributes:
-        edition: "preview" or "1.5", for :func:`process_vision_info`.
-        tokenizer: :class:`KeyeTokenizer`.
-        chat_template: the Jinja source.
-        patch_config: :class:`PatchConfig`.
-        image_token_id, video_token_id: ids of the placeholders.
+        edition: "preview" or "1.5"; pass it to `process_vision_info`.
+        tokenizer: the `KeyeTokenizer`.
+        chat_template: source of the Jinja chat template.
+        patch_config: the `PatchConfig`, settings of the image processor.
+        image_token_id: id of the image placeholder.
+        video_token_id: id of the video placeholder.
     """
 
     def __init__(
-        self, tokenizer: KeyeTokenizer, patch_config: PatchConfig, chat_template: str, edition: Edition
+        self, tokenizer: KeyeTokenizer, patch_config: PatchConfig, chat_template: str, edition: EditionName
     ) -> None:
+        """Creates a processor from its parts.
+
+        Args:
+            tokenizer: the tokenizer.
+            patch_config: settings of the image processor.
+            chat_template: source of the Jinja chat template.
+            edition: "preview" or "1.5".
+
+        Raises:
+            ValueError: the tokenizer has no token for the image or video placeholder.
+        """
         self.tokenizer = tokenizer
         self.patch_config = patch_config
         self.chat_template = chat_template
@@ -62,26 +74,25 @@ class KeyeProcessor:
     def from_pretrained(
         cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> KeyeProcessor:
-        """Reads a checkpoint's folder.
+        """Loads the processor of a checkpoint. The edition is read from `config.json`.
 
         Args:
-            path: has ``config.json``, ``preprocessor_config.json``, ``tokenizer.json`` and, where present,
-                ``tokenizer_config.json`` and ``chat_template.jinja`` or ``.json``.
-            min_pixels, max_pixels: limits of a picture's area in place of the configured ones.
+            path: folder of the checkpoint, with `config.json`, `preprocessor_config.json` and `tokenizer.json`, and
+                optionally `tokenizer_config.json` and `chat_template.jinja` or `chat_template.json`.
+            min_pixels: smallest area of a resized image in pixels. Default: that of `preprocessor_config.json`.
+            max_pixels: largest area of a resized image in pixels. Default: that of `preprocessor_config.json`.
+
+        Returns:
+            The processor.
 
         Raises:
-            FileNotFoundError: the folder or a file in it does not exist.
-            ValueError: an unknown ``model_type``, or a file that cannot be read.
+            FileNotFoundError: the folder or a required file does not exist.
+            ValueError: `model_type` is not that of a Keye checkpoint, or a file cannot be read.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"path {str(path)!r} is not a folder; pass the folder of a Keye checkpoint")
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type not in EDITIONS:
-            raise ValueError(
-                f"model_type in {folder / 'config.json'} must be one of {list(EDITIONS)}, got {model_type!r}"
-            )
-        edition = EDITIONS[model_type]
+        edition = edition_of(read_json(folder / "config.json").get("model_type")).name
         patch_config = PatchConfig.from_dict(read_json(folder / "preprocessor_config.json"), edition)
         overrides = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         patch_config = replace(patch_config, **{name: value for name, value in overrides.items() if value is not None})
@@ -95,20 +106,21 @@ class KeyeProcessor:
         tokenize: bool = False,
         **variables: Any,
     ) -> str | list[str] | BatchFeature:
-        """The prompt of a conversation, or of each conversation in a batch.
+        """Renders the prompt of a conversation, or of each conversation of a batch.
 
         Args:
-            messages: one conversation (a list of turns) or a list of them; never modified.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            thinking: None or "auto" (the model decides), "think" or "no_think".
-            tokenize: load the pictures and videos as well and return the model's inputs.
-            variables: further names the template may read, such as ``add_vision_id``.
+            messages: one conversation (a list of turns) or a list of conversations; not modified.
+            add_generation_prompt: end the prompt with the start of the assistant's turn.
+            thinking: "think", "no_think", or None or "auto" to let the model decide.
+            tokenize: also load the images and videos, and return the model's inputs.
+            **variables: other variables of the template, such as `add_vision_id`.
 
         Returns:
-            A string, or a list of strings for a batch; with ``tokenize`` a :class:`BatchFeature`.
+            A string, or a list of strings for a batch. With `tokenize`, the same `BatchFeature` as calling the processor.
 
         Raises:
-            ValueError, TypeError: messages that are no conversation, an empty prompt or an unknown mode.
+            ValueError: the prompt is empty, the thinking mode is unknown, or a turn has no role or content.
+            TypeError: `messages` is not a list of turns.
         """
         prompts = [
             render_chat_template(
@@ -137,104 +149,108 @@ class KeyeProcessor:
         pixel_dtype: str = "float32",
         **video_kwargs: Any,
     ) -> BatchFeature:
-        """The model's inputs for prompts with pictures and videos.
+        """Converts prompts with images and videos to the model's inputs.
 
         Args:
-            text: one prompt or several; each ``<|image_pad|>`` and ``<|video_pad|>`` stands for one picture or video.
-            images: pictures in the order of their placeholders over all prompts.
-            videos: videos likewise: tensors ``[T, 3, H, W]``, uint8 arrays ``[T, H, W, 3]``, or lists of pictures or
-                tensors ``[3, H, W]``.
-            padding: True or "longest" pads shorter prompts; False needs prompts of equal length.
-            return_tensors: "pt".
-            padding_side: "left" for generation, or "right".
-            pixel_dtype: "float32", or "uint8" for patches not normalised yet, of a quarter of the size; the model
-                then applies ``rescale_factor``, ``image_mean`` and ``image_std`` of :attr:`patch_config`.
-            video_kwargs: what :func:`process_vision_info` returned. Preview: ``fps``, a number or one for each video.
-                1.5: ``height``, ``width``, ``fast_height``, ``fast_width``, ``frame_types`` and ``timestamps``, each a
-                list over videos. Where keye-vl-utils left out the ``timestamps`` of some videos, they are matched by
-                their lengths.
+            text: one prompt or a list of prompts. Each `<|image_pad|>` stands for one image and each `<|video_pad|>` for
+                one video.
+            images: images, in the order of their placeholders over all prompts.
+            videos: videos, in the order of their placeholders. A video is a tensor `[T, 3, H, W]`, a uint8 array
+                `[T, H, W, 3]`, or a list of images or tensors `[3, H, W]`.
+            padding: True or "longest" pads to the longest prompt; False requires prompts of equal length.
+            return_tensors: must be "pt".
+            padding_side: "left" (for generation) or "right".
+            pixel_dtype: "float32", or "uint8" for patches that are not normalised. uint8 takes a quarter of the memory, and
+                `Keye` normalises the patches with `norm` of `patch_config`.
+            **video_kwargs: what `process_vision_info` returned. For Preview `fps`, one number or one per video. For 1.5
+                `height`, `width`, `fast_height`, `fast_width`, `frame_types` and `timestamps`, each a list with one entry
+                per video. `timestamps` may leave out the videos without times, as `keye_vl_utils` does.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` int64 ``[B, S]``; with pictures ``pixel_values`` of ``pixel_dtype``
-            ``[P, 3, 14, 14]`` and ``image_grid_thw`` int64 ``[images, 3]``; with videos ``pixel_values_videos`` and
-            ``video_grid_thw``, and ``second_per_grid_ts`` float32 ``[videos]`` (Preview) or ``num_frames`` int64
-            ``[videos]`` (1.5).
+            `input_ids` and `attention_mask`, int64 `[B, S]`. With images also `pixel_values`, `[P, 3, 14, 14]` of
+                `pixel_dtype`, and `image_grid_thw`, int64 `[images, 3]`. With videos also `pixel_values_videos` and
+                `video_grid_thw`, and `second_per_grid_ts`, float32 `[videos]` (Preview), or `num_frames`, int64 `[videos]`
+                (1.5).
 
         Raises:
-            ValueError: an empty prompt, other numbers of placeholders than of pictures or videos, or an argument out
-                of range.
-            TypeError: an argument of another type, or a keyword of the other edition.
+            ValueError: a prompt is empty, the number of placeholders differs from the number of images or videos, or an
+                argument is out of range.
+            TypeError: an argument has another type, or belongs to the other edition.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         prompts = list_prompts(text)
-        unknown = sorted(set(video_kwargs) - set(VIDEO_KWARGS[self.edition]))
+        edition = EDITIONS[self.edition]
+        unknown = sorted(set(video_kwargs) - set(edition.video_kwargs))
         if unknown:
             raise TypeError(
                 f"unexpected keyword arguments {unknown}: a checkpoint of edition {self.edition!r} takes "
-                f"{VIDEO_KWARGS[self.edition]}; call process_vision_info with edition={self.edition!r}"
+                f"{edition.video_kwargs}; call process_vision_info with edition={self.edition!r}"
             )
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-        finish = self._pixel_finish(pixel_dtype)
+        concatenate = self._concatenate_as(pixel_dtype)
         outputs = BatchFeature(input_ids=None, attention_mask=None)
-        merged = self.patch_config.merge_size**2
-        # Tokens that each placeholder left in the prompts stands for.
+        merged_patches = self.patch_config.merge_size**2
+        # Number of tokens of each placeholder in the prompts
         image_tokens: list[int] = []
         video_tokens: list[int] = []
 
         images = list_images(images)
-        check_count("image", IMAGE_PAD, prompts, len(images))
+        check_placeholders("image", IMAGE_PAD, prompts, len(images))
         if images:
             packed = [self.patch_config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
-            outputs["pixel_values"] = finish([patches for patches, _ in packed])
+            outputs["pixel_values"] = concatenate([patches for patches, _ in packed])
             outputs["image_grid_thw"] = torch.tensor([grid for _, grid in packed])
-            image_tokens = [math.prod(grid) // merged for _, grid in packed]
+            image_tokens = [math.prod(grid) // merged_patches for _, grid in packed]
 
         videos = list_videos(videos)
-        check_count("video", VIDEO_PAD, prompts, len(videos))
-        if videos and self.edition == "preview":
-            packed = [self._preview_video(video) for video in videos]
-            outputs["pixel_values_videos"] = finish([patches for patches, _ in packed])
+        check_placeholders("video", VIDEO_PAD, prompts, len(videos))
+        if videos and edition.slow_fast_frames:
+            packed = self._pack_slow_fast_videos(videos, video_kwargs)
+            outputs["pixel_values_videos"] = concatenate([video.patches for video in packed])
+            outputs["video_grid_thw"] = torch.tensor([grid for video in packed for grid in video.grid_thw])
+            outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed])
+            prompts = replace_placeholders(prompts, VIDEO_PAD, [video.prompt for video in packed])
+            video_tokens = [tokens for video in packed for tokens in video.tokens]
+        elif videos:
+            packed = [self._pack_preview_video(video) for video in videos]
+            outputs["pixel_values_videos"] = concatenate([patches for patches, _ in packed])
             outputs["video_grid_thw"] = torch.tensor([grid for _, grid in packed])
             outputs["second_per_grid_ts"] = seconds_per_grid(video_kwargs.get("fps"), len(videos))
-            video_tokens = [math.prod(grid) // merged for _, grid in packed]
-        elif videos:
-            packed = self._slow_fast_videos(videos, video_kwargs)
-            outputs["pixel_values_videos"] = finish([video.patches for video in packed])
-            outputs["video_grid_thw"] = torch.tensor([row for video in packed for row in video.grid_thw])
-            outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed])
-            prompts = expand(prompts, VIDEO_PAD, [video.prompt for video in packed])
-            video_tokens = [tokens for video in packed for tokens in video.tokens]
+            video_tokens = [math.prod(grid) // merged_patches for _, grid in packed]
 
         repeats = {self.image_token_id: iter(image_tokens), self.video_token_id: iter(video_tokens)}
-        rows = [repeat_ids(self.tokenizer.encode(prompt), repeats) for prompt in prompts]
-        outputs["input_ids"], outputs["attention_mask"] = self._pad(rows, padding, padding_side)
+        sequences = [repeat_ids(self.tokenizer.encode(prompt), repeats) for prompt in prompts]
+        outputs["input_ids"], outputs["attention_mask"] = self._pad(sequences, padding, padding_side)
         return outputs
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """As :meth:`KeyeTokenizer.decode`."""
+        """Converts the ids of one sequence to text; arguments as for `KeyeTokenizer.decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As :meth:`KeyeTokenizer.batch_decode`."""
+        """Converts the ids of several sequences to texts; arguments as for `KeyeTokenizer.batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
-    def _preview_video(self, video: Any) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def _pack_preview_video(self, video: Any) -> tuple[torch.Tensor, tuple[int, int, int]]:
         frames = to_frame_tensors(video, self.edition)
         return self.patch_config.frames_to_patches([frame.permute(1, 2, 0).contiguous().numpy() for frame in frames])
 
-    def _slow_fast_videos(self, videos: list[Any], video_kwargs: Mapping[str, Any]) -> list[PackedVideo]:
+    def _pack_slow_fast_videos(self, videos: list[Any], video_kwargs: Mapping[str, Any]) -> list[PackedVideo]:
+        # Only videos need these tokens, so a tokenizer without them still works for images.
+        for token in (FRAME, FAST_START, FAST_END):
+            self.tokenizer.token_to_id(token)
         frames = [to_frame_tensors(video, self.edition) for video in videos]
         timestamps = align_timestamps(video_kwargs.get("timestamps"), [len(video) for video in frames])
-        columns = {
-            name: per_video(name, value, len(videos), nested=name in ("timestamps", "frame_types"))
-            for name in VIDEO_KWARGS["1.5"]
-            for value in [timestamps if name == "timestamps" else video_kwargs.get(name)]
+        given = {**video_kwargs, "timestamps": timestamps}
+        values = {
+            name: per_video(name, given.get(name), len(videos), nested=name in PER_FRAME_KWARGS)
+            for name in EDITIONS[self.edition].video_kwargs
         }
         packed = []
         for index, video in enumerate(frames):
-            options = {name: column[index] for name, column in columns.items()}
+            options = {name: value[index] for name, value in values.items()}
             packed.append(
                 pack_video(
                     video,
@@ -245,12 +261,10 @@ class KeyeProcessor:
                     timestamps=options["timestamps"],
                 )
             )
-        # Only videos need these tokens, so older tokenizers stay usable for pictures.
-        for token in (FRAME, FAST_START, FAST_END):
-            self.tokenizer.token_to_id(token)
         return packed
 
-    def _pixel_finish(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    def _concatenate_as(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        """Returns the function that concatenates uint8 patches and converts them to `pixel_dtype`."""
         name = str(pixel_dtype).removeprefix("torch.")
         if name not in ("float32", "uint8"):
             raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
@@ -258,19 +272,19 @@ class KeyeProcessor:
             return torch.cat
         return lambda patches: self.patch_config.normalize(torch.cat(patches))
 
-    def _pad(self, rows: list[list[int]], padding: bool | str, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, sequences: list[list[int]], padding: bool | str, side: str) -> tuple[torch.Tensor, torch.Tensor]:
         if padding not in (True, False, "longest"):
             raise ValueError(f"padding must be True, 'longest' or False, got {padding!r}")
-        lengths = [len(row) for row in rows]
+        lengths = [len(ids) for ids in sequences]
         if len(set(lengths)) > 1:
             if not padding:
                 raise ValueError(f"padding=False needs prompts of equal length, got {lengths} tokens; use padding=True")
             if self.tokenizer.pad_token_id is None:
-                raise ValueError("a batch of unequal prompts needs pad_token or eos_token in tokenizer_config.json")
-        input_ids = torch.full((len(rows), max(lengths)), self.tokenizer.pad_token_id or 0, dtype=torch.int64)
+                raise ValueError("padding needs pad_token or eos_token in tokenizer_config.json, and there is neither")
+        input_ids = torch.full((len(sequences), max(lengths)), self.tokenizer.pad_token_id or 0, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            place = slice(-len(row), None) if side == "left" else slice(len(row))
-            input_ids[index, place] = torch.tensor(row)
-            attention_mask[index, place] = 1
+        for index, ids in enumerate(sequences):
+            slots = slice(-len(ids), None) if side == "left" else slice(len(ids))
+            input_ids[index, slots] = torch.tensor(ids)
+            attention_mask[index, slots] = 1
         return input_ids, attention_mask

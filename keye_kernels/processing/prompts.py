@@ -1,4 +1,4 @@
-"""Conversations to prompts: the checkpoint's chat template, thinking modes, and answers taken apart again."""
+"""Renders conversations to prompts with the checkpoint's chat template, and splits answers into thinking and answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .tokenizer import read_json
+from .tokenizer import IMAGE_PAD, read_json
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 THINKING_SUFFIXES = {None: "", "auto": "", "think": "/think", "no_think": "/no_think"}
 
-# The processor template of both editions, for checkpoints that bring none.
+# The template of both editions' processors, for checkpoints without a template.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- set counter = namespace(image=0, video=0) -%}
 {%- for message in messages -%}
@@ -48,14 +48,17 @@ DEFAULT_CHAT_TEMPLATE = """\
 
 
 def load_chat_template(path: str | Path) -> str:
-    """The chat template that transformers' processor would use for a checkpoint's folder.
+    """Loads the chat template that the processor of transformers would use for a checkpoint.
 
-    ``chat_template.jinja`` comes before ``chat_template.json``. The tokenizer's own template in
-    ``tokenizer_config.json`` counts only if it knows pictures: Preview's is a text-only one. Keye's default is used
-    if none is left.
+    Looks for `chat_template.jinja`, then `chat_template.json`, then the tokenizer's template in `tokenizer_config.json`.
+    The tokenizer's template is skipped if it has no image placeholder; Preview's is text-only. Otherwise returns Keye's
+    default template.
+
+    Args:
+        path: folder of the checkpoint.
 
     Raises:
-        ValueError: a file that cannot be read.
+        ValueError: a file cannot be read.
     """
     folder = Path(path)
     jinja_file = folder / "chat_template.jinja"
@@ -70,7 +73,7 @@ def load_chat_template(path: str | Path) -> str:
     template = read_json(folder / "tokenizer_config.json", default={}).get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if isinstance(template, str) and "<|image_pad|>" in template:
+    if isinstance(template, str) and IMAGE_PAD in template:
         return template
     return DEFAULT_CHAT_TEMPLATE
 
@@ -83,24 +86,24 @@ def render_chat_template(
     thinking: str | None = None,
     **variables: Any,
 ) -> str:
-    """The prompt of one conversation.
+    """Renders the prompt of one conversation.
 
     Args:
-        template: a Jinja template as transformers defines them.
-        conversation: turns with ``role`` and ``content``; never modified.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        thinking: "think" or "no_think" puts that mode's suffix at the end of the last user text; None or "auto"
-            leaves the choice to the model.
-        variables: further names the template may read, such as ``add_vision_id``.
+        template: a Jinja template in the form that transformers defines.
+        conversation: turns with `role` and `content`; not modified.
+        add_generation_prompt: end the prompt with the start of the assistant's turn.
+        thinking: "think" or "no_think" appends that mode's suffix to the last user text; None or "auto" lets the model
+            decide.
+        **variables: other variables of the template, such as `add_vision_id`.
 
     Raises:
-        ValueError: an unknown mode, no user turn to put it in, or a template that fails.
+        ValueError: the mode is unknown, there is no user turn for its suffix, the prompt is empty, or the template fails.
     """
     from jinja2 import TemplateError
 
     if thinking not in THINKING_SUFFIXES:
         raise ValueError(f"thinking must be one of {list(THINKING_SUFFIXES)}, got {thinking!r}")
-    turns = [_plain(turn) for turn in conversation]
+    turns = [_to_plain_data(turn) for turn in conversation]
     if not any(_has_content(turn["content"]) for turn in turns):
         raise ValueError("the prompt is empty: no turn in messages has text, an image or a video")
     if THINKING_SUFFIXES[thinking]:
@@ -112,7 +115,13 @@ def render_chat_template(
 
 
 class SplitAnswer(NamedTuple):
-    """Parts of a generated text; a part that is missing is an empty string."""
+    """The parts of a generated text; a missing part is an empty string.
+
+    Attributes:
+        analysis: how difficult the model finds the question (auto mode).
+        thought: the reasoning.
+        answer: the answer.
+    """
 
     analysis: str
     thought: str
@@ -120,21 +129,21 @@ class SplitAnswer(NamedTuple):
 
 
 def split_thinking(text: str) -> SplitAnswer:
-    """Takes a generated text apart: analysis of the question, thought, answer.
+    """Splits a generated text into analysis, thought and answer.
 
-    Keye writes ``<analysis>...</analysis>`` in auto mode, then ``<think>...</think>`` and ``<answer>...</answer>``, all
-    of them optional. A text that is still being streamed works too: an open part holds what there is so far, and a tag
-    that is cut off at the end of the text is left out until it is complete.
+    Keye generates `<analysis>...</analysis>` (auto mode only), `<think>...</think>` and `<answer>...</answer>`, in this
+    order. Each part is optional. The text may be incomplete, as during streaming: a part without its closing tag contains
+    the text generated so far, and an incomplete tag at the end of the text is left out.
 
     Args:
-        text: what the model generated, without the prompt.
+        text: the generated text, without the prompt.
 
     Returns:
-        ``(analysis, thought, answer)`` without the tags and without white space around each.
+        `(analysis, thought, answer)`, without tags and without surrounding white space.
     """
-    rest = _without_partial_tag(text)
-    analysis, rest = _take_part(rest, "analysis")
-    thought, rest = _take_part(rest, "think")
+    rest = _remove_incomplete_tag(text)
+    analysis, rest = _split_part(rest, "analysis")
+    thought, rest = _split_part(rest, "think")
     answer = rest.replace("<answer>", "").replace("</answer>", "")
     return SplitAnswer(analysis.strip(), thought.strip(), answer.strip())
 
@@ -142,8 +151,8 @@ def split_thinking(text: str) -> SplitAnswer:
 _TAGS = tuple(f"<{slash}{name}>" for name in ("analysis", "think", "answer") for slash in ("", "/"))
 
 
-def _take_part(text: str, name: str) -> tuple[str, str]:
-    """``(inside, after)`` of a leading tag; the opening tag may have been part of the prompt."""
+def _split_part(text: str, name: str) -> tuple[str, str]:
+    """Returns the text inside and after the first part; its opening tag may have been in the prompt."""
     opening, closing = f"<{name}>", f"</{name}>"
     inside, found, after = text.partition(closing)
     if inside.lstrip().startswith(opening):
@@ -153,7 +162,7 @@ def _take_part(text: str, name: str) -> tuple[str, str]:
     return "", text
 
 
-def _without_partial_tag(text: str) -> str:
+def _remove_incomplete_tag(text: str) -> str:
     start = text.rfind("<")
     if start >= 0 and any(tag.startswith(text[start:]) and tag != text[start:] for tag in _TAGS):
         return text[:start]
@@ -173,7 +182,7 @@ def _append_to_last_user_text(turns: list[dict[str, Any]], suffix: str) -> None:
         else:
             turn["content"] = (turn["content"] or "") + suffix
         return
-    raise ValueError("thinking needs a turn with role 'user' in messages to append the mode to")
+    raise ValueError("thinking needs a turn with role 'user' in messages, to append the mode's suffix to its text")
 
 
 def _has_content(content: Any) -> bool:
@@ -182,12 +191,12 @@ def _has_content(content: Any) -> bool:
     return bool(content)
 
 
-def _plain(value: Any) -> Any:
-    """A copy made of plain data: templates are foreign code and shall not get hold of picture objects."""
+def _to_plain_data(value: Any) -> Any:
+    """Copies the value as plain data. A template is untrusted code and must not get access to image objects."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_plain_data(item) for item in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return type(value).__name__
@@ -199,7 +208,7 @@ def _compile(source: str) -> Template:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # The settings of transformers, which chat templates are written for.
+    # The same settings as in transformers, for which chat templates are written.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -211,7 +220,7 @@ def _compile(source: str) -> Template:
 
 
 def _tojson(value: Any, **options: Any) -> str:
-    # Jinja's own filter escapes HTML characters.
+    # Jinja's built-in filter escapes HTML characters.
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 

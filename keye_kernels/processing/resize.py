@@ -1,31 +1,35 @@
-"""Sizes of resized pictures: both sides become multiples of 28 pixels, the area stays between two limits.
+"""Sizes of resized images: both sides become multiples of 28 pixels, and the area stays within limits.
 
-The helper package and the image processor of Keye each have their own rule, and both run, one after the other.
+`keye_vl_utils` and the image processor of Keye have a rule each. Both are applied, one after the other. The rules are in
+docs/models/keye_vl_1_5.md, "Smart resize", and docs/models/keye_vl_preview.md, "Images".
 """
 
 import math
 
-FACTOR = 28
+from keye_kernels.editions import TOKEN_SIDE_PIXELS
+
 MAX_ASPECT_RATIO = 200
 
 
 def smart_resize(
-    height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = FACTOR
+    height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = TOKEN_SIDE_PIXELS
 ) -> tuple[int, int]:
-    """Size that ``keye_vl_utils`` gives a picture; the Preview and the 1.5 edition agree.
+    """Computes the size to which `keye_vl_utils` resizes an image; the same for both editions.
 
-    As in the official package, a picture shrunk to ``max_pixels`` may end up slightly below ``min_pixels``.
+    As in the official package, an image shrunk to `max_pixels` may end up slightly below `min_pixels`.
 
     Args:
-        height, width: size of the picture in pixels.
-        min_pixels, max_pixels: limits of ``height * width`` of the result.
-        factor: both sides of the result are multiples of it.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        min_pixels: smallest area of the result, in pixels.
+        max_pixels: largest area of the result, in pixels.
+        factor: both sides of the result are multiples of this number of pixels.
 
     Returns:
-        ``(height, width)``.
+        `(height, width)` in pixels.
 
     Raises:
-        ValueError: a size or limit that is not positive, or one side more than 200 times the other.
+        ValueError: a size or limit is not positive, or one side is more than 200 times the other.
     """
     _check_sizes(height, width, min_pixels, max_pixels)
     _check_aspect_ratio(height, width)
@@ -42,37 +46,47 @@ def smart_resize(
 
 
 def smart_resize_processor(
-    height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = FACTOR
+    height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = TOKEN_SIDE_PIXELS
 ) -> tuple[int, int]:
-    """Size that Keye's image processor gives a picture: sides below ``factor`` are lifted to it first.
+    """Computes the size to which Keye's image processor resizes an image.
 
-    The official function may return a side of 0 where ``max_pixels`` is small; this one raises.
+    Unlike `smart_resize`, it first enlarges images with a side shorter than `factor`, keeping the aspect ratio. The
+    official function can return a side of 0 for a small `max_pixels`; this one raises an error.
 
-    Args, Returns: as for :func:`smart_resize`.
+    Args:
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        min_pixels: smallest area of the result, in pixels.
+        max_pixels: largest area of the result, in pixels.
+        factor: both sides of the result are multiples of this number of pixels.
+
+    Returns:
+        `(height, width)` in pixels.
 
     Raises:
-        ValueError: as for :func:`smart_resize`, or ``max_pixels`` leaves no room for the picture's shorter side.
+        ValueError: a size or limit is not positive, one side is more than 200 times the other, or `max_pixels` is too
+            small for the shorter side.
     """
     _check_sizes(height, width, min_pixels, max_pixels)
-    lifted_height, lifted_width = height, width
-    if lifted_height < factor:
-        lifted_height, lifted_width = factor, round(lifted_width * factor / lifted_height)
-    if lifted_width < factor:
-        lifted_height, lifted_width = round(lifted_height * factor / lifted_width), factor
-    _check_aspect_ratio(lifted_height, lifted_width)
+    enlarged_height, enlarged_width = height, width
+    if enlarged_height < factor:
+        enlarged_height, enlarged_width = factor, round(enlarged_width * factor / enlarged_height)
+    if enlarged_width < factor:
+        enlarged_height, enlarged_width = round(enlarged_height * factor / enlarged_width), factor
+    _check_aspect_ratio(enlarged_height, enlarged_width)
     resized = _round_to_limits(
-        lifted_height,
-        lifted_width,
-        round(lifted_height / factor) * factor,
-        round(lifted_width / factor) * factor,
+        enlarged_height,
+        enlarged_width,
+        round(enlarged_height / factor) * factor,
+        round(enlarged_width / factor) * factor,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         factor=factor,
     )
     if 0 in resized:
         raise ValueError(
-            f"max_pixels={max_pixels} is too small for a picture of {height}x{width} (height x width): its shorter "
-            f"side would fall below {factor} pixels; raise max_pixels or crop the picture"
+            f"max_pixels={max_pixels} is too small for an image of {height}x{width} (height x width): its shorter "
+            f"side would fall below {factor} pixels; raise max_pixels or crop the image"
         )
     return resized
 
@@ -91,8 +105,8 @@ def _round_to_limits(
         shrink = math.sqrt(height * width / max_pixels)
         return math.floor(height / shrink / factor) * factor, math.floor(width / shrink / factor) * factor
     if rounded_height * rounded_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+        enlarge = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * enlarge / factor) * factor, math.ceil(width * enlarge / factor) * factor
     return rounded_height, rounded_width
 
 
@@ -108,6 +122,6 @@ def _check_sizes(height: float, width: float, min_pixels: float, max_pixels: flo
 def _check_aspect_ratio(height: float, width: float) -> None:
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
-            f"a picture's longer side may be at most {MAX_ASPECT_RATIO} times the shorter one, "
-            f"got {height}x{width} (height x width); crop or split it"
+            f"the longer side of an image must be at most {MAX_ASPECT_RATIO} times the shorter one, "
+            f"got {height}x{width} (height x width); crop or split the image"
         )

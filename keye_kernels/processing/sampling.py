@@ -1,38 +1,42 @@
-"""Which frames of a video the model sees, and how large: the rules of ``keye_vl_utils`` 1.0 (Preview) and 1.5.
+"""Rules for the number, the indices and the sizes of sampled video frames, as in `keye_vl_utils` 1.0 (Preview) and 1.5.
 
-Pure arithmetic; :mod:`keye_kernels.processing.videos` applies it. ``options`` is the message part with the video.
+Pure arithmetic, applied by `keye_kernels.processing.videos`. `options` is the message part with the video. The rules are in
+docs/models/keye_vl_preview.md, "Video", and docs/models/keye_vl_1_5.md, "Sampling a video" and "Sizes of slow and fast frames".
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .images import PIXELS_PER_TOKEN, resized_size
+from keye_kernels.editions import PIXELS_PER_TOKEN
+
+from .images import size_from_options
 from .resize import smart_resize
 
 Options = Mapping[str, Any]
+Size = tuple[int, int]
 
 DEFAULT_FPS = 2.0
-# One frame a day, for time-lapses, to faster than any camera's clip is worth reading.
+# From one frame per day, for time-lapse videos, to more than any camera records.
 FPS_LIMITS = (1e-5, 1000.0)
 
+# Preview
 PREVIEW_MIN_PIXELS = 128 * PIXELS_PER_TOKEN
 PREVIEW_MAX_PIXELS = 768 * PIXELS_PER_TOKEN
 PREVIEW_TOTAL_PIXELS = int(128000 * PIXELS_PER_TOKEN * 0.9)
 PREVIEW_MIN_FRAMES, PREVIEW_MAX_FRAMES = 4, 768
 FRAME_FACTOR = 2
 
-MIN_TOKENS, MAX_TOKENS, TOTAL_TOKENS = 48, 768, 65536
-FRAME_PIXEL_LIMITS = (MIN_TOKENS * PIXELS_PER_TOKEN, MAX_TOKENS * PIXELS_PER_TOKEN)
+# 1.5
+FRAME_PIXEL_LIMITS = (48 * PIXELS_PER_TOKEN, 768 * PIXELS_PER_TOKEN)
+TOTAL_PIXELS = 65536 * PIXELS_PER_TOKEN
 FAST_TOKEN_RATIO = 0.3
 MIN_FRAME_SIMILARITY = 0.9
-
-Size = tuple[int, int]
 
 
 def check_options(options: Options) -> None:
@@ -46,14 +50,22 @@ def check_options(options: Options) -> None:
     low, high = FPS_LIMITS
     _check_number(options, "fps", lambda value: low <= value <= high, f"a number from {low} to {high:.0f}")
     if options.get("fps") is not None and options.get("nframes") is not None:
-        raise ValueError("fps and nframes cannot both be given; one decides the number of frames")
+        raise ValueError("fps and nframes cannot be given together; each sets the number of frames")
 
 
 def frame_range(options: Options, total_frames: int, video_fps: float) -> tuple[int, int]:
-    """First and last frame that ``video_start`` and ``video_end`` (seconds) leave, of a constant-rate video.
+    """Computes the first and the last frame between `video_start` and `video_end` of a video with a constant frame rate.
+
+    Args:
+        options: may have `video_start` and `video_end` in seconds.
+        total_frames: frames of the video.
+        video_fps: frames per second of the video.
+
+    Returns:
+        `(first, last)` frame indices, both included.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: there is no frame in the range.
     """
     duration = total_frames / video_fps
     start, end = options.get("video_start"), options.get("video_end")
@@ -66,7 +78,7 @@ def frame_range(options: Options, total_frames: int, video_fps: float) -> tuple[
 
 
 def check_range(options: Options, first: int, last: int, duration: float) -> None:
-    """Raises ValueError unless ``video_start`` to ``video_end`` holds a frame."""
+    """Raises ValueError if there is no frame between `video_start` and `video_end`."""
     if first > last:
         raise ValueError(
             f"video_start={options.get('video_start')} to video_end={options.get('video_end')} holds no frame; "
@@ -75,23 +87,28 @@ def check_range(options: Options, first: int, last: int, duration: float) -> Non
 
 
 def sample_indices(first: int, last: int, count: int) -> list[int]:
-    """``count`` frame numbers spread evenly from ``first`` to ``last``."""
+    """Returns `count` frame indices, evenly spaced from `first` to `last`."""
     return torch.linspace(first, last, count).round().long().tolist()
 
 
 def preview_frame_count(options: Options, total_frames: int, video_fps: float) -> int:
-    """Frames that Preview samples: an even number.
+    """Computes the number of frames that Preview samples, an even number.
+
+    Args:
+        options: may have `nframes`, or `fps`, `min_frames` and `max_frames`.
+        total_frames: frames in the range to sample.
+        video_fps: frames per second of the video.
 
     Raises:
-        ValueError: the video has less than the 2 frames that are the least, or than ``nframes``.
+        ValueError: the video has fewer than 2 frames, or fewer than `nframes`.
     """
     if options.get("nframes") is not None:
         count = round(options["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
     else:
-        least = _get(options, "min_frames", PREVIEW_MIN_FRAMES)
-        most = _get(options, "max_frames", min(PREVIEW_MAX_FRAMES, total_frames))
+        min_frames = _get(options, "min_frames", PREVIEW_MIN_FRAMES)
+        max_frames = _get(options, "max_frames", min(PREVIEW_MAX_FRAMES, total_frames))
         count = total_frames / video_fps * _get(options, "fps", DEFAULT_FPS)
-        count = min(max(count, _ceil_even(least)), _floor_even(most), total_frames)
+        count = min(max(count, _ceil_even(min_frames)), _floor_even(max_frames), total_frames)
         count = _floor_even(count)
     if not FRAME_FACTOR <= count <= total_frames:
         raise ValueError(
@@ -102,12 +119,17 @@ def preview_frame_count(options: Options, total_frames: int, video_fps: float) -
 
 
 def preview_frame_size(options: Options, num_frames: int, height: int, width: int) -> Size:
-    """``(height, width)`` of a Preview video's frames.
+    """Computes `(height, width)` of the resized frames of a Preview video.
 
-    ``total_pixels`` limits the whole video; where it is not given, the environment variable ``VIDEO_MAX_PIXELS`` does.
+    Args:
+        options: may have `resized_height` and `resized_width`, or `min_pixels` and `max_pixels` per frame and `total_pixels`
+            of the video. The environment variable `VIDEO_MAX_PIXELS` sets the default of `total_pixels`.
+        num_frames: number of sampled frames.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
     """
     if options.get("resized_height") is not None or options.get("resized_width") is not None:
-        return resized_size(options, height, width, edition="preview")
+        return size_from_options(options, height, width, edition="preview")
     min_pixels = _get(options, "min_pixels", PREVIEW_MIN_PIXELS)
     total = options.get("total_pixels")
     if total is None:
@@ -118,44 +140,52 @@ def preview_frame_size(options: Options, num_frames: int, height: int, width: in
 
 
 def slow_fast_frame_count(options: Options, total_frames: int, video_fps: float) -> int:
-    """Frames that 1.5 samples; 0 for a clip shorter than ``1 / fps``, of which the reader then takes one frame."""
+    """Computes the number of frames that 1.5 samples; 0 for a clip shorter than `1 / fps` seconds.
+
+    Args:
+        options: may have `fps` and the options of `slow_fast_frame_limit`.
+        total_frames: frames in the range to sample.
+        video_fps: frames per second of the video.
+    """
     fps = min(_get(options, "fps", DEFAULT_FPS), video_fps)
     return min(int(total_frames / video_fps * fps), slow_fast_frame_limit(options))
 
 
 def slow_fast_frame_limit(options: Options) -> int:
-    """Most frames that 1.5's total budget allows, each of the smallest size."""
-    total = _get(options, "video_total_pixels", TOTAL_TOKENS * PIXELS_PER_TOKEN)
+    """Computes how many frames of the smallest size fit into the pixel budget of a 1.5 video, at most `max_frames`."""
+    total = _get(options, "video_total_pixels", TOTAL_PIXELS)
     limit = int(total / _get(options, "min_pixels", FRAME_PIXEL_LIMITS[0]))
     return int(min(_get(options, "max_frames", limit), limit))
 
 
 def slow_fast_sizes(options: Options, height: int, width: int, slow_frames: int, fast_frames: int) -> tuple[Size, Size]:
-    """Sizes of slow and of fast frames: the largest that keep the video within its total budget.
+    """Computes the sizes of slow and fast frames, the largest that keep the video within its pixel budget.
 
-    As in the official package the search ends one token above the largest slow frame that fits.
+    As in the official package, the search ends one token above the largest slow frame that fits.
 
     Args:
-        options: may have ``min_pixels``, ``max_pixels`` (of a frame) and ``video_total_pixels``.
-        height, width: size of the video's frames.
-        slow_frames, fast_frames: how many there are of each.
+        options: may have `min_pixels` and `max_pixels` per frame and `video_total_pixels` of the video.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
+        slow_frames: number of slow frames.
+        fast_frames: number of fast frames.
 
     Returns:
-        ``((height, width), (fast_height, fast_width))``.
+        `((height, width), (fast_height, fast_width))` in pixels.
     """
     min_pixels = max(int(_get(options, "min_pixels", 0)), FRAME_PIXEL_LIMITS[0])
-    total = _get(options, "video_total_pixels", TOTAL_TOKENS * PIXELS_PER_TOKEN)
+    total = _get(options, "video_total_pixels", TOTAL_PIXELS)
     min_tokens = min_pixels // PIXELS_PER_TOKEN
 
-    def estimate(tokens: int) -> int:
-        fast_tokens = max(int(FAST_TOKEN_RATIO * tokens), min_tokens)
-        return (slow_frames * tokens + fast_frames * fast_tokens) * PIXELS_PER_TOKEN
+    def video_pixels(slow_tokens: int) -> int:
+        fast_tokens = max(int(FAST_TOKEN_RATIO * slow_tokens), min_tokens)
+        return (slow_frames * slow_tokens + fast_frames * fast_tokens) * PIXELS_PER_TOKEN
 
     low = min_pixels / PIXELS_PER_TOKEN
     high = _get(options, "max_pixels", FRAME_PIXEL_LIMITS[1]) / PIXELS_PER_TOKEN
     while low < high:
         middle = int(low + high) // 2
-        if estimate(middle) > total:
+        if video_pixels(middle) > total:
             high = middle
         else:
             low = middle + 1
@@ -170,11 +200,11 @@ def _get(options: Options, name: str, default: float) -> float:
     return default if value is None else value
 
 
-def _check_number(options: Options, name: str, accepts: Any, expected: str) -> None:
+def _check_number(options: Options, name: str, is_valid: Callable[[float], bool], expected: str) -> None:
     value = options.get(name)
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""Where pictures and videos come from: paths, addresses, base64 strings and bytes, read within limits."""
+"""Reads images and videos from paths, URLs, base64 strings and bytes, within limits of time and size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-DOWNLOAD_TIMEOUT = 30.0
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
 MAX_DOWNLOAD_BYTES = 256 * 1024 * 1024
+DOWNLOAD_CHUNK_BYTES = 1 << 20
 USER_AGENT = "keye_kernels"
 
 
@@ -32,19 +33,22 @@ def describe_source(source: Any) -> str:
 
 @contextmanager
 def open_source(
-    source: Any, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: int = MAX_DOWNLOAD_BYTES
+    source: Any, *, timeout: float = DOWNLOAD_TIMEOUT_SECONDS, max_bytes: int = MAX_DOWNLOAD_BYTES
 ) -> Iterator[BinaryIO]:
-    """A seekable binary file over a source, closed at the end; downloads go to a temporary file, not to memory.
+    """Opens a source as a seekable binary file and closes it at the end. Downloads go to a temporary file.
 
     Args:
-        source: path, ``file://`` or ``http(s)://`` address, ``data:...;base64,`` string, or bytes.
-        timeout: seconds a download may take in all.
-        max_bytes: size a download may have.
+        source: path, `file://` or `http(s)://` URL, `data:...;base64,` string, or bytes.
+        timeout: time limit of a download in seconds.
+        max_bytes: size limit of a download.
+
+    Yields:
+        The open file.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the source cannot be read within the limits; the message names it.
-        TypeError: a source of another type.
+        TypeError: the source has another type.
     """
     if isinstance(source, (bytes, bytearray)):
         with io.BytesIO(source) as file:
@@ -62,8 +66,10 @@ def open_source(
             yield file
 
 
-def read_source(source: Any, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
-    """Bytes of a source; arguments and errors as for :func:`open_source`."""
+def read_source(
+    source: Any, *, timeout: float = DOWNLOAD_TIMEOUT_SECONDS, max_bytes: int = MAX_DOWNLOAD_BYTES
+) -> bytes:
+    """Returns the bytes of a source; arguments and errors as for `open_source`."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         content = io.BytesIO()
         download(source, content, timeout=timeout, max_bytes=max_bytes)
@@ -72,45 +78,17 @@ def read_source(source: Any, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: in
         return file.read()
 
 
-def _open_file(source: Any) -> BinaryIO:
-    if isinstance(source, str) and source.startswith("file://"):
-        path = Path(source[len("file://") :])
-        source = path if path.exists() else Path(urllib.parse.unquote(str(path)))
-    if not isinstance(source, (str, Path)):
-        raise TypeError(
-            "a source must be a path, file:// or http(s) address, base64 data string or bytes, "
-            f"got {type(source).__name__}"
-        )
-    name = describe_source(source)
-    try:
-        return open(source, "rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"file {name} does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read file {name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        # A server must not be able to point the client at its own files.
-        if not newurl.startswith(("http://", "https://")):
-            raise urllib.error.URLError(f"it redirects to {newurl!r}, and only http and https are followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def download(
-    url: str, file: BinaryIO, *, timeout: float = DOWNLOAD_TIMEOUT, max_bytes: int = MAX_DOWNLOAD_BYTES
-) -> None:
-    """Writes what is behind an http(s) address into a file.
+def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> None:
+    """Downloads a URL into a file.
 
     Args:
-        url: the address; redirects are followed to http(s) only.
-        file: open for writing in binary.
-        timeout: seconds for the whole download.
-        max_bytes: largest size accepted.
+        url: HTTP or HTTPS URL; redirects to other schemes are rejected.
+        file: open for binary writing.
+        timeout: time limit of the whole download in seconds.
+        max_bytes: size limit.
 
     Raises:
-        ValueError: the address cannot be read within the limits.
+        ValueError: the URL cannot be read within the limits.
     """
     name = describe_source(url)
     deadline = time.monotonic() + timeout
@@ -119,8 +97,8 @@ def download(
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
         with opener.open(request, timeout=timeout) as response:
-            # read1 returns after one receive, so that a server that drips bytes meets the deadline too.
-            while size <= max_bytes and (chunk := response.read1(1 << 20)):
+            # read1 returns after one receive; a plain read of a slow server would run past the deadline.
+            while size <= max_bytes and (chunk := response.read1(DOWNLOAD_CHUNK_BYTES)):
                 file.write(chunk)
                 size += len(chunk)
                 if time.monotonic() > deadline:
@@ -135,16 +113,41 @@ def download(
             raise ValueError(f"{name} did not arrive within timeout={timeout} seconds") from error
         raise ValueError(f"cannot download {name}: {reason or type(reason).__name__}") from error
     if size > max_bytes:
-        raise ValueError(f"{name} is larger than max_bytes={max_bytes}; raise it or use a smaller file")
+        raise ValueError(f"{name} is larger than max_bytes={max_bytes}; raise max_bytes or use a smaller file")
     if missing:
         raise ValueError(f"cannot download {name}: the connection ended {missing} bytes early; try again")
+
+
+class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        # A server must not be able to make the client read its own local files.
+        if not newurl.startswith(("http://", "https://")):
+            raise urllib.error.URLError(f"it redirects to {newurl!r}, and only http and https are followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open_file(source: Any) -> BinaryIO:
+    if isinstance(source, str) and source.startswith("file://"):
+        path = Path(source[len("file://") :])
+        source = path if path.exists() else Path(urllib.parse.unquote(str(path)))
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"a source must be a path, file:// or http(s) URL, base64 data string or bytes, got {type(source).__name__}"
+        )
+    name = describe_source(source)
+    try:
+        return open(source, "rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"file {name} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read file {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decode_base64(source: str) -> bytes:
     header, separator, payload = source.partition("base64,")
     if not separator:
-        raise ValueError(f"data address {describe_source(source)} must contain 'base64,' before its content")
+        raise ValueError(f"data URL {describe_source(source)} must contain 'base64,' before its content")
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except binascii.Error as error:
-        raise ValueError(f"data address {header + 'base64,...'!r} is not valid base64: {error}") from error
+        raise ValueError(f"data URL {header + 'base64,...'!r} is not valid base64: {error}") from error

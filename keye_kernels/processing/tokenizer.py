@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, through the ``tokenizers`` package, and a small one for random checkpoints."""
+"""The tokenizer of a checkpoint, based on the `tokenizers` package, and a byte tokenizer for random checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 FRAME, FAST_START, FAST_END = "<|frame|>", "<|fast_start|>", "<|fast_end|>"
-# In the order of their ids in Keye-VL-8B-Preview (from 151643), then the three of 1.5.
+# In the order of their ids in Keye-VL-8B-Preview, which start at 151643; the last three are only in 1.5.
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
@@ -27,15 +27,27 @@ SPECIAL_TOKENS = (
 
 
 class KeyeTokenizer:
-    """Text to ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
-        backend: the ``tokenizers.Tokenizer``.
-        eos_token, pad_token: strings, or None where the checkpoint names none.
-        eos_token_id, pad_token_id: their ids.
+        backend: the `tokenizers.Tokenizer`.
+        eos_token: end-of-sequence token, or None if the checkpoint sets none.
+        pad_token: padding token; `eos_token` if the checkpoint sets none.
+        eos_token_id: id of `eos_token`.
+        pad_token_id: id of `pad_token`.
     """
 
     def __init__(self, backend: Tokenizer, *, eos_token: str | None = None, pad_token: str | None = None) -> None:
+        """Wraps a tokenizer and turns its padding and truncation off.
+
+        Args:
+            backend: the `tokenizers.Tokenizer`.
+            eos_token: end-of-sequence token.
+            pad_token: padding token. Default: `eos_token`.
+
+        Raises:
+            ValueError: a token is not in the vocabulary.
+        """
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -46,32 +58,38 @@ class KeyeTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> KeyeTokenizer:
-        """Reads ``tokenizer.json`` and, where present, ``tokenizer_config.json`` in a checkpoint's folder.
+        """Loads a tokenizer.
+
+        Args:
+            path: folder of a checkpoint, with `tokenizer.json` and optionally `tokenizer_config.json`.
 
         Raises:
-            FileNotFoundError: there is no ``tokenizer.json``.
-            ValueError: a file that cannot be read, or a special token missing from the vocabulary.
+            FileNotFoundError: there is no `tokenizer.json`.
+            ValueError: a file cannot be read, or a special token is not in the vocabulary.
         """
         from tokenizers import Tokenizer
 
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; the checkpoint's folder needs a tokenizer.json")
+            raise FileNotFoundError(f"{file} does not exist; the checkpoint needs a tokenizer.json")
         try:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
         config = read_json(Path(path) / "tokenizer_config.json", default={})
-        return cls(backend, eos_token=_content(config.get("eos_token")), pad_token=_content(config.get("pad_token")))
+        return cls(
+            backend, eos_token=_token_text(config.get("eos_token")), pad_token=_token_text(config.get("pad_token"))
+        )
 
     def __len__(self) -> int:
+        """Returns the size of the vocabulary, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int:
-        """Id of a token.
+        """Returns the id of a token.
 
         Raises:
-            ValueError: the vocabulary does not have it.
+            ValueError: the token is not in the vocabulary.
         """
         token_id = self.backend.token_to_id(token)
         if token_id is None:
@@ -79,7 +97,7 @@ class KeyeTokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens written in it become their single ids."""
+        """Converts text to ids. Special tokens in the text become one id each."""
         return self.backend.encode(text).ids
 
     def decode(
@@ -88,9 +106,18 @@ class KeyeTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Text of ids ``[S]``; spaces are never cleaned up, as in Keye's own tokenizer configuration."""
+        """Converts ids to text.
+
+        Args:
+            token_ids: one id, or `[S]` ids.
+            skip_special_tokens: leave special tokens out.
+            clean_up_tokenization_spaces: must be False, as in Keye's tokenizer configuration.
+
+        Raises:
+            ValueError: `clean_up_tokenization_spaces` is True.
+        """
         if clean_up_tokenization_spaces:
-            raise ValueError("clean_up_tokenization_spaces=True is not supported; Keye's tokenizer has it off")
+            raise ValueError("clean_up_tokenization_spaces=True is not supported; Keye's tokenizer turns it off")
         if isinstance(token_ids, torch.Tensor):
             token_ids = token_ids.tolist()
         ids = [token_ids] if isinstance(token_ids, int) else [int(token_id) for token_id in token_ids]
@@ -102,23 +129,22 @@ class KeyeTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> list[str]:
-        """Texts of rows of ids ``[B, S]`` or of a list of rows."""
+        """Converts `[B, S]` ids, or a list of B sequences of ids, to B texts; the other arguments are those of `decode`."""
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
 
 
 def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
-    """A tokenizer that needs no training: one token a byte (its id is the byte), then Keye's special tokens.
+    """Builds a tokenizer without training: one token per byte, with the byte as its id, then Keye's special tokens.
 
     Args:
-        extra_special_tokens: appended after Keye's own.
+        extra_special_tokens: added after Keye's special tokens.
 
     Returns:
-        A ``tokenizers.Tokenizer`` that encodes any UTF-8 text and decodes it unchanged; ``save`` writes
-        ``tokenizer.json``.
+        A `tokenizers.Tokenizer` that decodes any encoded text unchanged. Its method `save` writes `tokenizer.json`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # ByteLevel writes the 188 printable Latin-1 bytes as themselves and the rest from U+0100 on.
+    # ByteLevel maps the 188 printable Latin-1 bytes to themselves and the others to U+0100 and up.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in set(printable)]
     characters = {byte: chr(byte) for byte in printable}
@@ -128,7 +154,7 @@ def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
-            # Tags that stand in answers must survive skip_special_tokens.
+            # Tags such as <think> are part of answers, so skip_special_tokens must keep them.
             AddedToken(token, special=token.startswith("<|"), normalized=False)
             for token in (*SPECIAL_TOKENS, *extra_special_tokens)
         ]
@@ -137,10 +163,15 @@ def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
 
 
 def read_json(path: Path, *, default: Any = None) -> Any:
-    """Content of a JSON file; ``default`` if it does not exist and a default is given.
+    """Reads a JSON file.
+
+    Args:
+        path: the file.
+        default: returned if the file does not exist; None makes that an error.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no valid JSON in it.
+        FileNotFoundError: the file does not exist and there is no default.
+        ValueError: the file is not valid JSON.
     """
     if not path.is_file():
         if default is not None:
@@ -152,6 +183,6 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def _content(token: Any) -> str | None:
-    # tokenizer_config.json writes a token as a string or as {"content": ..., "lstrip": ...}.
+def _token_text(token: Any) -> str | None:
+    # In tokenizer_config.json a token is a string or {"content": ..., "lstrip": ...}.
     return token.get("content") if isinstance(token, dict) else token

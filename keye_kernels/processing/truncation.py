@@ -1,4 +1,4 @@
-"""How long a video file says it is, for containers that begin with their own size: Matroska, WebM and AVI."""
+"""The file size that a video file declares, for the containers that store it: Matroska, WebM and AVI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ EBML_HEADER, MATROSKA_SEGMENT = 0x1A45DFA3, 0x18538067
 
 
 def declared_size(file: BinaryIO) -> int | None:
-    """Bytes the file should have, or None where its format does not say; the file's position changes."""
+    """Returns the size in bytes that the file declares, or None if its format has no such field. Moves the file position."""
     file.seek(0)
     start = file.read(12)
     if start[:4] == b"RIFF" and start[8:] == b"AVI ":
@@ -27,7 +27,7 @@ def declared_size(file: BinaryIO) -> int | None:
 
 
 def _read_number(file: BinaryIO, keep_marker: bool = False) -> int | None:
-    """EBML's number of variable length (RFC 8794, section 4); None for "unknown" or at the end of the file."""
+    """Reads an EBML variable-length integer (RFC 8794, section 4); None for "unknown" or at the end of the file."""
     first = file.read(1)
     if not first or not first[0]:
         return None

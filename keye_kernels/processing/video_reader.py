@@ -1,4 +1,4 @@
-"""Video files through PyAV: the times of all frames, and chosen frames decoded one after the other."""
+"""Reads video files with PyAV: the times of all frames, and the decoded frames at chosen indices."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# Containers round times to their ticks; a frame further off means a variable rate.
-TICKS_TOLERANCE = 1.5
-# Headers are off by a frame or an audio packet, not by this many seconds, unless the end of the file is missing.
-LENGTH_TOLERANCE = 0.5
-MAX_FPS = 1000.0
+# Containers round times to ticks of their time base. A larger difference means that the frame rate is variable.
+MAX_ROUNDING_TICKS = 1.5
+# The duration in a header may be wrong by a frame or an audio packet. A larger difference means that the file is truncated.
+MAX_MISSING_SECONDS = 0.5
+MAX_FILE_FPS = 1000.0
+# Frame rate of a file that has neither timestamps nor a valid frame rate.
+FALLBACK_FPS = 25.0
+# Largest relative difference between the header's frame rate and the measured one.
+MAX_FPS_ERROR = 0.2
 BUFFER_BYTES = 1 << 18
 
 
 class DecodedFrame(NamedTuple):
-    """One frame as decoded, mostly 1.5 bytes a pixel, and the upright size that :meth:`to_rgb` gives it."""
+    """One frame in the format of the decoder, in most files 1.5 bytes per pixel.
+
+    Attributes:
+        frame: the PyAV frame.
+        height: height after rotation, in pixels.
+        width: width after rotation, in pixels.
+    """
 
     frame: VideoFrame
     height: int
@@ -35,11 +45,11 @@ class DecodedFrame(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Memory that keeping the frame takes."""
+        """Memory of the frame."""
         return sum(plane.buffer_size for plane in self.frame.planes)
 
     def to_rgb(self) -> torch.Tensor:
-        """uint8 ``[3, H, W]``; where a stream changes its size, scaled to the size of the first frame."""
+        """Converts to rotated RGB, uint8 `[3, H, W]`. If the size changes within the video, scales to that of the first frame."""
         turns = _quarter_turns(self.frame)
         height, width = (self.width, self.height) if turns % 2 else (self.height, self.width)
         pixels = self.frame.to_ndarray(format="rgb24", height=height, width=width)
@@ -47,7 +57,7 @@ class DecodedFrame(NamedTuple):
 
 
 class _Packets(NamedTuple):
-    """The video's packets in decoding order: time stamps, entry points, and which are shown."""
+    """The packets of a video stream in decoding order: presentation timestamps, keyframes, and which packets are shown."""
 
     pts: list[int | None]
     is_key: np.ndarray
@@ -55,29 +65,30 @@ class _Packets(NamedTuple):
 
 
 class VideoReader:
-    """One video file: what is in it, and its frames.
+    """Reads one video file.
 
-    Opening reads through the packets once without decoding them, so that the number of frames and their times are
-    the stream's own and not a container's estimate.
+    The constructor reads all packets once without decoding them, so the number of frames and their times are exact; those in
+    the file header can be estimates.
 
     Attributes:
-        name: for errors.
-        height, width: size of the frames, rotated as the metadata asks.
-        fps: average frames a second.
-        times: float64 ``[N]``, seconds of each frame after the first one.
-        is_constant_rate: frame i stands at ``i / fps``, but for the container's rounding.
+        name: name of the video in error messages.
+        height: height of the frames after rotation, in pixels.
+        width: width of the frames after rotation, in pixels.
+        fps: average frames per second.
+        times: float64 `[N]`, seconds from the first frame to each frame.
+        is_constant_rate: the time of frame i is `i / fps`, up to the rounding of the container.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         """Opens a video.
 
         Args:
-            file: seekable, open in binary; stays the caller's to close.
-            name: for errors.
+            file: seekable binary file; the caller closes it.
+            name: name of the video in error messages.
 
         Raises:
-            ImportError: PyAV is missing.
-            ValueError: no video in the file, a damaged or truncated one, or one with frames too large.
+            ImportError: PyAV is not installed.
+            ValueError: the file contains no video, is damaged or truncated, or its frames are too large.
         """
         self.name = name
         self._file = file
@@ -87,13 +98,13 @@ class VideoReader:
         with self._open() as (container, stream):
             self._check_area(stream.codec_context.height, stream.codec_context.width)
             self._packets = self._scan(container, stream)
-            stamps = [pts for pts, shown in zip(self._packets.pts, self._packets.is_shown, strict=True) if shown]
-            if not stamps:
+            shown_pts = [pts for pts, shown in zip(self._packets.pts, self._packets.is_shown, strict=True) if shown]
+            if not shown_pts:
                 raise ValueError(f"video {name} has no frames")
-            # AVI stores decoding times, or none, which do not tell frames apart once B frames change their order.
+            # AVI stores decoding timestamps or none. With B-frames, the decoding order is not the display order.
             is_reordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-            self._has_stamps = None not in stamps and len(set(stamps)) == len(stamps) and not is_reordered
-            self._stamps = np.array(sorted(stamps) if self._has_stamps else range(len(stamps)), dtype=np.int64)
+            self._has_pts = None not in shown_pts and len(set(shown_pts)) == len(shown_pts) and not is_reordered
+            self._frame_pts = np.array(sorted(shown_pts) if self._has_pts else range(len(shown_pts)), dtype=np.int64)
             self._set_times(stream)
         with closing(self._decode(None)) as decoded:
             _, first = next(decoded, (0, None))
@@ -104,19 +115,24 @@ class VideoReader:
         self._check_area(self.height, self.width)
 
     def frames(self, indices: Sequence[int]) -> Iterator[DecodedFrame]:
-        """Decodes the frames of increasing ``indices``, equal to those of a full decode.
+        """Decodes the frames at the given indices; the pixels equal those of a full decode.
 
-        Groups of pictures that hold none of them are jumped over, and pictures that no other one needs are left
-        undecoded.
+        GOPs without a requested frame are skipped, and so are frames that no requested frame depends on.
+
+        Args:
+            indices: frame indices in increasing order.
+
+        Yields:
+            One frame per index.
 
         Raises:
             ValueError: the file is damaged.
         """
         done = 0
-        # Where jumping loses a frame, as in streams without clean entry points, all are decoded and counted instead.
-        for jump in (True, False) if self._has_stamps else (False,):
-            wanted = [int(self._stamps[index]) for index in indices] if jump else indices
-            with closing(self._decode(frozenset(wanted) if jump else None)) as decoded:
+        # If skipping loses a frame, as in streams without clean keyframes, all frames are decoded and counted instead.
+        for skip in (True, False) if self._has_pts else (False,):
+            wanted = [int(self._frame_pts[index]) for index in indices] if skip else indices
+            with closing(self._decode(frozenset(wanted) if skip else None)) as decoded:
                 for key, frame in decoded:
                     if key > wanted[done] or (key == wanted[done] and frame.is_corrupt):
                         break
@@ -135,15 +151,15 @@ class VideoReader:
             raise ImportError("reading video files needs PyAV; install it with: pip install av") from error
         self._file.seek(0)
         try:
-            container = av.open(_Unnamed(self._file), buffer_size=BUFFER_BYTES, io_open=_refuse)
+            container = av.open(_NamelessFile(self._file), buffer_size=BUFFER_BYTES, io_open=_reject_other_files)
         except (av.error.FFmpegError, ValueError) as error:
             raise ValueError(
-                f"video {self.name} cannot be opened; it is empty, truncated or in no format that FFmpeg knows"
+                f"video {self.name} cannot be opened; it is empty, truncated or not in a format that FFmpeg supports"
             ) from error
         with container:
-            # FFmpeg shows cover pictures of audio files as video streams.
-            cover = av.stream.Disposition.attached_pic
-            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            # FFmpeg lists the cover image of an audio file as a video stream.
+            cover_image = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover_image]
             if not streams:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams} - {"video"}))
                 raise ValueError(f"{self.name} has no video stream (it has: {kinds or 'nothing'})")
@@ -162,90 +178,98 @@ class VideoReader:
                     raise self._damaged("it ends in the middle of a frame")
                 pts.append(packet.pts)
                 flags.append((packet.is_keyframe, not packet.is_discard))
-        length = (container.duration or 0) / 1e6
-        # Matroska counts the length from zero, MP4 from the first frame.
-        missing = length - end + min(0.0, (container.start_time or 0) / 1e6)
-        # Other formats have no length in their header, and FFmpeg only guesses it.
-        has_length = any(name in container.format.name for name in ("mp4", "matroska"))
+        duration = (container.duration or 0) / 1e6
+        # Matroska measures the duration from time 0, MP4 from the first frame.
+        missing = duration - end + min(0.0, (container.start_time or 0) / 1e6)
+        # The headers of other formats have no duration; FFmpeg estimates it.
+        has_duration = any(name in container.format.name for name in ("mp4", "matroska"))
         if len(pts) < len(stream.index_entries):
             raise self._damaged(f"it has {len(pts)} of {len(stream.index_entries)} frames")
-        if has_length and missing > max(LENGTH_TOLERANCE, 0.01 * length):
-            raise self._damaged(f"{missing:.2f} of its {length:.2f} seconds are missing")
+        if has_duration and missing > max(MAX_MISSING_SECONDS, 0.01 * duration):
+            raise self._damaged(f"{missing:.2f} of its {duration:.2f} seconds are missing")
         is_key, is_shown = np.array(flags, dtype=bool).reshape(-1, 2).T
         return _Packets(pts, is_key, is_shown)
 
     def _set_times(self, stream: VideoStream) -> None:
-        count, tick = len(self._stamps), float(stream.time_base)
+        count, tick = len(self._frame_pts), float(stream.time_base)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        self.times = (self._stamps - self._stamps[0]) * tick
-        if not self._has_stamps:
-            rate = rate if 0 < rate <= MAX_FPS else 25.0
+        self.times = (self._frame_pts - self._frame_pts[0]) * tick
+        if not self._has_pts:
+            rate = rate if 0 < rate <= MAX_FILE_FPS else FALLBACK_FPS
             self.times = np.arange(count) / rate
         measured = (count - 1) / self.times[-1] if count > 1 else rate
-        # A header's rate is kept unless it contradicts the stamps.
-        self.fps = rate if 0 < rate <= MAX_FPS and abs(rate - measured) <= 0.2 * rate else measured
-        if not 0 < self.fps <= MAX_FPS:
-            raise ValueError(f"video {self.name} has a frame rate of {self.fps}; expected at most {MAX_FPS:.0f}")
+        # The header's rate is used unless it contradicts the timestamps.
+        is_plausible = 0 < rate <= MAX_FILE_FPS and abs(rate - measured) <= MAX_FPS_ERROR * rate
+        self.fps = rate if is_plausible else measured
+        if not 0 < self.fps <= MAX_FILE_FPS:
+            raise ValueError(
+                f"video {self.name} has a frame rate of {self.fps}; expected above 0 and at most {MAX_FILE_FPS:.0f}"
+            )
         drift = np.abs(self.times - np.arange(count) / self.fps).max()
-        self.is_constant_rate = bool(drift <= TICKS_TOLERANCE * tick)
+        self.is_constant_rate = bool(drift <= MAX_ROUNDING_TICKS * tick)
 
     def _decode(self, wanted: frozenset[int] | None) -> Iterator[tuple[int, VideoFrame]]:
-        """``(number, frame)`` of all frames; or ``(stamp, frame)`` of at least the wanted stamps, as far as it goes."""
+        """Decodes frames.
+
+        With None, yields `(index, frame)` of all frames. With timestamps, yields `(timestamp, frame)` of at least those frames,
+        and stops early at a decoding error.
+        """
         import av
 
-        needed = np.ones(len(self._packets.pts), bool) if wanted is None else self._needed(wanted)
+        needed = np.ones(len(self._packets.pts), bool) if wanted is None else self._packets_to_decode(wanted)
         with self._open() as (container, stream):
             context = stream.codec_context
             context.thread_type = "AUTO"
-            # Without this FFmpeg paints over damage with parts of other frames.
+            # Without this, FFmpeg conceals damage with parts of other frames.
             context.options = {"err_detect": "explode"}
             packets = (packet for packet in container.demux(stream) if packet.size)
-            count, is_fresh = 0, True
-            is_jumping = wanted is not None
+            count, is_flushed = 0, True
+            is_skipping = wanted is not None
             try:
                 for is_needed, packet in zip([*needed, False], chain(packets, [None]), strict=False):
                     frames: list[VideoFrame] = []
                     if is_needed:
-                        is_spare = is_jumping and packet.pts not in wanted
-                        context.skip_frame = "NONREF" if is_spare else "DEFAULT"
+                        # A frame that is not requested is only decoded if other frames refer to it.
+                        is_requested = not is_skipping or packet.pts in wanted
+                        context.skip_frame = "DEFAULT" if is_requested else "NONREF"
                         frames = context.decode(packet)
-                    elif not is_fresh:
+                    elif not is_flushed:
                         frames = context.decode(None)
                         context.flush_buffers()
-                    is_fresh = not is_needed
+                    is_flushed = not is_needed
                     for frame in frames:
-                        if not is_jumping:
+                        if not is_skipping:
                             yield count, frame
                             count += 1
                         elif frame.pts is not None:
                             yield frame.pts, frame
             except av.error.FFmpegError:
-                if not is_jumping:
+                if not is_skipping:
                     raise
 
-    def _needed(self, wanted: frozenset[int]) -> np.ndarray:
-        """Which packets to decode for the wanted frames, bool ``[packets]``: from an entry point to the last of them."""
-        pts, is_key, _ = self._packets
-        stamps = np.array([-1 if stamp is None else stamp for stamp in pts])
-        group, position = np.cumsum(is_key), np.arange(len(pts))
-        is_wanted = np.isin(stamps, list(wanted))
-        last = np.full(group[-1] + 1, -1)
-        np.maximum.at(last, group[is_wanted], position[is_wanted])
-        # A picture shown before its group's key picture also needs the group before (an open group of pictures).
-        key_stamp = np.full(len(last), stamps.min())
-        key_stamp[group[is_key]] = stamps[is_key]
-        before = np.unique(group[is_wanted & (stamps < key_stamp[group])]) - 1
-        last[before] = np.searchsorted(group, before, side="right") - 1
-        return position <= last[group]
+    def _packets_to_decode(self, wanted: frozenset[int]) -> np.ndarray:
+        """Returns bool `[packets]`: in each GOP with a wanted frame, the packets from the keyframe to the last wanted frame."""
+        packets = self._packets
+        pts = np.array([-1 if timestamp is None else timestamp for timestamp in packets.pts])
+        gop, position = np.cumsum(packets.is_key), np.arange(len(pts))
+        is_wanted = np.isin(pts, list(wanted))
+        last = np.full(gop[-1] + 1, -1)
+        np.maximum.at(last, gop[is_wanted], position[is_wanted])
+        # In an open GOP, a frame shown before the keyframe also refers to the previous GOP.
+        keyframe_pts = np.full(len(last), pts.min())
+        keyframe_pts[gop[packets.is_key]] = pts[packets.is_key]
+        previous = np.unique(gop[is_wanted & (pts < keyframe_pts[gop])]) - 1
+        last[previous] = np.searchsorted(gop, previous, side="right") - 1
+        return position <= last[gop]
 
     def _check_area(self, height: int, width: int) -> None:
         from PIL import Image
 
-        # Pillow's own rule for pictures: twice its limit is an error.
+        # Pillow's rule for images: an error above twice MAX_IMAGE_PIXELS.
         limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
         if limit and height * width > limit:
             raise ValueError(
-                f"video {self.name} is refused as a decompression bomb: frames of {height}x{width} exceed {limit} "
+                f"video {self.name} is rejected as a decompression bomb: frames of {height}x{width} exceed {limit} "
                 "pixels; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS before loading"
             )
 
@@ -253,18 +277,18 @@ class VideoReader:
         return ValueError(f"video {self.name} is damaged or truncated: {reason}")
 
 
-class _Unnamed:
-    """A file without its name, from which FFmpeg would guess a format and siblings to open."""
+class _NamelessFile:
+    """Hides the name of a file, from which FFmpeg would guess its format and other files to open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def _refuse(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
-    # Playlists name further files and addresses; a video must not be able to read those.
-    raise ValueError(f"a video may not open {url!r}")
+def _reject_other_files(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
+    # A playlist contains paths and URLs of other files, which must not be read.
+    raise ValueError(f"a video must not open other files, got {url!r}")
 
 
 def _quarter_turns(frame: VideoFrame) -> int:
-    """Quarter turns counterclockwise that the metadata asks for."""
+    """Returns the rotation in the metadata, in counterclockwise quarter turns."""
     return round(frame.rotation / 90) % 4

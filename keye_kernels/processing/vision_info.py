@@ -1,4 +1,4 @@
-"""The pictures and videos of conversations, as ``keye_vl_utils.process_vision_info`` returns them."""
+"""Loads the images and videos of conversations, with the interface of `keye_vl_utils.process_vision_info`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from .images import Edition, check_edition, fetch_image
+from keye_kernels.editions import EditionName, edition_named
+
+from .images import fetch_image
 from .videos import SampledVideo, fetch_video
 
 VISION_KEYS = ("image", "image_url", "video")
@@ -15,10 +17,11 @@ Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
 
 
 def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]:
-    """A list of conversations from one conversation or a batch of them.
+    """Returns one conversation, or a batch of conversations, as a list of conversations.
 
     Raises:
-        ValueError, TypeError: ``messages`` is empty or is not made of turns with a role and a content.
+        ValueError: `messages` is empty, or a turn has no role, no content or an unknown part.
+        TypeError: `messages` is not a list of turns.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise TypeError(
@@ -38,8 +41,8 @@ def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]
     return conversations
 
 
-def vision_kind(part: Mapping[str, Any]) -> str | None:
-    """Kind of a part: "image" or "video" for a vision part, None for text."""
+def modality(part: Mapping[str, Any]) -> str | None:
+    """Returns "image" or "video" for a message part with an image or a video, and None for text."""
     if "image" in part or "image_url" in part or part.get("type") in ("image", "image_url"):
         return "image"
     if "video" in part or part.get("type") == "video":
@@ -51,73 +54,83 @@ def process_vision_info(
     messages: Messages,
     return_video_kwargs: bool = False,
     *,
-    edition: Edition = "preview",
+    edition: EditionName = "preview",
     original_size: bool = False,
     workers: int = 1,
     progress: bool = False,
     timeout: float | None = None,
     max_bytes: int | None = None,
 ) -> tuple[Any, ...]:
-    """Loads and resizes every picture and video in the conversations, in order.
+    """Loads and resizes all images and videos of the conversations, in order.
+
+    Takes and returns what the official `keye_vl_utils.process_vision_info` does, with one difference for 1.5: `timestamps`
+    has None for a video without times, so that all lists have one entry per video.
 
     Args:
-        messages: one conversation, or a list of them.
-        return_video_kwargs: "preview" only: also return the keyword arguments for the processor.
-        edition: whose rules apply; ``KeyeProcessor.edition`` is the right one for a checkpoint.
-        original_size: "1.5" only: leave the frames of video files in their size, as the official package does; needed
-            for other processors than :class:`KeyeProcessor`, which gives the same result with less memory.
-        workers: pictures and videos loaded at the same time.
+        messages: one conversation or a list of conversations.
+        return_video_kwargs: for "preview", also return the processor's keyword arguments. "1.5" always returns them.
+        edition: "preview" or "1.5"; pass `KeyeProcessor.edition` of the checkpoint.
+        original_size: for "1.5", keep the frames of video files at their original size, as the official package does. Only
+            needed for processors other than `KeyeProcessor`, which returns the same inputs for resized frames and uses less
+            memory.
+        workers: number of images and videos loaded in parallel.
         progress: show a progress bar.
-        timeout: seconds that each download may take; by default 30 for a picture, 300 for a video.
-        max_bytes: size that each download may have; by default 256 MiB for a picture, 4 GiB for a video.
+        timeout: time limit of each download in seconds. Default: 30 for an image, 300 for a video.
+        max_bytes: size limit of each download. Default: 256 MiB for an image, 4 GiB for a video.
 
     Returns:
-        ``(images, videos)`` or, with ``return_video_kwargs`` and always for "1.5", ``(images, videos, kwargs)``.
-        ``images`` is a list of RGB pictures, ``videos`` a list over videos; each is None where there are none.
-        "preview": a video is uint8 ``[N, 3, H, W]`` or, given as pictures, a list of pictures, the last one repeated to
-        an even count; ``kwargs = {"fps": [...]}``, frames a second of each video. "1.5": a video is uint8
-        ``[N, 3, H, W]``, or a list of uint8 ``[3, h, w]`` where slow and fast frames were shrunk to different sizes;
-        ``kwargs`` has ``height``, ``width``, ``fast_height``, ``fast_width``, ``timestamps`` and ``frame_types``, each
-        a list over videos. Other than in the official package, ``timestamps`` has None for a video without times, so
-        that the lists stay aligned.
+        `(images, videos)`, or `(images, videos, video_kwargs)`. `images` is a list of RGB images and `videos` a list of
+            videos; each is None if there are none.
+
+            For "preview", a video is a uint8 tensor `[N, 3, H, W]`. A video given as a list of images is a list of an even
+            number of images; the last image is repeated if needed. `video_kwargs` is `{"fps": [...]}` with the sampled
+            frames per second of each video.
+
+            For "1.5", a video is a uint8 tensor `[N, 3, H, W]`, or a list of uint8 tensors `[3, h, w]` if slow and fast
+            frames have different sizes. `video_kwargs` has `height`, `width`, `fast_height`, `fast_width`, `timestamps` and
+            `frame_types`, each a list with one entry per video.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: a part that cannot be loaded; the message names its source.
+        FileNotFoundError: a file does not exist.
+        ValueError: an image or a video cannot be loaded, or an option is out of range; the message names it.
+        TypeError: a source has an unsupported type.
     """
-    check_edition(edition)
+    slow_fast_frames = edition_named(edition).slow_fast_frames
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a positive integer, got {workers!r}")
     limits = {name: limit for name, limit in (("timeout", timeout), ("max_bytes", max_bytes)) if limit is not None}
 
     def fetch(part: Mapping[str, Any]) -> Any:
-        if vision_kind(part) == "image":
+        if modality(part) == "image":
             return fetch_image(part, edition=edition, **limits)
         return fetch_video(part, edition=edition, original_size=original_size, **limits)
 
-    parts = _vision_parts(messages)
-    fetched = _map(fetch, parts, workers, progress)
+    fetched = _map(fetch, _vision_parts(messages), workers, progress)
     images = [item for item in fetched if not isinstance(item, SampledVideo)] or None
     sampled = [item for item in fetched if isinstance(item, SampledVideo)]
     videos = [video.frames for video in sampled] or None
-    if edition == "1.5":
-        sizes = [(*video.slow_size, *video.fast_size) for video in sampled]
-        columns = zip(*sizes, strict=True) if sizes else [()] * 4
-        kwargs = dict(zip(("height", "width", "fast_height", "fast_width"), map(list, columns), strict=True))
-        kwargs["timestamps"] = [video.seconds for video in sampled]
-        kwargs["frame_types"] = [video.frame_types for video in sampled]
-        return images, videos, kwargs
+    if slow_fast_frames:
+        video_kwargs = {
+            "height": [video.slow_size[0] for video in sampled],
+            "width": [video.slow_size[1] for video in sampled],
+            "fast_height": [video.fast_size[0] for video in sampled],
+            "fast_width": [video.fast_size[1] for video in sampled],
+            "timestamps": [video.seconds for video in sampled],
+            "frame_types": [video.frame_types for video in sampled],
+        }
+        return images, videos, video_kwargs
     if return_video_kwargs:
         return images, videos, {"fps": [video.fps for video in sampled]}
     return images, videos
 
 
 def _map(function: Callable[[Any], Any], items: Sequence[Any], workers: int, progress: bool) -> list[Any]:
-    """``function`` of each item, in order; the first error ends it."""
+    """Applies `function` to each item, in parallel, and returns the results in order. Stops at the first error."""
     if not progress and (workers == 1 or len(items) < 2):
         return [function(item) for item in items]
     from tqdm import tqdm
 
-    # Decoding and resizing release the GIL, so threads are enough.
+    # Decoding and resizing release the GIL, so threads run in parallel.
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
@@ -136,7 +149,7 @@ def _vision_parts(messages: Messages) -> list[Mapping[str, Any]]:
         for turn in conversation
         if isinstance(turn["content"], (list, tuple))
         for part in turn["content"]
-        if vision_kind(part)
+        if modality(part)
     ]
 
 
@@ -146,7 +159,7 @@ def _check_content(content: Any) -> None:
     if not isinstance(content, (list, tuple)):
         raise TypeError(f"content must be a string or a list of parts, got {type(content).__name__}")
     for part in content:
-        if not isinstance(part, Mapping) or not ("text" in part or vision_kind(part)):
+        if not isinstance(part, Mapping) or not ("text" in part or modality(part)):
             raise ValueError(f"a part of content must have one of 'text', {VISION_KEYS}, got {_shorten(part)}")
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from keye_kernels.processing import process_vision_info
 from keye_kernels.editions import EDITIONS
+from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.images import fetch_image, load_image
 from keye_kernels.processing.patches import PatchConfig, to_frame_array, to_frame_tensors
 from keye_kernels.processing.sources import read_source
@@ -199,7 +199,7 @@ def test_a_picture_two_pixels_high_and_100000_wide_is_refused():
 
 @pytest.mark.parametrize("source", ["data:image;base64,!!!!", "data:image/png,abc", "data:image;base64,QUJ"])
 def test_a_broken_data_address_is_refused(source):
-    with pytest.raises(ValueError, match="data address"):
+    with pytest.raises(ValueError, match="data URL"):
         load_image(source)
 
 

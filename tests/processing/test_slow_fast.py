@@ -11,7 +11,7 @@ from PIL import Image
 from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.resize import smart_resize
 from keye_kernels.processing.sampling import sample_indices, slow_fast_frame_count, slow_fast_sizes
-from keye_kernels.processing.slow_fast import FAST, SLOW, SlowFastClassifier, hsv_patches, patch_similarity, rgb_to_hsv
+from keye_kernels.processing.slow_fast import FAST, SLOW, SlowFastClassifier, block_similarity, hsv_blocks, rgb_to_hsv
 from tests.helpers.golden import golden
 from tests.helpers.video_clips import encode_clip
 
@@ -88,9 +88,9 @@ def test_frame_types_and_similarities_equal_the_official_ones():
         for frame, small, kind, expected in zip(
             frames, resized, case["frame_types"], case["similarity_to_last_slow"], strict=True
         ):
-            patches = hsv_patches(small)
+            patches = hsv_blocks(small)
             if key is not None:
-                similarity = patch_similarity(key, patches)
+                similarity = block_similarity(key, patches)
                 expected = math.nan if expected is None else expected
                 assert similarity == pytest.approx(expected, abs=SIMILARITY_ATOL, nan_ok=True), case
             assert classify(frame) == kind, case
@@ -161,8 +161,8 @@ def test_patches_black_in_both_frames_do_not_count():
     for image, colours in ((a, (black, grey, grey)), (b, (black, grey, blue))):
         for column, colour in enumerate(colours):
             image[:, :, 28 * column : 28 * column + 28] = torch.tensor(colour).view(3, 1, 1)
-    assert patch_similarity(hsv_patches(a), hsv_patches(b)) == 0.5
-    assert math.isnan(patch_similarity(hsv_patches(a)[:1], hsv_patches(b)[:1]))
+    assert block_similarity(hsv_blocks(a), hsv_blocks(b)) == 0.5
+    assert math.isnan(block_similarity(hsv_blocks(a)[:1], hsv_blocks(b)[:1]))
 
 
 def test_a_similarity_equal_to_the_threshold_in_float32_is_slow_as_in_the_official_package():
@@ -170,6 +170,6 @@ def test_a_similarity_equal_to_the_threshold_in_float32_is_slow_as_in_the_offici
     grey = torch.full((3, 56, 140), 128, dtype=torch.uint8)
     other = grey.clone()
     other[:, :28, :28] = torch.tensor([0, 0, 255]).view(3, 1, 1)
-    similarity = patch_similarity(hsv_patches(grey), hsv_patches(other))
+    similarity = block_similarity(hsv_blocks(grey), hsv_blocks(other))
     assert similarity == pytest.approx(0.9)
     assert similarity < 0.9

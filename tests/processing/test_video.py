@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from keye_kernels.processing import KeyeProcessor, process_vision_info
-from keye_kernels.processing import videos as videos_module
+from keye_kernels.processing import KeyeProcessor, frame_buffer, process_vision_info
 from keye_kernels.processing.sampling import preview_frame_count, preview_frame_size, slow_fast_sizes
 from keye_kernels.processing.video_reader import VideoReader
 from keye_kernels.processing.videos import fetch_video, open_video
@@ -255,7 +254,7 @@ def test_frames_whose_size_is_known_late_are_the_same_by_each_way(monkeypatch, l
     # The budget makes the sizes depend on how many frames turn out slow.
     options = {"video": encode_clip(40, fps=5, height=240, width=320), "video_total_pixels": 16 * 50_000}
     expected = fetch_video(options, edition="1.5", original_size=True)
-    monkeypatch.setattr(videos_module, "MAX_WAITING_BYTES", limit)
+    monkeypatch.setattr(frame_buffer, "MAX_PENDING_BYTES", limit)
     sampled = fetch_video(options, edition="1.5")
     assert (sampled.slow_size, sampled.fast_size) == (expected.slow_size, expected.fast_size)
     sizes = [(sampled.slow_size, sampled.fast_size)[kind] for kind in expected.frame_types]

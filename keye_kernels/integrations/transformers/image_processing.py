@@ -7,8 +7,8 @@ import torch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from keye_kernels.editions import EditionName
 from keye_kernels.processing.arguments import list_images
-from keye_kernels.processing.images import Edition
 from keye_kernels.processing.patches import PatchConfig, to_frame_array
 
 SETTINGS = (
@@ -25,15 +25,15 @@ class SiglipImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012 - transformers reads a class attribute
-    edition: Edition = "preview"
+    edition: EditionName = "preview"
 
     def __init__(self, **settings: Any):
         config = PatchConfig.from_dict(settings, self.edition)
         super().__init__(**{name: value for name, value in settings.items() if name not in SETTINGS})
         self.size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
         self.patch_size, self.merge_size, self.temporal_patch_size = config.patch_size, config.merge_size, 1
-        self.image_mean, self.image_std = list(config.image_mean), list(config.image_std)
-        self.rescale_factor, self.resample = config.rescale_factor, config.resample
+        self.image_mean, self.image_std = list(config.norm.image_mean), list(config.norm.image_std)
+        self.rescale_factor, self.resample = config.norm.rescale_factor, config.resample
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -90,7 +90,7 @@ class SiglipImageProcessor(BaseImageProcessor):
 class KeyeVL1_5ImageProcessor(SiglipImageProcessor):
     """That of 1.5: transparency is dropped, and pictures are resized bilinearly unless the checkpoint says otherwise."""
 
-    edition: Edition = "1.5"
+    edition: EditionName = "1.5"
 
 
 IMAGE_PROCESSORS = {"Keye": SiglipImageProcessor, "KeyeVL1_5": KeyeVL1_5ImageProcessor}

@@ -6,9 +6,9 @@ from typing import Any
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
+from keye_kernels.editions import EDITIONS
 from keye_kernels.processing import KeyeProcessor as LeanProcessor
 from keye_kernels.processing import process_vision_info
-from keye_kernels.processing.processor import VIDEO_KWARGS
 from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE
 from keye_kernels.processing.tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer
 from keye_kernels.processing.vision_info import split_conversations
@@ -73,7 +73,13 @@ class KeyeProcessor(ProcessorMixin):
         """
         known = (*SETTINGS, *PARTS, *HUB_ARGUMENTS)
         # vLLM hands a request's arguments over as well
-        of_calls = (*CALL_ARGUMENTS, *IGNORED_ARGUMENTS, *GROUPS, *VIDEO_KWARGS["preview"], *VIDEO_KWARGS["1.5"])
+        of_calls = (
+            *CALL_ARGUMENTS,
+            *IGNORED_ARGUMENTS,
+            *GROUPS,
+            *EDITIONS["preview"].video_kwargs,
+            *EDITIONS["1.5"].video_kwargs,
+        )
         unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING, *of_calls)]
         # A pipeline hands the model's arguments to the processor as well
         if unknown and "_from_pipeline" not in kwargs:
@@ -117,7 +123,7 @@ class KeyeProcessor(ProcessorMixin):
             )
         for name in IGNORED_ARGUMENTS:
             kwargs.pop(name, None)
-        known = (*CALL_ARGUMENTS, *VIDEO_KWARGS[self.edition])
+        known = (*CALL_ARGUMENTS, *EDITIONS[self.edition].video_kwargs)
         unknown = [name for name in kwargs if name not in known]
         if unknown:
             raise TypeError(f"unexpected keyword arguments {unknown}: this processor takes {[*known, *SETTINGS]}")
@@ -146,7 +152,7 @@ class KeyeProcessor(ProcessorMixin):
         are for the template.
         """
         messages = _official(conversation)
-        known = (*CALL_ARGUMENTS, *VIDEO_KWARGS[self.edition], *SETTINGS, *GROUPS)
+        known = (*CALL_ARGUMENTS, *EDITIONS[self.edition].video_kwargs, *SETTINGS, *GROUPS)
         options = {name: variables.pop(name) for name in known if name in variables} | dict(processor_kwargs or {})
         lean = self._lean({}, chat_template)
         prompt = lean.apply_chat_template(

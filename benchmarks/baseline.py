@@ -1,13 +1,20 @@
-"""The official implementation's arithmetic in plain eager PyTorch: what every ratio in the benchmarks is taken against.
+"""The arithmetic of the official implementation in eager PyTorch. The benchmarks call it "official (eager)".
 
-A transliteration, as the official code has it: separate q, k and v products; cos and sin tables by token, whose sections every
-layer selects again; RMSNorm and rope step by step in float32; one causal mask of the whole batch and repeated keys in the
-text model; a key/value cache that grows by concatenation; positions interpolated, and patches merged, picture by picture; the
-head applied to every position. In the tower, where the official code calls flash-attn, each segment is attended by itself, in
-three eager steps: its own fallback attends across pictures and gives other answers.
+Like the official code it has:
 
-The weights are those of a `kk.Keye`, under the checkpoint's names. Positions of a prompt are integers made once and come from
-the package. Symbols: B rows, S tokens, T patches, H heads, D head dim.
+- separate q, k and v projections,
+- cos and sin tables per token; every layer selects the M-RoPE sections again,
+- RMSNorm and rope as single operations in float32,
+- in the decoder, one causal mask for the whole batch and keys repeated for grouped heads,
+- a key/value cache that grows by concatenation,
+- position embeddings and patch merging in a loop over images,
+- logits of every position.
+
+One difference: in the vision tower the official code calls flash-attn. This code runs eager attention on each segment instead,
+because the official eager fallback attends across images and computes something else.
+
+The weights are those of a `kk.Keye`, under the names of the checkpoint. The integer positions of a prompt come from
+keye_kernels. Symbols: B sequences, S tokens, T patches, H heads, D head dim.
 """
 
 from itertools import pairwise
@@ -16,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keye_kernels.editions import edition_of
 from keye_kernels.model import Keye
 from keye_kernels.model.checkpoint import destinations
 from keye_kernels.model.positions import rope_index
@@ -32,21 +40,21 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `Qwen3RMSNorm`: float32 inside, rounded before the weight."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    """Same rounding as `Qwen3RMSNorm`: float32 inside, cast back before the multiplication by the weight."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 def text_tables(position_ids: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [3, B, S, D] of positions [3, B, S], in the model's dtype."""
+    """cos and sin [3, B, S, D] of positions [3, B, S], in `dtype`."""
     angle = position_ids[..., None].float() * inv_freq
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sections: list[int]) -> tuple[Tensor, Tensor]:
-    """q, k [B, H, S, D] turned by tables [3, B, S, D] of which every section has an axis of its own."""
+    """Rotates q, k [B, H, S, D]. cos and sin are [3, B, S, D]; each M-RoPE section uses one of the 3 axes."""
     doubled = list(sections) * 2
     cos, sin = (
         torch.cat([part[i % 3] for i, part in enumerate(table.split(doubled, dim=-1))], dim=-1).unsqueeze(1)
@@ -56,20 +64,20 @@ def rotate_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sections: list[i
 
 
 def vision_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D] of rows and columns [2, T]: a table by position, gathered by token."""
+    """cos and sin [T, D] of rows and columns [2, T], gathered from a table of all positions."""
     table = torch.arange(int(position_ids.max()) + 1, device=inv_freq.device)[:, None].float() * inv_freq
     angle = table[position_ids.T].flatten(1).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotate_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k [T, H, D], cast up, turned and cast down."""
+    """Rotates q, k [T, H, D] in float32."""
     cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
     return tuple((x.float() * cos + rotate_half(x.float()) * sin).to(x.dtype) for x in (q, k))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """[..., H, S, D] of queries [..., H, S, D] and keys [..., Hk, M, D]: every step a tensor of its own."""
+    """Attention of queries [..., H, S, D] over keys and values [..., Hk, M, D], with the scores in memory."""
     groups = query.shape[-3] // key.shape[-3]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
@@ -81,15 +89,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def causal_mask(attention_mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, M] of numbers to add, from the mask [B, M] of all tokens so far, the last `length` of which are new."""
+    """Additive mask [B, 1, S, M] for the last S = `length` tokens, from the mask [B, M] of all tokens (0 = padding)."""
     total = attention_mask.shape[1]
-    at = torch.arange(total, device=attention_mask.device)
-    seen = (at <= at[total - length :, None]) & attention_mask.bool()[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    index = torch.arange(total, device=attention_mask.device)
+    visible = (index <= index[total - length :, None]) & attention_mask.bool()[:, None]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], *, causal: bool = False) -> Tensor:
-    """[T, H, D], segment by segment."""
+    """Attention of q, k, v [T, H, D] within each segment, in a loop over segments."""
     outs = []
     for start, end in pairwise(offsets):
         query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
@@ -100,7 +109,7 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], *, caus
 
 
 def add_positions(features: Tensor, table: Tensor, grids: list[Grid]) -> Tensor:
-    """[T, C] with the learned grid resized for every picture."""
+    """Adds the position embedding to features [T, C], interpolated to the grid of each image."""
     side = round(table.shape[0] ** 0.5)
     square = table.view(side, side, -1).permute(2, 0, 1)[None]
     out, first = [], 0
@@ -113,7 +122,7 @@ def add_positions(features: Tensor, table: Tensor, grids: list[Grid]) -> Tensor:
 
 
 def project(features: Tensor, grids: list[Grid], *weights: Tensor) -> Tensor:
-    """[T/4, out] of [T, C] in raster order: norm, 2x2 merge and two products, picture by picture."""
+    """Projector: features [T, C] in raster order to [T/4, out], in a loop over images."""
     norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2 = weights
     channels = features.shape[1]
     out, first = [], 0
@@ -130,7 +139,7 @@ def project(features: Tensor, grids: list[Grid], *weights: Tensor) -> Tensor:
 
 
 def grid_positions(grids: list[Grid], device: torch.device) -> Tensor:
-    """[2, T] row and column of every patch in raster order."""
+    """Row and column [2, T] of every patch in raster order."""
     positions = []
     for t, h, w in grids:
         row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
@@ -139,7 +148,7 @@ def grid_positions(grids: list[Grid], device: torch.device) -> Tensor:
 
 
 class Baseline:
-    """Keye from end to end on the weights of `model`, which are shared, not copied."""
+    """The whole model. It shares the weights of `model`."""
 
     def __init__(self, model: Keye):
         self.config = model.config
@@ -158,10 +167,10 @@ class Baseline:
         return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Tower and projector: [T, 3, 14, 14] in raster order to [T/4, hidden]."""
+        """Vision tower and projector: patches [T, 3, 14, 14] in raster order to features [T/4, hidden]."""
         config = self.config.vision_config
         grids = [tuple(row) for row in grid_thw.tolist()]
-        if self.config.edition == "1.5":
+        if edition_of(self.config.model_type).segment_by_frame:
             grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
         offsets = [0]
         for t, h, w in grids:
@@ -198,7 +207,7 @@ class Baseline:
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
-        """A prompt [B, S]: logits [B, S, V] of every position, and the cache."""
+        """Prefill of prompts [B, S]: logits [B, S, V] and the cache."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
         position_ids, _ = rope_index(self.config, input_ids, *grids, attention_mask)
@@ -213,19 +222,19 @@ class Baseline:
         return self.decode(x, position_ids, mask, [])
 
     def step(self, token: Tensor, position: int, cache: Cache) -> tuple[Tensor, Cache]:
-        """One token [B, 1] at `position` on every axis after rows without padding: logits [B, 1, V] and the longer cache."""
+        """One decoding step without padding: token [B, 1] at `position` on all axes to logits [B, 1, V] and the longer cache."""
         x = F.embedding(token, self.weights["model.embed_tokens.weight"])
         position_ids = torch.full((3, *token.shape), position, device=token.device)
         mask = torch.ones(token.shape[0], cache[0][0].shape[2] + 1, device=token.device)
         return self.decode(x, position_ids, mask, cache)
 
     def decode(self, x: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Embeddings [B, S, hidden] through the text model and the head, which is applied to every position."""
+        """Decoder and head: embeddings [B, S, hidden] to logits [B, S, V] and the longer cache."""
         config = self.config
         exponent = torch.arange(0, config.head_dim, 2, device=x.device, dtype=torch.float32) / config.head_dim
         cos, sin = text_tables(position_ids, config.rope_theta**-exponent, x.dtype)
         mask = causal_mask(attention_mask, x.shape[1], x.dtype)
-        grown = []
+        new_cache = []
         for index in range(config.num_hidden_layers):
             name = f"model.layers.{index}"
             h = self.rms_norm(x, f"{name}.input_layernorm")
@@ -237,10 +246,10 @@ class Baseline:
             q, k = rotate_text(q, k, cos, sin, config.mrope_section)
             if cache:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache[index], (k, v), strict=True))
-            grown.append((k, v))
+            new_cache.append((k, v))
             h = attend(q, k, v, mask, config.head_dim**-0.5).transpose(1, 2).flatten(2)
             x = x + self.linear(h, f"{name}.self_attn.o_proj")
             h = self.rms_norm(x, f"{name}.post_attention_layernorm")
             gated = F.silu(self.linear(h, f"{name}.mlp.gate_proj")) * self.linear(h, f"{name}.mlp.up_proj")
             x = x + self.linear(gated, f"{name}.mlp.down_proj")
-        return self.linear(self.rms_norm(x, "model.norm"), "lm_head"), grown
+        return self.linear(self.rms_norm(x, "model.norm"), "lm_head"), new_cache

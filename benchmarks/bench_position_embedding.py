@@ -1,4 +1,4 @@
-"""Learned 2D positions, resized to each picture and added."""
+"""The learned position embedding, interpolated to the grid of each image and added to the patch features."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ import keye_kernels as kk
 from keye_kernels.geometry import VisionBatch
 
 from . import baseline, peers
-from .measuring import Work, nbytes
-from .shapes import PICTURES, SMALL_PICTURES, num_patches
+from .measuring import RequiredWork, nbytes
+from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches
 
-REAL = {name: (grids, 1152, 27) for name, grids in PICTURES.items()}
-SMOKE = {name: (grids, 48, 5) for name, grids in SMALL_PICTURES.items()}
+REAL = {name: (grids, 1152, 27) for name, grids in IMAGE_GRIDS.items()}
+SMOKE = {name: (grids, 48, 5) for name, grids in SMALL_IMAGE_GRIDS.items()}
 
 
 @pytest.mark.benchmark(group="position_embedding_2d")
-@pytest.mark.cases(impls=["official", "compiled", *peers.OURS], real=REAL, smoke=SMOKE)
-def test_position_embedding_2d(measure, impl, size, dtype, device, request):
+@pytest.mark.cases(impls=[peers.OFFICIAL, peers.COMPILED, *peers.OURS], real=REAL, smoke=SMOKE)
+def test_position_embedding_2d(measure, impl, size, dtype, device, is_timed):
     grids, channels, side = size
     tokens, dtype = num_patches(grids), getattr(torch, dtype)
     torch.manual_seed(0)
@@ -25,18 +25,14 @@ def test_position_embedding_2d(measure, impl, size, dtype, device, request):
     batch = VisionBatch.build(torch.tensor(grids), tokens, table_side=side, order="raster", device=device)
 
     def make():
-        if impl == "official":
+        if impl == peers.OFFICIAL:
             return lambda: baseline.add_positions(features, table, grids)
-        if impl == "compiled":
-            if len(grids) > 16:
-                raise peers.Unavailable(
-                    f"compiled: the loop over {len(grids)} pictures would be unrolled into one graph"
-                )
-            smoke = request.config.getoption("benchmark_disable")
-            return peers.compiled(baseline.add_positions, features, table, grids, smoke=smoke)
+        if impl == peers.COMPILED:
+            options = {"is_timed": is_timed, "loop_iterations": len(grids)}
+            return peers.compiled(baseline.add_positions, features, table, grids, **options)
         peers.check_ours(impl, device)
         return lambda: kk.ops.position_embedding_2d(features, table, batch, impl=impl)
 
     expected = kk.ops.position_embedding_2d(features.float(), table.float(), batch, impl="reference")
     corners = nbytes(batch.corner_index, batch.corner_weight)
-    measure(make, expected, Work(tokens, 2 * nbytes(features) + nbytes(table) + corners))
+    measure(make, expected, RequiredWork(tokens, 2 * nbytes(features) + nbytes(table) + corners))

@@ -1,4 +1,4 @@
-"""q/k norm with 3D rope (text model), and 2D rope (tower)."""
+"""q/k norm with 3D rope (decoder), and 2D rope (vision tower)."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 import keye_kernels as kk
 
 from . import baseline, peers
-from .measuring import Work, nbytes
-from .shapes import PICTURES, SMALL_PICTURES, num_patches, text_positions
+from .measuring import RequiredWork, nbytes
+from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches, text_positions
 
 SECTIONS, EPS = [16, 24, 24], 1e-6
 # Tokens, query heads, key heads
@@ -16,46 +16,48 @@ SMOKE = {"3": (3, 4, 2), "64": (64, 4, 2)}
 
 
 @pytest.mark.benchmark(group="rope_3d")
-@pytest.mark.cases(impls=["official", "compiled", "liger", *peers.OURS], real=REAL, smoke=SMOKE)
-def test_rope_3d(measure, impl, size, dtype, device, request):
+@pytest.mark.cases(impls=[peers.OFFICIAL, peers.COMPILED, peers.LIGER, *peers.OURS], real=REAL, smoke=SMOKE)
+def test_rope_3d(measure, impl, size, dtype, device, is_timed):
     tokens, heads, kv_heads = size
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
-    # As the layer holds them: views of one fused product
+    # As in a layer: views of one fused projection
     qkv = torch.randn(tokens, heads + 2 * kv_heads, 128, dtype=dtype, device=device)
     q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
     q_weight, k_weight = (1 + 0.1 * torch.randn(2, 128, device=device)).to(dtype)
     positions = text_positions(tokens).to(device)
     inv_freq = 1e6 ** -(torch.arange(64, device=device) / 64)
-    # The official code makes its tables once a forward pass, so they are no part of a layer's time
+    # The official code computes the tables once per forward pass, so they are not part of a layer's time
     tables = baseline.text_tables(positions[:, None], inv_freq, dtype)
 
     def official(q, k):
         q, k = baseline.rms_norm(q, q_weight, EPS), baseline.rms_norm(k, k_weight, EPS)
-        turned = baseline.rotate_text(*(x[None].transpose(1, 2) for x in (q, k)), *tables, SECTIONS)
-        return tuple(x.transpose(1, 2)[0] for x in turned)
+        rotated = baseline.rotate_text(*(x[None].transpose(1, 2) for x in (q, k)), *tables, SECTIONS)
+        return tuple(x.transpose(1, 2)[0] for x in rotated)
 
     def rope(q, k, q_weight, k_weight, impl):
         norms = {"q_norm_weight": q_weight, "k_norm_weight": k_weight, "eps": EPS}
         return kk.ops.rope_3d(q, k, positions, inv_freq, SECTIONS, **norms, impl=impl)
 
     def make():
-        if impl == "official":
+        if impl == peers.OFFICIAL:
             return lambda: official(q, k)
-        if impl == "compiled":
-            return peers.compiled(official, q, k, smoke=request.config.getoption("benchmark_disable"))
-        if impl == "liger":
+        if impl == peers.COMPILED:
+            return peers.compiled(official, q, k, is_timed=is_timed)
+        if impl == peers.LIGER:
             return peers.liger_rope_3d(q, k, q_weight, k_weight, tables, SECTIONS, EPS)
         peers.check_ours(impl, device)
         return lambda: rope(q, k, q_weight, k_weight, impl)
 
     expected = rope(*(x.float() for x in (q, k, q_weight, k_weight)), "reference")
-    measure(make, expected, Work(tokens, 2 * nbytes(q, k) + nbytes(positions, inv_freq, q_weight, k_weight)))
+    measure(make, expected, RequiredWork(tokens, 2 * nbytes(q, k) + nbytes(positions, inv_freq, q_weight, k_weight)))
 
 
 @pytest.mark.benchmark(group="rope_2d")
-@pytest.mark.cases(impls=["official", "compiled", "flash_attn", *peers.OURS], real=PICTURES, smoke=SMALL_PICTURES)
-def test_rope_2d(measure, impl, size, dtype, device, request):
+@pytest.mark.cases(
+    impls=[peers.OFFICIAL, peers.COMPILED, peers.FLASH_ATTN, *peers.OURS], real=IMAGE_GRIDS, smoke=SMALL_IMAGE_GRIDS
+)
+def test_rope_2d(measure, impl, size, dtype, device, is_timed):
     tokens = num_patches(size)
     torch.manual_seed(0)
     qkv = torch.randn(tokens, 3, 16, 72, dtype=getattr(torch, dtype), device=device)
@@ -65,15 +67,14 @@ def test_rope_2d(measure, impl, size, dtype, device, request):
     tables = baseline.vision_tables(positions, inv_freq)
 
     def make():
-        if impl == "official":
+        if impl == peers.OFFICIAL:
             return lambda: baseline.rotate_vision(q, k, *tables)
-        if impl == "compiled":
-            smoke = request.config.getoption("benchmark_disable")
-            return peers.compiled(baseline.rotate_vision, q, k, *tables, smoke=smoke)
-        if impl == "flash_attn":
+        if impl == peers.COMPILED:
+            return peers.compiled(baseline.rotate_vision, q, k, *tables, is_timed=is_timed)
+        if impl == peers.FLASH_ATTN:
             return peers.flash_rope_2d(q, k, tables)
         peers.check_ours(impl, device)
         return lambda: kk.ops.rope_2d(q, k, positions, inv_freq, impl=impl)
 
     expected = kk.ops.rope_2d(q.float(), k.float(), positions, inv_freq, impl="reference")
-    measure(make, expected, Work(tokens, 2 * nbytes(q, k) + nbytes(positions, inv_freq)))
+    measure(make, expected, RequiredWork(tokens, 2 * nbytes(q, k) + nbytes(positions, inv_freq)))

@@ -1,14 +1,14 @@
-"""Reading a 60 s 1280x720 clip for Keye-VL-1.5: keye_kernels beside the official keye-vl-utils 1.5.2, in one run.
+"""Times `process_vision_info` of Keye-VL-1.5 on a 60 s 1280x720 clip: keye_kernels and the official keye-vl-utils 1.5.2.
 
-Both read the same file, each in a fresh process; printed are seconds, peak memory above that of the imports, and
-whether the frame types agree. The official package needs an environment of its own:
+Both read the same file, each in a new process. Printed are the time, the peak memory above that of the imports, and whether
+the frame types and sizes are equal. The official package needs a virtual environment of its own:
 
     python -m venv official
     official/bin/pip install torch torchvision keye-vl-utils==1.5.2 decord opencv-python-headless einops requests
     python benchmarks/bench_video.py --official official/bin/python
 
-keye-vl-utils 1.5.2 imports torchvision without calling it here; where torchvision does not load, an empty module
-stands in for it. ``--clip`` takes a file of your own. Linux only: the peak is read from /proc.
+keye-vl-utils 1.5.2 imports torchvision but does not call it here. If torchvision cannot be imported, a mock module replaces
+it. `--clip` measures another file. Linux only: the peak is read from /proc.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ else:
     from keye_kernels import process_vision_info
     options = {"edition": "1.5"}
 messages = [{"role": "user", "content": [{"type": "video", "video": path}]}]
-# The first interpolation loads torch's kernels.
+# Warm-up: the first interpolation initialises torch.
 torch.nn.functional.interpolate(torch.zeros(1, 3, 56, 56, dtype=torch.uint8), (28, 28), mode="bilinear", antialias=True)
 
 def status(field):
@@ -65,7 +65,7 @@ print(json.dumps({
 
 
 def write_clip(path: Path) -> None:
-    """Scenes of 4 seconds with a moving, textured square; h264 with the defaults of a phone or a site."""
+    """Writes a clip with scenes of 4 seconds, each with a moving textured square, as h264."""
     import av
     import numpy as np
 
@@ -79,30 +79,33 @@ def write_clip(path: Path) -> None:
                 slopes = random.random((3, 2)) * 0.4
                 scene = np.stack([(rows * a + columns * b + random.integers(256)) % 256 for a, b in slopes], axis=-1)
                 if index % (8 * FPS):
-                    # Without colour, which is what the similarity notices.
+                    # Every second scene is grey, so that the frame similarity detects a scene change
                     scene = scene.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
                 scene = scene.astype(np.uint8)
                 texture = random.integers(0, 256, (240, 240, 3), dtype=np.uint8)
-            picture = scene.copy()
+            frame = scene.copy()
             left = index * 4 % (WIDTH - 240)
-            picture[200:440, left : left + 240] = texture
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame[200:440, left : left + 240] = texture
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         output.mux(stream.encode(None))
 
 
 def measure(python: str, name: str, clip: Path, threads: int) -> dict[str, object]:
-    """One run in a fresh process."""
+    """Runs CHILD once in a new process."""
     command = [python, "-c", CHILD, str(clip), name, str(threads)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", required=True, help="python of the environment with keye-vl-utils 1.5.2")
-    parser.add_argument("--clip", type=Path, help="video file; by default one is encoded")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads; decoders choose their own")
+    parser.add_argument(
+        "--official", required=True, help="Python executable of the environment with keye-vl-utils 1.5.2"
+    )
+    parser.add_argument("--clip", type=Path, help="video file (default: a generated clip)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each package (default: 3)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="number of torch threads; video decoders choose their own"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         clip = arguments.clip
@@ -110,7 +113,7 @@ def main() -> None:
             clip = Path(folder) / "clip.mp4"
             write_clip(clip)
         pythons = {"official": arguments.official, "keye_kernels": sys.executable}
-        # Alternating, so that other load on the machine meets both.
+        # The packages take turns, so that background load affects both
         runs = [
             {name: measure(python, name, clip, arguments.threads) for name, python in pythons.items()}
             for _ in range(arguments.runs)
@@ -123,8 +126,8 @@ def main() -> None:
         print(f"{name:12}  {values['seconds']:7.2f} s  {values['peak_mib']:7.0f} MiB")
     official, ours = medians.values()
     types = [runs[0][name]["frame_types"] for name in pythons]
-    print(f"{official['seconds'] / ours['seconds']:.2f} times faster")
-    print(f"{ours['peak_mib'] / official['peak_mib']:.2f} of the peak memory")
+    print(f"speedup {official['seconds'] / ours['seconds']:.2f}x")
+    print(f"peak memory of keye_kernels / official: {ours['peak_mib'] / official['peak_mib']:.2f}")
     print(
         f"frame types {'equal' if types[0] == types[1] else 'DIFFER'}: {types[0].count(0)} slow, {sum(types[0])} fast"
     )

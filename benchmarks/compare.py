@@ -1,12 +1,14 @@
-"""The whole model against the official arithmetic and against the floor, on this machine, in one run.
+"""Times the stages of the whole model on this machine, against the other implementations and against a floor.
 
     python -m benchmarks.compare --stage all --out compare.json
 
-Contestants take turns, round by round (A B C A B C ...; in loading A A B B C C), so that whatever else the machine does meets
-all of them. A first round warms up and checks that all put out the same. Printed are medians, their spread (interquartile
-range over median), the ratio to the baseline, taken round by round, and the share of the floor. The floor is the same products
-by torch.mm and torch.bmm and nothing else; for decoding, a sum over all bytes that a step must read; for loading, reading the
-file.
+The implementations take turns (A B C A B C ...), so that background load affects all of them. In `loading` each one runs all its
+rounds before the next (A A B B). The first round is a warm-up and checks that all outputs are equal within the tolerance.
+
+Printed per implementation: the median time, its spread (interquartile range / median), the speedup over each peer (median of the
+ratios of single rounds) and the share of the floor (time of the floor / time). The floor is: the same matmuls by torch.mm and
+torch.bmm alone; in `decode`, a sum over all bytes that a step must read; in `loading`, reading the file. The last line of each
+case compares keye_kernels with the strongest peer.
 """
 
 import argparse
@@ -23,105 +25,133 @@ import torch
 
 from . import stages
 from .measuring import gpu_info, relative_error, versions, with_peak_memory
+from .models import build_model, make_config, saved_checkpoint
 from .peers import Unavailable
-from .shapes import PICTURES, SMALL_PICTURES
+from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS
+from .stages import KEYE_KERNELS, BenchmarkCase
 
 STAGES = ("vision", "prefill", "decode", "first_token", "loading", "memory")
-MEMORY_PATCHES = [(1, 32, 32)] * 16
+FLOOR = "floor"
+CPU = torch.device("cpu")
 
 
-def cases(stage: str, small: bool) -> Iterator[tuple[str, stages.Case]]:
-    """The named cases of a stage, each built when its turn comes. A peak does not depend on the number of layers: two do."""
-    dtype, device = torch.float32, torch.device("cpu")
+def cases(stage: str, small: bool) -> Iterator[tuple[str, BenchmarkCase]]:
+    """The named cases of a stage. A model is built when its case is reached, so that one model is in memory at a time."""
 
-    def build(tower: int | None, decoder: int | None, dtype: torch.dtype = dtype) -> Any:
-        return stages.build(stages.config(small=small, tower_layers=tower, decoder_layers=decoder), dtype, device)
+    def build(vision_layers: int | None, decoder_layers: int | None, dtype: torch.dtype = torch.float32) -> Any:
+        config = make_config(small=small, vision_layers=vision_layers, decoder_layers=decoder_layers)
+        return build_model(config, dtype, CPU)
 
     if stage == "vision":
-        for name in SMALL_PICTURES if small else ("1_image_1024", "16_images_mixed"):
-            yield name, stages.vision(build(None, 0), (SMALL_PICTURES | PICTURES)[name])
+        for name in SMALL_IMAGE_GRIDS if small else ("1_image_1024", "16_images_mixed"):
+            yield name, stages.vision(build(None, 0), (SMALL_IMAGE_GRIDS | IMAGE_GRIDS)[name])
     if stage == "prefill":
         tokens = 48 if small else 1024
         yield f"{tokens}_tokens", stages.prefill(build(0, 2), 1, tokens)
     if stage == "decode":
         cached = 32 if small else 1024
-        for rows in (1, 8):
-            yield f"batch_{rows}_after_{cached}", stages.decode(build(0, 2), rows, cached)
+        for batch_size in (1, 8):
+            yield f"batch_{batch_size}_after_{cached}", stages.decode(build(0, 2), batch_size, cached)
     if stage == "first_token":
-        grids, text = ([(1, 8, 8)], 16) if small else ([(1, 32, 32)], 256)
-        yield "1_image", stages.first_token(build(None, 2), grids, text)
+        grids, text_tokens = ([(1, 8, 8)], 16) if small else ([(1, 32, 32)], 256)
+        yield "1_image", stages.first_token(build(None, 2), grids, text_tokens)
     if stage == "loading":
-        with stages.checkpoint(build(None, 2, torch.bfloat16)) as path:
-            for wanted in (torch.float32, torch.bfloat16):
-                name = f"bfloat16_as_{wanted}".replace("torch.", "")
-                yield name, stages.loading(path, device, wanted)
+        with saved_checkpoint(build(None, 2, torch.bfloat16)) as path:
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"bfloat16_as_{dtype}".replace("torch.", "")
+                yield name, stages.loading(path, CPU, dtype)
     if stage == "memory":
-        grids, tokens = ([(1, 8, 8)] * 4, 48) if small else (MEMORY_PATCHES, 1024)
+        # The peak does not depend on the number of layers, so two are enough
+        grids, tokens = ([(1, 8, 8)] * 4, 48) if small else ([(1, 32, 32)] * 16, 1024)
         yield f"prefill_{tokens}_tokens", stages.prefill(build(0, 2), 1, tokens)
         yield f"vision_{len(grids)}_images", stages.vision(build(2, 0), grids)
 
 
-def ready(case: stages.Case) -> dict[str, Callable[[], Any]]:
-    """The calls of all contestants that run here, checked against the first one; its name is that of the baseline."""
+def checked_calls(case: BenchmarkCase) -> dict[str, Callable[[], Any]]:
+    """The calls of all implementations that are available here, after one call of each.
+
+    Raises:
+        SystemExit: the output of an implementation differs from the output of the first one by more than the tolerance.
+    """
     calls, expected = {}, None
     for name, make in case.make.items():
         try:
             calls[name] = make()
         except Unavailable as reason:
-            print(f"  {name}: left out: {reason}", flush=True)
+            print(f"  skipped: {reason}", flush=True)
             continue
         output = calls[name]()
         expected = output.clone() if expected is None else expected
         error = relative_error(output, expected)
         if not error <= stages.TOLERANCE:
-            raise SystemExit(f"{name} deviates from {next(iter(calls))} by {error:.2g} of the largest value: not timed")
+            raise SystemExit(
+                f"{name} differs from {next(iter(calls))} by a relative error of {error:.2g}, "
+                f"at most {stages.TOLERANCE:.2g} is allowed: not timed"
+            )
     return calls
 
 
 def spread(values: list[float]) -> float:
-    """Interquartile range over median."""
+    """Interquartile range / median."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / middle
 
 
-def race(case: stages.Case, rounds: int, in_turns: bool = True) -> dict[str, Any]:
-    """Seconds of every contestant and of the floor, in turns or one after the other, and what follows from them."""
-    calls = ready(case)
-    baseline = next(iter(calls))
+def time_case(case: BenchmarkCase, rounds: int, take_turns: bool = True) -> dict[str, Any]:
+    """Times all implementations and the floor.
+
+    Returns:
+        `{"strongest_peer": name, "implementations": {name: {"seconds", "median", "spread", "speedup_over",
+        "share_of_floor"}}}`. `speedup_over` is `{peer: {"median", "spread"}}`. The strongest peer is the fastest one.
+    """
+    calls = checked_calls(case)
+    peers = [name for name in calls if name != KEYE_KERNELS]
     if case.floor is not None:
-        calls["floor"] = case.floor()
-        calls["floor"]()
+        calls[FLOOR] = case.floor()
+        calls[FLOOR]()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for name in [*calls] * rounds if in_turns else [name for name in calls for _ in range(rounds)]:
+    for name in [*calls] * rounds if take_turns else [name for name in calls for _ in range(rounds)]:
         start = time.perf_counter()
         calls[name]()
         seconds[name].append(time.perf_counter() - start)
-    return {name: _summary(seconds, name, baseline) for name in seconds}
+    return {
+        "strongest_peer": min(peers, key=lambda name: statistics.median(seconds[name]), default=None),
+        "implementations": {name: _summary(seconds, name, peers) for name in seconds},
+    }
 
 
-def _summary(seconds: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
-    ratios = [b / own for b, own in zip(seconds[baseline], seconds[name], strict=True)]
-    floors = [f / own for f, own in zip(seconds.get("floor", []), seconds[name], strict=False)]
+def _summary(seconds: dict[str, list[float]], name: str, peers: list[str]) -> dict[str, Any]:
+    def ratios_to(other: str) -> list[float]:
+        return [theirs / own for theirs, own in zip(seconds[other], seconds[name], strict=True)]
+
+    over = {peer: ratios_to(peer) for peer in peers}
     return {
         "seconds": seconds[name],
         "median": statistics.median(seconds[name]),
         "spread": spread(seconds[name]),
-        "ratio_to_baseline": statistics.median(ratios),
-        "ratio_spread": spread(ratios),
-        "share_of_floor": statistics.median(floors) if floors else None,
+        "speedup_over": {
+            peer: {"median": statistics.median(ratios), "spread": spread(ratios)} for peer, ratios in over.items()
+        },
+        "share_of_floor": statistics.median(ratios_to(FLOOR)) if FLOOR in seconds else None,
     }
 
 
-def weigh(case: stages.Case) -> dict[str, Any]:
-    """Peak memory of every contestant's call above what was held before it."""
-    calls = ready(case)
-    peaks = {name: with_peak_memory(call, torch.device("cpu"))[1] for name, call in calls.items()}
-    baseline = next(iter(peaks.values()))
-    return {name: {"peak_memory_bytes": peak, "ratio_to_baseline": peak / baseline} for name, peak in peaks.items()}
+def measure_memory(case: BenchmarkCase) -> dict[str, Any]:
+    """Peak of the memory that each implementation allocates. The strongest peer is the one with the lowest peak."""
+    calls = checked_calls(case)
+    peaks = {name: with_peak_memory(call, CPU)[1] for name, call in calls.items()}
+    peers = {name: peak for name, peak in peaks.items() if name != KEYE_KERNELS}
+    return {
+        "strongest_peer": min(peers, key=peers.__getitem__, default=None),
+        "implementations": {name: {"peak_memory_bytes": peak} for name, peak in peaks.items()},
+    }
 
 
-def machine() -> dict[str, Any]:
-    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+def machine_info() -> dict[str, Any]:
+    """CPU, threads, load, GPU and versions."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -132,50 +162,63 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_lines() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
-
-
-def print_times(results: dict[str, Any]) -> None:
-    print("  contestant        median     spread   x baseline  (spread)   of the floor")
-    for name, r in results.items():
-        share = "" if r["share_of_floor"] is None else f"{r['share_of_floor']:8.1%}"
-        print(
-            f"  {name:14} {r['median'] * 1e3:9.1f} ms {r['spread']:8.1%} {r['ratio_to_baseline']:11.2f} "
-            f"{r['ratio_spread']:10.1%}    {share}",
-            flush=True,
+def times_to_text(results: dict[str, Any]) -> str:
+    """A table of one case, and the comparison with the strongest peer."""
+    found = results["implementations"]
+    peers = list(next(iter(found.values()))["speedup_over"])
+    lines = [
+        f"  {'':20} {'median':>12} {'spread':>8}"
+        + "".join(f"  {'vs ' + peer:>22}" for peer in peers)
+        + f"  {'share of floor':>14}"
+    ]
+    for name, r in found.items():
+        line = f"  {name:20} {r['median'] * 1e3:9.1f} ms {r['spread']:8.1%}"
+        line += "".join(f"  {r['speedup_over'][peer]['median']:21.2f}x" for peer in peers)
+        lines.append(line if r["share_of_floor"] is None else f"{line}  {r['share_of_floor']:14.1%}")
+    strongest = results["strongest_peer"]
+    if strongest is not None and KEYE_KERNELS in found:
+        ratio = found[KEYE_KERNELS]["speedup_over"][strongest]
+        lines.append(
+            f"  strongest peer: {strongest}; speedup of keye_kernels over it: {ratio['median']:.2f}x "
+            f"(spread {ratio['spread']:.1%})"
         )
+    return "\n".join(lines)
 
 
-def print_memory(results: dict[str, Any]) -> None:
-    for name, r in results.items():
-        print(
-            f"  {name:14} {r['peak_memory_bytes'] / 2**20:9.1f} MiB {r['ratio_to_baseline']:8.2f} x baseline",
-            flush=True,
-        )
+def memory_to_text(results: dict[str, Any]) -> str:
+    """The peaks of one case, and the comparison with the strongest peer."""
+    peaks = {name: r["peak_memory_bytes"] for name, r in results["implementations"].items()}
+    lines = [f"  {name:20} {peak / 2**20:9.1f} MiB" for name, peak in peaks.items()]
+    strongest = results["strongest_peer"]
+    if strongest is not None and KEYE_KERNELS in peaks:
+        share = peaks[KEYE_KERNELS] / peaks[strongest]
+        lines.append(f"  strongest peer: {strongest}; peak of keye_kernels / its peak: {share:.2f}")
+    return "\n".join(lines)
 
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--small", action="store_true", help="small sizes, to see that it runs; the numbers mean nothing"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file for everything measured")
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each implementation (default: 7)")
+    parser.add_argument("--small", action="store_true", help="small sizes, to test the command; the times mean nothing")
+    parser.add_argument("--out", type=Path, help="write all results to this JSON file")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
-    found: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "small": options.small, "stages": {}}
+        parser.error(f"--rounds must be at least 2 to compute a spread, got {options.rounds}")
+    found: dict[str, Any] = {"machine": machine_info(), "rounds": options.rounds, "small": options.small, "stages": {}}
     for stage in STAGES if options.stage == "all" else [options.stage]:
         found["stages"][stage] = {}
         for name, case in cases(stage, options.small):
             print(f"{stage}, {name}", flush=True)
-            # A virtual machine hands freed memory back: a load beside others would time how fast the host gives it again
-            results = weigh(case) if stage == "memory" else race(case, options.rounds, in_turns=stage != "loading")
-            (print_memory if stage == "memory" else print_times)(results)
+            if stage == "memory":
+                results = measure_memory(case)
+                print(memory_to_text(results), flush=True)
+            else:
+                # In `loading`, memory that one implementation frees goes back to the host of a virtual machine. Taking turns
+                # would time how fast the host provides it again.
+                results = time_case(case, options.rounds, take_turns=stage != "loading")
+                print(times_to_text(results), flush=True)
             found["stages"][stage][name] = results
             if options.out is not None:
                 options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,13 @@
-"""Fixtures of the suite: which sizes and types run, and `measure`, which checks a call before it times it."""
+"""Fixtures of the benchmarks: sizes and dtypes, and `measure`, which checks the output of a call before it times the call.
+
+`pytest benchmarks/` times the calls. A plain `pytest` in the root of the repository only checks them, at small sizes, and does
+not need pytest-benchmark.
+"""
 
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,51 +15,59 @@ import torch
 
 from .measuring import (
     TOLERANCES,
-    Work,
+    RequiredWork,
+    config_sources,
     event_timer,
     flush_l2,
     gpu_info,
     rates,
     relative_error,
-    tile_sources,
     versions,
     with_peak_memory,
 )
 from .peers import Unavailable, is_interpreting
 
-ROUNDS = 20
-SLOW, SLOW_ROUNDS = 0.5, 7  # seconds a call from which on fewer rounds must do
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROUNDS, WARMUP_ROUNDS = 20, 2
+SLOW_CALL_SECONDS = 0.5  # slower calls get fewer rounds and no warm-up
+SLOW_CALL_ROUNDS = 7
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--keye-real", action="store_true", help="real widths and lengths also without a GPU (minutes to hours)"
+        "--keye-real", action="store_true", help="use the real sizes on a machine without a GPU too (takes hours)"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers share the cores; more threads than those would wait for each other
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-    config.addinivalue_line("markers", "cases(impls, real, smoke): implementations, and sizes by name, of a benchmark")
+    config.addinivalue_line("markers", "cases(impls, real, smoke): the implementations and the named sizes to compare")
+    config.addinivalue_line("markers", "benchmark(group): the table that pytest-benchmark prints this case in")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["gpu"] = gpu_info()
+
+
+def times_calls(config: pytest.Config) -> bool:
+    """Whether this run times the calls: not from the root of the repository, not in parallel workers."""
+    return (
+        config.rootpath != REPOSITORY
+        and "PYTEST_XDIST_WORKER" not in os.environ
+        and not config.getoption("benchmark_disable", default=True)
+    )
 
 
 def on_gpu() -> bool:
     return torch.cuda.is_available() and not is_interpreting()
 
 
-def is_real(config: pytest.Config) -> bool:
-    timed_on_gpu = on_gpu() and not config.getoption("benchmark_disable")
-    # Collected from elsewhere, this file comes too late to define the option
-    return timed_on_gpu or config.getoption("keye_real", default=False)
-
-
 def sizes(definition: Any) -> dict[str, Any]:
-    return definition.get_closest_marker("cases").kwargs["real" if is_real(definition.config) else "smoke"]
+    """The named sizes of a test: the real ones in a timed run on a GPU, or with --keye-real."""
+    config = definition.config
+    # The option is missing if pytest was started in a folder that does not load this file before it parses options
+    is_real = (on_gpu() and times_calls(config)) or config.getoption("keye_real", default=False)
+    return definition.get_closest_marker("cases").kwargs["real" if is_real else "smoke"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -66,12 +79,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("impl", marker.kwargs["impls"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Requests pytest-benchmark's fixture for every case of a timed run, with CUDA events as the timer on a GPU."""
     for item in items:
-        if on_gpu() and item.get_closest_marker("cases"):
-            # pytest-benchmark reads the closest of its markers only, so that what the test's own says must come along
+        if not times_calls(config) or item.get_closest_marker("cases") is None:
+            continue
+        if "benchmark" not in item.fixturenames:
+            item.fixturenames.append("benchmark")
+        if on_gpu():
+            # pytest-benchmark reads the closest marker only, so it must repeat the options of the test's own marker
             options = item.get_closest_marker("benchmark").kwargs
             item.add_marker(pytest.mark.benchmark(**options, timer=event_timer), append=False)
+
+
+@pytest.fixture
+def is_timed(request: pytest.FixtureRequest) -> bool:
+    return times_calls(request.config)
 
 
 @pytest.fixture
@@ -81,51 +105,58 @@ def device() -> torch.device:
 
 @pytest.fixture
 def size(request: pytest.FixtureRequest, shape: str) -> Any:
-    """What the name `shape` stands for."""
+    """The size with the name `shape`."""
     return sizes(request.node)[shape]
 
 
 @pytest.fixture
-def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device, dtype: str) -> Callable[..., None]:
-    """measure(make, expected, work): checks `make()()` against `expected`, then times it and fills `extra_info`.
+def measure(request: pytest.FixtureRequest, is_timed: bool, device: torch.device, dtype: str) -> Callable[..., None]:
+    """A function `measure(make, expected, work, tolerance=None)` that checks a call and, in a timed run, times it.
 
-    `make` raises Unavailable, and the case is skipped with its reason, where the implementation cannot run. A call whose
-    output deviates by more than `tolerance` fails, and no number of it is kept.
+    `make()` returns the call. If `make` raises `Unavailable`, the case is skipped. If the relative error of `call()` exceeds
+    the tolerance, the case fails and no time is recorded.
     """
 
-    def run(make: Callable[[], Callable[[], Any]], expected: Any, work: Work, tolerance: float | None = None) -> None:
+    def check(
+        make: Callable[[], Callable[[], Any]], expected: Any, work: RequiredWork, tolerance: float | None = None
+    ) -> None:
         tolerance = TOLERANCES[getattr(torch, dtype)] if tolerance is None else tolerance
         with torch.inference_mode():
             try:
                 call = make()
             except Unavailable as reason:
                 pytest.skip(str(reason))
-            with tile_sources() as sources:
+            with config_sources() as sources:
                 error = relative_error(call(), expected)
             if not error <= tolerance:
-                pytest.fail(f"deviates by {error:.2g} of the largest value, allowed are {tolerance:.2g}: not timed")
-            peak, rounds, warmup_rounds = None, 1, 0
-            if not benchmark.disabled:
-                start = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                quick = time.perf_counter() - start < SLOW
-                rounds, warmup_rounds = (ROUNDS, 2) if quick else (SLOW_ROUNDS, 0)
-                _, peak = with_peak_memory(call, device)
+                pytest.fail(f"the relative error is {error:.2g}, at most {tolerance:.2g} is allowed: not timed")
+            if not is_timed:
+                return
+            benchmark = request.getfixturevalue("benchmark")
+            rounds, warmup_rounds = _choose_rounds(call, device)
+            _, peak = with_peak_memory(call, device)
             setup = flush_l2(device) if device.type == "cuda" else None
             benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
-        median = None if benchmark.disabled else benchmark.stats.stats.median
         benchmark.extra_info |= {
             "tokens": work.tokens,
             "bytes": work.bytes,
             "flops": work.flops,
-            **rates(work, median, dtype, gpu_info()),
+            **rates(work, benchmark.stats.stats.median, dtype, gpu_info()),
             "peak_memory_bytes": peak,
             "error": error,
             "tolerance": tolerance,
-            "tile_source": ", ".join(sorted(set(sources.values()))) or None,
+            "config_source": ", ".join(sorted(set(sources.values()))) or None,
             "versions": versions(),
         }
 
-    return run
+    return check
+
+
+def _choose_rounds(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """(rounds, warm-up rounds) for a call, from the time of one call."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    is_slow = time.perf_counter() - start >= SLOW_CALL_SECONDS
+    return (SLOW_CALL_ROUNDS, 0) if is_slow else (ROUNDS, WARMUP_ROUNDS)

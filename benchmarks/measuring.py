@@ -1,9 +1,9 @@
-"""What a benchmark records beside its seconds: errors, memory, bytes and FLOPs, the machine and its peaks."""
+"""What a benchmark records in addition to the time: error, peak memory, bytes, FLOPs, the GPU and its peak rates."""
 
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keye_kernels.triton import tiles
+from keye_kernels.triton import launch_config
+from keye_kernels.triton.device import device_arch
 
-# Of the reference's largest value. Half precision: eager maths rounds up to four times; float32: products of 4608 terms
+# Relative to the largest value of the reference. Half precision: eager code rounds up to four times. float32: sums of 4608 terms.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4 * 2**-10, torch.bfloat16: 4 * 2**-7}
-FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU
-# By a part of the device's name: GB/s, and TFLOP/s without sparsity in half precision and in float32 (data sheets)
+L2_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU
+# Data sheet values by a part of the device name: GB/s, dense TFLOP/s in half precision, TFLOP/s in float32
 PEAKS = {
     "H200": (4800, 989, 67),
     "H100 PCIe": (2000, 756, 51),
@@ -32,8 +33,8 @@ PEAKS = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a call needs at least: every input read once, every output written once, no padded multiply."""
+class RequiredWork:
+    """The least that a call must do: read every input once, write every output once, and no FLOPs on padding."""
 
     tokens: int
     bytes: int
@@ -49,7 +50,7 @@ def as_tuple(output: Any) -> tuple[Tensor, ...]:
 
 
 def relative_error(output: Any, expected: Any) -> float:
-    """The largest deviation over the largest expected value, in the worst of several outputs; inf for shapes or NaN."""
+    """Largest absolute error divided by the largest expected value, over all outputs. inf for a wrong shape or NaN."""
     outputs, references = as_tuple(output), as_tuple(expected)
     if [x.shape for x in outputs] != [x.shape for x in references]:
         return float("inf")
@@ -61,7 +62,7 @@ def relative_error(output: Any, expected: Any) -> float:
 
 
 def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """The call's output, and the most bytes held during it above what was held before."""
+    """The output of the call, and the peak of allocated bytes during it, minus what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -72,15 +73,15 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         output = call()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return output, peak
 
 
 class EventTime:
-    """A moment on the GPU's own clock: the difference of two is seconds between two CUDA events."""
+    """A recorded CUDA event. The difference of two is the time between them in seconds."""
 
     def __init__(self):
         self.event = torch.cuda.Event(enable_timing=True)
@@ -92,13 +93,13 @@ class EventTime:
 
 
 def event_timer() -> EventTime:
-    """A timer for pytest-benchmark. Nothing waits between its two calls, so that launches queue up behind the flush."""
+    """A timer for pytest-benchmark. It does not synchronize, so launches are queued while the L2 flush still runs."""
     return EventTime()
 
 
 def flush_l2(device: torch.device) -> Callable[[], None]:
-    """A function that fills the L2 with something else, and keeps the GPU busy while the host launches what is timed."""
-    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    """A function that overwrites the L2 cache. It also keeps the GPU busy, which hides the launch overhead of the timed call."""
+    buffer = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def flush() -> None:
         buffer.zero_()
@@ -107,50 +108,48 @@ def flush_l2(device: torch.device) -> Callable[[], None]:
 
 
 @contextmanager
-def tile_sources():
-    """Collects where kernels launched inside take their tiles from, by the kernel's name."""
+def config_sources() -> Iterator[dict[str, str]]:
+    """Collects, by kernel name, the source of the launch config of each kernel launched inside the block."""
     found: dict[str, str] = {}
 
-    class Keep(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            name, separator, source = record.getMessage().partition(": tiles from ")
+            name, separator, source = record.getMessage().partition(": launch configs from ")
             if separator:
                 found[name.partition(" on ")[0]] = source.partition(";")[0]
 
-    handler, level = Keep(), tiles.logger.level
-    # Look-ups are remembered, and so are the messages about them
-    tiles.clear_cache()
-    tiles._report.cache_clear()
-    tiles.logger.addHandler(handler)
-    tiles.logger.setLevel(logging.INFO)
+    handler, level = Collector(), launch_config.logger.level
+    # Lookups and their log messages are cached
+    launch_config.clear_cache()
+    launch_config._report.cache_clear()
+    launch_config.logger.addHandler(handler)
+    launch_config.logger.setLevel(logging.INFO)
     try:
         yield found
     finally:
-        tiles.logger.removeHandler(handler)
-        tiles.logger.setLevel(level)
+        launch_config.logger.removeHandler(handler)
+        launch_config.logger.setLevel(level)
 
 
 def gpu_info() -> dict[str, Any] | None:
-    """The GPU and its peaks; None on a machine without one."""
+    """Name, size and peak rates of the GPU. None without a GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    bandwidth, half, single = next((peak for name, peak in PEAKS.items() if name in properties.name), (None,) * 3)
-    flops = None if half is None else {"float16": half, "bfloat16": half, "float32": single}
+    gb_per_s, half, single = next((peak for name, peak in PEAKS.items() if name in properties.name), (None,) * 3)
+    tflop_per_s = None if half is None else {"float16": half, "bfloat16": half, "float32": single}
     return {
         "name": properties.name,
-        "target": tiles.target_name(torch.device("cuda")),
+        "target": device_arch(torch.device("cuda")).name,
         "memory_bytes": properties.total_memory,
-        "processors": properties.multi_processor_count,
-        "peak_gb_per_s": bandwidth,
-        "peak_tflop_per_s": flops,
+        "multi_processor_count": properties.multi_processor_count,
+        "peak_gb_per_s": gb_per_s,
+        "peak_tflop_per_s": tflop_per_s,
     }
 
 
-def rates(work: Work, seconds: float | None, dtype: str, gpu: dict[str, Any] | None) -> dict[str, float | None]:
-    """gb_per_s, tflop_per_s and roofline_share of a call that took `seconds` (None: not timed)."""
-    if seconds is None:
-        return dict.fromkeys(("gb_per_s", "tflop_per_s", "roofline_share"))
+def rates(work: RequiredWork, seconds: float, dtype: str, gpu: dict[str, Any] | None) -> dict[str, float | None]:
+    """gb_per_s, tflop_per_s and roofline_share (None if the peak rates are unknown) of a call."""
     gb, tflop, share = work.bytes / seconds / 1e9, work.flops / seconds / 1e12, None
     if gpu is not None and gpu["peak_gb_per_s"] is not None:
         share = max(gb / gpu["peak_gb_per_s"], tflop / gpu["peak_tflop_per_s"][dtype])
@@ -158,6 +157,7 @@ def rates(work: Work, seconds: float | None, dtype: str, gpu: dict[str, Any] | N
 
 
 def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a result depends on. None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "triton", "keye_kernels"):
         try:

@@ -1,8 +1,17 @@
-"""Whether and how the implementations that a benchmark compares can run here.
+"""The implementations that the benchmarks compare, and how each of them is called.
 
-`official` is the official code's eager maths (`baseline`), `compiled` torch.compile of it, `sdpa` torch's attention,
-`torch_flash` the packed FlashAttention-2 that torch brings, `liger` and `flash_attn` the packages of that name, `reference`,
-`triton` and `auto` ours. What cannot run raises `Unavailable`.
+| name | implementation |
+|---|---|
+| `official (eager)` | the arithmetic of the official code in eager PyTorch (`baseline.py`) |
+| `torch.compile` | `torch.compile` of the official arithmetic |
+| `transformers + SDPA` | the transformers model of `keye_kernels.auto` with SDPA attention |
+| `SDPA` | `torch.nn.functional.scaled_dot_product_attention`, one call per segment |
+| `torch FlashAttention` | the varlen FlashAttention kernel that is part of torch |
+| `flash-attn` | the flash-attn package |
+| `Liger-Kernel` | the liger-kernel package |
+| `reference`, `triton`, `auto` | the operators of keye_kernels with this `impl` |
+
+A function raises `Unavailable` if its implementation cannot run on this machine.
 """
 
 import os
@@ -17,42 +26,62 @@ from torch import Tensor
 
 from keye_kernels.ops.implementation import resolve
 
+OFFICIAL = "official (eager)"
+COMPILED = "torch.compile"
+TRANSFORMERS = "transformers + SDPA"
+SDPA = "SDPA"
+TORCH_FLASH = "torch FlashAttention"
+FLASH_ATTN = "flash-attn"
+LIGER = "Liger-Kernel"
 OURS = ("reference", "triton", "auto")
+MAX_UNROLLED_ITERATIONS = 16
 
 
 class Unavailable(Exception):
-    """An implementation cannot run here; the message says why."""
+    """An implementation cannot run here. The message names the implementation and the reason."""
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter in this process, on the CPU."""
+    """Whether Triton kernels run in the interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_ours(impl: str, device: torch.device) -> None:
-    """Unavailable unless the operators of this package can run `impl` on `device`."""
+    """Raises `Unavailable` unless the operators of keye_kernels can run `impl` on `device`."""
     if impl == "triton" and is_interpreting():
-        raise Unavailable(
-            "triton: TRITON_INTERPRET=1 is set, and numbers from the interpreter are never shown as speed"
-        )
+        raise Unavailable("triton: TRITON_INTERPRET=1 is set, and times of the interpreter are not reported")
     try:
-        resolve(impl, "the operator", device)
+        resolve(impl, "rope_3d", device)  # every operator has these implementations
     except ValueError as error:
         raise Unavailable(f"{impl}: {error}") from error
 
 
-def compiled(function: Callable[..., Any], *arguments: Any, smoke: bool) -> Callable[[], Any]:
-    """torch.compile of `function`, compiled for these arguments now; not in a smoke test, which it would make slow."""
-    if smoke:
+def compiled(
+    function: Callable[..., Any], *arguments: Any, is_timed: bool, loop_iterations: int = 1
+) -> Callable[[], Any]:
+    """`torch.compile` of `function`, compiled for `arguments` before it is returned.
+
+    Args:
+        function: the function to compile.
+        arguments: its arguments.
+        is_timed: False in a test run, which compilation would make several times slower.
+        loop_iterations: iterations of the Python loop in `function`. torch.compile unrolls it.
+
+    Raises:
+        Unavailable: in a test run, for a loop that is too long, and if compilation fails.
+    """
+    if not is_timed:
+        raise Unavailable(f"{COMPILED}: not compiled in a run without timing, because compilation is slow")
+    if loop_iterations > MAX_UNROLLED_ITERATIONS:
         raise Unavailable(
-            "compiled: not with --benchmark-disable, since compiling takes longer than the whole smoke test"
+            f"{COMPILED}: it would unroll {loop_iterations} loop iterations, the limit is {MAX_UNROLLED_ITERATIONS}"
         )
     torch._dynamo.reset()
     call = torch.compile(function)
     try:
         call(*arguments)
     except Exception as error:  # no C++ compiler, no Triton for this GPU, ...
-        raise Unavailable(f"compiled: torch.compile failed ({type(error).__name__}): {str(error)[:200]}") from error
+        raise Unavailable(f"{COMPILED}: compilation failed ({type(error).__name__}): {str(error)[:200]}") from error
     return lambda: call(*arguments)
 
 
@@ -65,39 +94,39 @@ def liger_rope_3d(
     sections: list[int],
     eps: float,
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Liger's RMSNorm of q and of k, then its mRoPE in place on their outputs; the tables [3, 1, T, D] are made outside."""
-    _require_cuda("liger", q)
-    with _imports("liger", "liger-kernel"):
+    """Liger's RMSNorm of q and of k, then its M-RoPE in place. The cos and sin tables are [3, 1, T, D]."""
+    _require_cuda(LIGER, q)
+    with _imports(LIGER, "liger-kernel"):
         from liger_kernel.transformers.functional import liger_rms_norm
         from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
 
     def call() -> tuple[Tensor, Tensor]:
         normed = (liger_rms_norm(x, w, eps)[None].transpose(1, 2) for x, w in ((q, q_weight), (k, k_weight)))
-        turned = liger_multimodal_rotary_pos_emb(*normed, *tables, sections)
-        return tuple(x.transpose(1, 2)[0] for x in turned)
+        rotated = liger_multimodal_rotary_pos_emb(*normed, *tables, sections)
+        return tuple(x.transpose(1, 2)[0] for x in rotated)
 
     return call
 
 
 def flash_rope_2d(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
-    """flash-attn's rotary kernel as the official tower calls it: q and k cast up, turned, cast down; tables [T, D/2]."""
-    _require_cuda("flash_attn", q)
-    with _imports("flash_attn", "flash-attn"):
+    """flash-attn's rotary kernel, called as the official vision tower does: in float32, with casts before and after it."""
+    _require_cuda(FLASH_ATTN, q)
+    with _imports(FLASH_ATTN, "flash-attn"):
         from flash_attn.layers.rotary import apply_rotary_emb
-    cos, sin = (x[:, : x.shape[1] // 2].contiguous().float() for x in tables)
+    cos, sin = (x[:, : x.shape[1] // 2].contiguous().float() for x in tables)  # [T, D/2]
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         return apply_rotary_emb(x[None].float(), cos, sin)[0].to(x.dtype)
 
-    return lambda: (turn(q), turn(k))
+    return lambda: (rotate(q), rotate(k))
 
 
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Callable[[], Tensor]:
-    """flash-attn's varlen attention, called directly."""
-    _require_cuda("flash_attn", q)
-    with _imports("flash_attn", "flash-attn"):
+    """`flash_attn_varlen_func` of the flash-attn package."""
+    _require_cuda(FLASH_ATTN, q)
+    with _imports(FLASH_ATTN, "flash-attn"):
         from flash_attn import flash_attn_varlen_func
     return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
 
@@ -105,15 +134,15 @@ def flash_attention(
 def torch_flash(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Callable[[], Tensor]:
-    """torch's own FlashAttention-2 of packed sequences; what `torch.nn.attention.varlen` calls, and older torch has too."""
-    _require_cuda("torch_flash", q)
+    """The operator behind `torch.nn.attention.varlen`, called directly: older torch releases have only the operator."""
+    _require_cuda(TORCH_FLASH, q)
     attend = torch.ops.aten._flash_attention_forward
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return lambda: attend(q, k, v, *lengths, 0.0, causal, False, scale=q.shape[-1] ** -0.5)[0]
 
 
 def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], causal: bool) -> Tensor:
-    """torch's scaled_dot_product_attention, a call for each segment, as transformers' packed towers do it."""
+    """One `scaled_dot_product_attention` call per segment, as the packed vision towers of transformers do."""
     outs = []
     lengths = [end - start for start, end in pairwise(offsets)]
     for query, key, value in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
@@ -123,17 +152,18 @@ def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], causal: b
     return torch.cat(outs)
 
 
-def _require_cuda(impl: str, x: Tensor) -> None:
+def _require_cuda(name: str, x: Tensor) -> None:
     if x.device.type != "cuda":
-        raise Unavailable(f"{impl}: needs a CUDA device, and these tensors are on {x.device}")
+        raise Unavailable(f"{name}: needs tensors on a CUDA device, got {x.device}")
 
 
 @contextmanager
-def _imports(impl: str, package: str) -> Iterator[None]:
-    """Unavailable where an import inside the block fails: a build for another torch may raise anything."""
+def _imports(name: str, package: str) -> Iterator[None]:
+    """Turns any error of an import into `Unavailable`. A package built for another torch can raise any exception."""
     try:
         yield
     except Exception as error:
         raise Unavailable(
-            f"{impl}: cannot import it ({type(error).__name__}: {str(error)[:200]}); pip install {package} --no-build-isolation"
+            f"{name}: the import failed ({type(error).__name__}: {str(error)[:200]}); "
+            f"pip install {package} --no-build-isolation"
         ) from error

@@ -1,24 +1,23 @@
-"""The benchmarks' own promises: no number without a correct answer, an honest baseline, complete records."""
+"""The benchmark suite: wrong outputs are not timed, the baseline computes what Keye computes, results are complete."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark")
-
 from benchmarks import compare, peers, stages
 from benchmarks.baseline import Baseline
-from benchmarks.measuring import Work
+from benchmarks.measuring import RequiredWork
 from tests.helpers.tiny import prompt, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-FEATURES_TOLERANCE, LOGITS_TOLERANCE = 1e-5, 1e-4  # those of the golden data
+FEATURES_TOLERANCE, LOGITS_TOLERANCE = 1e-5, 1e-4  # same as for the golden data
 EXTRA_INFO = {
     "tokens",
     "bytes",
@@ -29,43 +28,43 @@ EXTRA_INFO = {
     "peak_memory_bytes",
     "error",
     "tolerance",
-    "tile_source",
+    "config_source",
     "versions",
 }
 CASES = """
 import pytest, torch
-from benchmarks.measuring import Work
+from benchmarks.measuring import RequiredWork
 from benchmarks.peers import Unavailable
 
 SIZES = {"8": 8}
 
 @pytest.mark.benchmark(group="double")
-@pytest.mark.cases(impls=["right", "wrong", "nan", "short", "absent"], real=SIZES, smoke=SIZES)
+@pytest.mark.cases(impls=["right", "wrong", "nan", "short", "missing"], real=SIZES, smoke=SIZES)
 def test_double(measure, impl, size, dtype, device):
     x = torch.arange(1.0, size + 1, device=device)
 
     def make():
-        if impl == "absent":
-            raise Unavailable("absent: pip install absent")
+        if impl == "missing":
+            raise Unavailable("missing: pip install missing")
         outputs = {"right": 1, "wrong": 1.1, "nan": float("nan"), "short": 1}
         return lambda: (2 * x * outputs[impl])[impl == "short" :]
 
-    measure(make, 2 * x, Work(size, 64, 16))
+    measure(make, 2 * x, RequiredWork(size, 64, 16))
 """
 
 
-# What the suite does on a GPU at the end of its collection, with another clock in place of CUDA's events
+# Collection as on a GPU, with a timer that needs no CUDA events
 ON_GPU = """
 import time
 import pytest
 from benchmarks import conftest as suite
 
-def clock_of_the_gpu():
+def fake_event_timer():
     return time.perf_counter()
 
-suite.event_timer = clock_of_the_gpu
+suite.event_timer = fake_event_timer
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems():
     before, suite.on_gpu = suite.on_gpu, lambda: True
     yield
@@ -74,13 +73,14 @@ def pytest_collection_modifyitems():
 
 
 def run_suite(folder, **files):
-    """The text and the JSON of a timed run of CASES."""
+    """Runs CASES with timing. Returns the output and the JSON results."""
+    pytest.importorskip("pytest_benchmark")
     files |= {"bench_double": CASES}
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "bench_double.py", "-p", "benchmarks.conftest", "-rs", "-p", "no:xdist"]
-    # A worker of xdist would be taken for one, and not time
+    # Without xdist's variables: the suite does not time in an xdist worker
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment = inherited | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
@@ -94,25 +94,33 @@ def suite(tmp_path_factory):
     return run_suite(tmp_path_factory.mktemp("suite"))
 
 
-def test_a_gpu_is_timed_by_its_own_clock(suite, tmp_path):
+def test_run_from_the_repository_root_works_without_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_position_embedding.py", "-c", "pyproject.toml"]
+    options = ["-p", "no:benchmark", "-p", "no:xdist", "-k", "1_image_64 and reference"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    run = subprocess.run([*command, *options, "-v"], cwd=ROOT, env=inherited, capture_output=True, text=True)
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_gpu_calls_are_timed_with_cuda_events(suite, tmp_path):
     _, found = run_suite(tmp_path, conftest=ON_GPU)
-    [case], [elsewhere] = found["benchmarks"], suite[1]["benchmarks"]
-    assert case["options"]["timer"] == "clock_of_the_gpu" and elsewhere["options"]["timer"] == "perf_counter"
+    [case], [on_cpu] = found["benchmarks"], suite[1]["benchmarks"]
+    assert case["options"]["timer"] == "fake_event_timer" and on_cpu["options"]["timer"] == "perf_counter"
     assert case["group"] == "double"
 
 
-def test_a_wrong_implementation_fails_and_gets_no_number(suite):
+def test_wrong_output_fails_and_is_not_timed(suite):
     text, found = suite
     assert "3 failed, 1 passed, 1 skipped" in text, text
     assert [case["params"]["impl"] for case in found["benchmarks"]] == ["right"]
-    assert "deviates by" in text and "not timed" in text
+    assert "the relative error is" in text and "not timed" in text
 
 
-def test_what_cannot_run_is_skipped_with_its_reason(suite):
-    assert re.search(r"^SKIPPED \[1\] .*: absent: pip install absent$", suite[0], re.MULTILINE), suite[0]
+def test_unavailable_implementation_is_skipped_with_the_reason(suite):
+    assert re.search(r"^SKIPPED \[1\] .*: missing: pip install missing$", suite[0], re.MULTILINE), suite[0]
 
 
-def test_records_are_complete_and_documented(suite):
+def test_results_are_complete_and_documented(suite):
     (case,) = suite[1]["benchmarks"]
     assert case["group"] == "double" and case["params"] == {"dtype": "float32", "shape": "8", "impl": "right"}
     info = case["extra_info"]
@@ -125,22 +133,24 @@ def test_records_are_complete_and_documented(suite):
     assert all(f".{key}`" in documented for key in EXTRA_INFO)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run what is refused here")
-def test_every_peer_says_why_it_cannot_run_on_a_cpu():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these peers can run on a GPU")
+def test_unavailable_peer_names_the_reason():
     x, offsets, tables = torch.zeros(4, 2, 72), torch.tensor([0, 4], dtype=torch.int32), (torch.zeros(4, 72),) * 2
-    for impl, make in {
-        "flash_attn": lambda: peers.flash_attention(x, x, x, offsets, 4, False),
-        "flash_attn: ": lambda: peers.flash_rope_2d(x, x, tables),
-        "liger": lambda: peers.liger_rope_3d(x, x, x, x, tables, [12, 12, 12], 1e-6),
-        "triton": lambda: peers.check_ours("triton", torch.device("cpu")),
-        "compiled": lambda: peers.compiled(torch.neg, x, smoke=True),
-    }.items():
-        with pytest.raises(peers.Unavailable, match=f"^{impl.strip(': ')}: .{{20}}"):
+    for name, make in (
+        (peers.FLASH_ATTN, lambda: peers.flash_attention(x, x, x, offsets, 4, False)),
+        (peers.FLASH_ATTN, lambda: peers.flash_rope_2d(x, x, tables)),
+        (peers.TORCH_FLASH, lambda: peers.torch_flash(x, x, x, offsets, 4, False)),
+        (peers.LIGER, lambda: peers.liger_rope_3d(x, x, x, x, tables, [12, 12, 12], 1e-6)),
+        ("triton", lambda: peers.check_ours("triton", torch.device("cpu"))),
+        (peers.COMPILED, lambda: peers.compiled(torch.neg, x, is_timed=False)),
+        (peers.COMPILED, lambda: peers.compiled(torch.neg, x, is_timed=True, loop_iterations=17)),
+    ):
+        with pytest.raises(peers.Unavailable, match=f"^{re.escape(name)}: .{{20}}"):
             make()
 
 
 def as_video(inputs):
-    """The same prompt with its pictures as videos."""
+    """The same prompt, with videos instead of images."""
     ids = inputs["input_ids"]
     return {
         "input_ids": torch.where(ids == 115, 116, ids),
@@ -152,7 +162,7 @@ def as_video(inputs):
 
 @pytest.mark.parametrize("model_type", ["Keye", "KeyeVL1_5"])
 @torch.no_grad()
-def test_the_baseline_computes_what_keye_computes(model_type):
+def test_baseline_matches_keye(model_type):
     model = tiny_model(model_type=model_type)
     baseline = Baseline(model)
     images, videos = prompt([(1, 4, 6), (1, 2, 4)]), as_video(prompt([(2, 4, 4), (3, 2, 2)]))
@@ -165,13 +175,13 @@ def test_the_baseline_computes_what_keye_computes(model_type):
         torch.testing.assert_close(logits, output.logits, atol=LOGITS_TOLERANCE, rtol=1e-5)
         token = logits[:, -1:].argmax(-1)
         position = inputs["input_ids"].shape[1] + int(output.rope_deltas)
-        following, _ = baseline.step(token, position, cache)
+        next_logits, _ = baseline.step(token, position, cache)
         expected = model(token, cache=output.cache).logits
-        torch.testing.assert_close(following, expected, atol=LOGITS_TOLERANCE, rtol=1e-5)
+        torch.testing.assert_close(next_logits, expected, atol=LOGITS_TOLERANCE, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_the_baseline_hides_padding():
+def test_baseline_ignores_padding():
     model, one = tiny_model(), prompt([(1, 4, 4)])
     ids = torch.nn.functional.pad(one["input_ids"], (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(one["input_ids"]), (3, 0))
@@ -180,31 +190,61 @@ def test_the_baseline_hides_padding():
     torch.testing.assert_close(padded[:, 3:], alone, atol=LOGITS_TOLERANCE, rtol=1e-5)
 
 
-def test_contestants_take_turns_and_ratios_are_taken_round_by_round():
+def test_implementations_take_turns_and_speedups_are_medians_over_rounds():
     order = []
 
-    def contestant(name):
+    def implementation(name):
         def call():
             order.append(name)
             return torch.ones(1)
 
         return lambda: call
 
-    case = stages.Case(Work(1, 1), {name: contestant(name) for name in "AB"}, contestant("floor"))
-    results = compare.race(case, rounds=3)
-    assert order == ["A", "B", "floor"] * 4  # a first round checks and warms up
-    assert all(len(r["seconds"]) == 3 for r in results.values())
-    assert results["A"]["ratio_to_baseline"] == 1 and results["floor"]["share_of_floor"] == 1
-    pairs = zip(results["A"]["seconds"], results["B"]["seconds"], strict=True)
-    assert results["B"]["ratio_to_baseline"] == sorted(a / b for a, b in pairs)[1]
+    names = [peers.OFFICIAL, stages.KEYE_KERNELS]
+    case = stages.BenchmarkCase(RequiredWork(1, 1), {n: implementation(n) for n in names}, implementation("floor"))
+    results = compare.time_case(case, rounds=3)
+    assert order == [*names, "floor"] * 4  # the first round is a check and a warm-up
+    official, ours, floor = (results["implementations"][name] for name in (*names, "floor"))
+    assert all(len(r["seconds"]) == 3 for r in (official, ours, floor))
+    assert official["speedup_over"][peers.OFFICIAL]["median"] == 1 and floor["share_of_floor"] == 1
+    pairs = zip(official["seconds"], ours["seconds"], strict=True)
+    assert ours["speedup_over"].keys() == {peers.OFFICIAL}
+    assert ours["speedup_over"][peers.OFFICIAL]["median"] == sorted(a / b for a, b in pairs)[1]
 
 
-def test_a_wrong_contestant_is_not_timed():
-    case = stages.Case(
-        Work(1, 1), {"official": lambda: lambda: torch.ones(1), "wrong": lambda: lambda: torch.full((1,), 1.001)}
+def test_the_output_names_the_strongest_peer():
+    def sleep(seconds):
+        def call():
+            time.sleep(seconds)
+            return torch.ones(1)
+
+        return lambda: call
+
+    seconds = {peers.OFFICIAL: 0.03, peers.TRANSFORMERS: 0.01, stages.KEYE_KERNELS: 0.001}
+    case = stages.BenchmarkCase(RequiredWork(1, 1), {name: sleep(s) for name, s in seconds.items()})
+    results = compare.time_case(case, rounds=2)
+    assert results["strongest_peer"] == peers.TRANSFORMERS
+    assert compare.times_to_text(results).splitlines()[-1].startswith("  strongest peer: transformers + SDPA; speedup")
+
+
+def test_memory_is_compared_with_the_peer_that_needs_least():
+    def allocate(mib):
+        return lambda: lambda: torch.ones(mib << 20, dtype=torch.int8)[:1].clone()
+
+    sizes = {peers.OFFICIAL: 8, peers.TRANSFORMERS: 4, stages.KEYE_KERNELS: 2}
+    case = stages.BenchmarkCase(RequiredWork(1, 1), {name: allocate(mib) for name, mib in sizes.items()})
+    results = compare.measure_memory(case)
+    assert results["strongest_peer"] == peers.TRANSFORMERS
+    assert compare.memory_to_text(results).splitlines()[-1].endswith("peak of keye_kernels / its peak: 0.50")
+
+
+def test_compare_does_not_time_wrong_output():
+    case = stages.BenchmarkCase(
+        RequiredWork(1, 1),
+        {peers.OFFICIAL: lambda: lambda: torch.ones(1), "wrong": lambda: lambda: torch.full((1,), 1.001)},
     )
-    with pytest.raises(SystemExit, match="wrong deviates from official"):
-        compare.race(case, rounds=3)
+    with pytest.raises(SystemExit, match=r"wrong differs from official \(eager\)"):
+        compare.time_case(case, rounds=3)
 
 
 def test_spread_is_the_interquartile_range_over_the_median():

@@ -1,4 +1,4 @@
-"""`keye-kernels bench`: work counted without a GPU, a page of plots from timed results, throughput under load."""
+"""`keye-kernels bench`: counted work (without a GPU), a report of timed results, throughput of packed batches."""
 
 import argparse
 import json
@@ -8,29 +8,39 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(
-        "--counted", action="store_true", help="bytes, multiplies, launches and machine code; takes minutes"
+        "--counted",
+        action="store_true",
+        help="count bytes, FLOPs and launches of the kernels, and read their machine code; needs no GPU, takes minutes",
     )
-    mode.add_argument("--report", metavar="DIR", help="write DIR/index.html with plots of RESULT.json")
-    mode.add_argument("--load", action="store_true", help="serve a queue of mixed requests, packed by FLOPs")
+    mode.add_argument(
+        "--report", metavar="DIR", help="write DIR/index.html, a page with plots of the RESULT.json files"
+    )
+    mode.add_argument("--load", action="store_true", help="measure the throughput of batches packed by FLOPs")
     parser.add_argument(
         "results",
         nargs="*",
         metavar="RESULT.json",
-        help="with --report: of pytest benchmarks/ --benchmark-json, one or two to compare; of --counted --json, one",
+        help="with --report: one or two files of `pytest benchmarks/ --benchmark-json`, and one of `bench --counted --json`",
     )
-    parser.add_argument("--select", metavar="TEXT", help="with --report: only groups or cases with TEXT in their names")
-    parser.add_argument("--force", action="store_true", help="with --report: write over a page that is there")
-    parser.add_argument("--target", default="sm_80,sm_90,sm_100", help="with --counted: chips, or none")
-    parser.add_argument("--requests", type=int, default=48, metavar="N", help="with --load: served requests")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="with --load: simulated devices")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --load: of the stream of requests")
-    parser.add_argument("--json", action="store_true", help="with --counted, --load: print one JSON object")
+    parser.add_argument("--select", metavar="TEXT", help="with --report: only groups and cases with TEXT in their name")
+    parser.add_argument("--force", action="store_true", help="with --report: overwrite an existing page")
+    parser.add_argument(
+        "--target", default="sm_80,sm_90,sm_100", help="with --counted: GPU architectures to compile for, or none"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=48, metavar="N", help="with --load: number of requests to run (default: 48)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=8, metavar="N", help="with --load: number of simulated devices (default: 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --load: seed of the random requests")
+    parser.add_argument("--json", action="store_true", help="with --counted or --load: print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; 1 where a count exceeds its limit."""
+    """Runs the command. Returns 1 if a counted kernel exceeds its limit, else 0."""
     if options.results and not options.report:
-        raise ValueError(f"{', '.join(options.results)}: result files go with --report DIR")
+        raise ValueError(f"result files need --report DIR, got {', '.join(options.results)} without it")
     if options.report:
         return _report(options)
     return _counted(options) if options.counted else _load(options)
@@ -48,10 +58,10 @@ def _report(options: argparse.Namespace) -> int:
     from .report import warnings, write_report
     from .results import read_results
 
-    results, counted = read_results(options.results, options.select)
+    results, counted_work = read_results(options.results, options.select)
     for text in warnings(results):
         print(f"keye-kernels bench: warning: {text}", file=sys.stderr)
-    print(f"Written to {write_report(options.report, results, counted, options.force)}")
+    print(f"Wrote {write_report(options.report, results, counted_work, options.force)}")
     return 0
 
 

@@ -1,37 +1,46 @@
-"""Sharing requests among batches or devices, so that none waits long for another."""
+"""Distributes requests over batches or devices, with equal cost for each."""
 
 import heapq
 from collections.abc import Sequence
 from itertools import pairwise
 
-Bins = list[list[int]]  # of each bin the places of its requests in the queue
+Bins = list[list[int]]  # per bin, the indices of its requests in the queue
 
 
 def pack_longest_first(costs: Sequence[float], bins: int) -> Bins:
-    """Longest processing time first (Graham, 1969): each request, the dearest first, goes to the bin that holds least so far.
+    """Longest processing time first (Graham, 1969): in the order of decreasing cost, each request goes to the least loaded bin.
 
-    No bin takes more than 4/3 of the best possible. Places within a bin are in the order of the queue; equal costs keep theirs.
-    Raises ValueError for less than one bin, or a cost below zero.
+    The largest load is at most 4/3 of the best possible one.
+
+    Args:
+        costs: the cost of each request, in the order of the queue.
+        bins: number of batches or devices.
+
+    Returns:
+        For each bin the indices of its requests, in the order of the queue.
+
+    Raises:
+        ValueError: `bins` is less than 1, or a cost is negative.
     """
     _check(costs, bins)
-    loads = [(0.0, place) for place in range(bins)]
+    loads = [(0.0, number) for number in range(bins)]
     packed: Bins = [[] for _ in range(bins)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, place = heapq.heappop(loads)
-        packed[place].append(index)
-        heapq.heappush(loads, (load + costs[index], place))
-    return [sorted(places) for places in packed]
+        load, number = heapq.heappop(loads)
+        packed[number].append(index)
+        heapq.heappush(loads, (load + costs[index], number))
+    return [sorted(indices) for indices in packed]
 
 
 def pack_first_come(costs: Sequence[float], bins: int) -> Bins:
-    """Equal numbers of requests in the order of the queue, whatever they cost; ValueErrors as for the other packer."""
+    """Splits the queue into runs of equal length. The costs are ignored. Arguments and errors as in `pack_longest_first`."""
     _check(costs, bins)
-    ends = [round(len(costs) * place / bins) for place in range(bins + 1)]
+    ends = [round(len(costs) * number / bins) for number in range(bins + 1)]
     return [list(range(start, end)) for start, end in pairwise(ends)]
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """How much longer the fullest bin takes than equal ones would: largest over mean, less one."""
+    """Largest load divided by the mean load, minus 1."""
     return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0
 
 

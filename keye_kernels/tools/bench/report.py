@@ -1,4 +1,4 @@
-"""`keye-kernels bench --report`: one HTML page with every plot in it, from the JSON of the benchmarks."""
+"""`keye-kernels bench --report`: writes one HTML page with plots and tables of benchmark results."""
 
 import base64
 import html
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import counted
-from .results import Result, Timing, differences
+from .results import BenchmarkResult, Timing, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "index.html"
-WIDTH, ROW = 9.0, 0.3  # inches: a figure's width, and the height of a bar
+FIGURE_WIDTH_INCHES, BAR_HEIGHT_INCHES = 9.0, 0.3
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { width: 100%; height: auto } figure { margin: 1rem 0 } figcaption, footer { color: #555; font-size: 0.9rem }
@@ -24,34 +24,46 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: lef
 """
 
 
-def write_report(folder: str, results: Sequence[Result], found: dict[str, Any] | None, force: bool = False) -> Path:
-    """Writes `folder`/index.html from one result, or two to compare, and the counted table if there is one.
+def write_report(
+    folder: str, results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | None, force: bool = False
+) -> Path:
+    """Writes `folder`/index.html.
 
-    Raises: ImportError without matplotlib; FileExistsError where a page is there already, unless `force`.
+    Args:
+        folder: created if it does not exist.
+        results: one timed result, or two to compare.
+        counted_work: the result of `bench --counted`, or None.
+        force: overwrite an existing page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        FileExistsError: the page exists and `force` is False.
     """
     path = Path(folder) / PAGE
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists: name another folder, or pass --force to write over it")
-    page = to_html(results, found)
+        raise FileExistsError(f"{path} exists: choose another folder, or overwrite it with --force")
+    page = to_html(results, counted_work)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def to_html(results: Sequence[Result], found: dict[str, Any] | None) -> str:
-    """The whole page; nothing in it is loaded from elsewhere."""
+def to_html(results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | None) -> str:
+    """The page. It contains all its plots and loads no other file."""
     first = results[0]
-    kind = _kind(first)
-    parts = [f"<h1>Keye kernels: benchmarks</h1>\n<p>{html.escape(kind)}</p>"]
+    parts = [f"<h1>Keye kernels: benchmarks</h1>\n<p>{html.escape(_introduction(first))}</p>"]
     parts += [_warning(text) for text in warnings(results)]
     parts.append("<h2>Machine and versions</h2>" + _environment(results))
-    parts.append("<h2>Speed-up by shape</h2>" + _plot("speed-up", plot_speedup(first), speedup_caption(first)))
+    parts.append("<h2>Speedup by shape</h2>" + _plot("speedup", plot_speedup(first), _speedup_caption(first)))
     if len(results) == 2:
-        text = f"Median seconds in {results[1].file} over those in {first.file}: below 1 is faster."
+        text = f"Median time in {results[1].file} / median time in {first.file}; below 1 is faster."
         parts.append("<h2>Comparison</h2>" + _plot("comparison", plot_comparison(*results), text))
     parts.append("<h2>Share of the roofline</h2>" + _roofline(first))
-    parts.append("<h2>Memory by tokens</h2>" + _memory(first))
-    parts.append("<h2>Counted work</h2>" + _counted(found))
+    parts.append("<h2>Peak memory by number of tokens</h2>" + _memory(first))
+    parts.append("<h2>Counted work</h2>" + _counted(counted_work))
     parts.append("<h2>All timings</h2>" + _timings(results))
     body = "\n".join(parts)
     return (
@@ -60,62 +72,60 @@ def to_html(results: Sequence[Result], found: dict[str, Any] | None) -> str:
     )
 
 
-def warnings(results: Sequence[Result]) -> list[str]:
-    """What a reader must know before the numbers."""
-    found = differences(*results) if len(results) == 2 else []
+def warnings(results: Sequence[BenchmarkResult]) -> list[str]:
+    """Warnings that the page shows before the plots."""
+    texts = differences(*results) if len(results) == 2 else []
     for result in results:
         if result.interpreted:
             number = len(result.interpreted)
-            found.append(
-                f"{number} cases of {result.file} ran in Triton's interpreter; their times are no speed, left out"
-            )
-    return found
+            texts.append(f"{number} cases of {result.file} ran in Triton's interpreter; their times are not reported")
+    return texts
 
 
-def _kind(result: Result) -> str:
+def _introduction(result: BenchmarkResult) -> str:
     if result.has_gpu:
         return f"Timed on {result.machine['GPU']}."
-    return "CPU smoke timings: they show that the suite runs, and nothing about the kernels' speed on a GPU."
+    return "CPU timings. They say nothing about the speed of the kernels on a GPU."
 
 
-def plot_speedup(result: Result) -> "Figure":
-    """Bars a group: the baseline's median over each implementation's."""
+def plot_speedup(result: BenchmarkResult) -> "Figure":
+    """Bars by group: median time of the baseline / median time of the implementation."""
     rows = [
         (f"{timing.shape} {timing.dtype}  {timing.impl}", timing.group, base.seconds / timing.seconds)
         for timing in result.timings
         if (base := result.baseline(timing)) is not None and base is not timing
     ]
-    return _bars(result, rows, "times as fast as the baseline", line=1.0, missing="no case has a baseline beside it")
+    return _bars(result, rows, "speedup over the baseline", line=1.0, missing="no case has a timed baseline")
 
 
-def speedup_caption(result: Result) -> str:
+def _speedup_caption(result: BenchmarkResult) -> str:
     names = sorted({base.impl for timing in result.timings if (base := result.baseline(timing))})
-    return f"Baseline: {', '.join(names) or 'none'}. Medians."
+    return f"Ratio of median times. Baseline: {', '.join(names) or 'none'}."
 
 
-def plot_comparison(one: Result, other: Result) -> "Figure":
-    """Bars a group: the second file's median over the first's."""
+def plot_comparison(one: BenchmarkResult, other: BenchmarkResult) -> "Figure":
+    """Bars by group: median time in the second file / median time in the first file."""
     before = {timing.key: timing for timing in one.timings}
     rows = [
         (f"{timing.shape} {timing.dtype}  {timing.impl}", timing.group, timing.seconds / before[timing.key].seconds)
         for timing in other.timings
         if timing.key in before
     ]
-    return _bars(one, rows, f"seconds in {other.file} / {one.file}", line=1.0, missing="no case is in both files")
+    return _bars(one, rows, f"time in {other.file} / time in {one.file}", line=1.0, missing="no case is in both files")
 
 
-def _roofline(result: Result) -> str:
+def _roofline(result: BenchmarkResult) -> str:
     rows = [
         (f"{timing.shape} {timing.dtype}  {timing.impl}", timing.group, timing.extra["roofline_share"])
         for timing in result.timings
         if timing.extra.get("roofline_share") is not None
     ]
-    missing = "the peaks of this machine are not known"
-    figure = _bars(result, rows, "share of what the device's peaks allow", line=1.0, missing=missing)
-    return _plot("roofline", figure, "The time that bandwidth and arithmetic peaks would allow, over the median.")
+    missing = "the peak rates of this machine are not known"
+    figure = _bars(result, rows, "share of the roofline", line=1.0, missing=missing)
+    return _plot("roofline", figure, "Time at peak bandwidth or peak FLOP/s, whichever is longer / median time.")
 
 
-def _memory(result: Result) -> str:
+def _memory(result: BenchmarkResult) -> str:
     series: dict[tuple[str, str], dict[int, float]] = {}
     for timing in result.timings:
         tokens, peak = timing.extra.get("tokens"), timing.extra.get("peak_memory_bytes")
@@ -126,49 +136,55 @@ def _memory(result: Result) -> str:
     def draw(axes: Any) -> None:
         for (group, impl), points in sorted(series.items()):
             axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=f"{group}, {impl}", markersize=4)
-        axes.set(xlabel="tokens or patches", ylabel="MiB above what was held before", xscale="log")
+        axes.set(xlabel="tokens or patches", ylabel="peak memory of the call, MiB", xscale="log")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
-    figure = _figure(result, 3.5, draw if series else None, missing="no case has a peak of its memory")
-    return _plot("memory", figure, "Most memory held during one call; of shapes with as many tokens, the largest.")
+    figure = _figure(result, 3.5, draw if series else None, missing="no case has a peak of memory")
+    return _plot(
+        "memory",
+        figure,
+        "Peak of allocated memory during a call, without inputs and weights. For shapes with equal token counts: the maximum.",
+    )
 
 
-def _counted(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _counted(counted_work: dict[str, Any] | None) -> str:
+    if counted_work is None:
         return (
-            "<p>None given. <code>keye-kernels bench --counted --json &gt; counted.json</code> makes it; name that file "
-            "beside the result.</p>"
+            "<p>Not given. Run <code>keye-kernels bench --counted --json &gt; counted.json</code> and pass that file "
+            "together with the result.</p>"
         )
 
     def draw(axes: Any) -> None:
-        rows = found["traffic"][::-1]
+        rows = counted_work["traffic"][::-1]
         for shift, name in ((0.2, "requested"), (-0.2, "unique")):
-            places = [place + shift for place in range(len(rows))]
-            axes.barh(places, [row[name] for row in rows], 0.4, label=f"{name} / floor")
+            positions = [index + shift for index in range(len(rows))]
+            axes.barh(positions, [row[name] for row in rows], 0.4, label=f"{name} / floor")
         axes.set_yticks(range(len(rows)), [f"{row['operator']}, {row['by']}" for row in rows], fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xlabel="bytes over the floor")
+        axes.set(xlabel="bytes / floor")
         axes.legend(fontsize=7, frameon=False)
 
-    figure = _figure(None, 1 + 2 * ROW * len(found["traffic"]), draw)
-    plot = _plot("counted", figure, "Counted in Triton's interpreter, not timed.")
-    tables = _table(counted.TRAFFIC_HEAD, counted.traffic_rows(found["traffic"]))
-    if found["machine_code"]:
-        tables += _table(counted.CODE_HEAD, counted.code_rows(found["machine_code"]))
-    versions = ", ".join(f"{name} {text}" for name, text in found["versions"].items())
+    figure = _figure(None, 1 + 2 * BAR_HEIGHT_INCHES * len(counted_work["traffic"]), draw)
+    plot = _plot("counted", figure, "Counted in Triton's interpreter.")
+    tables = _table(counted.TRAFFIC_HEAD, counted.traffic_rows(counted_work["traffic"]))
+    if counted_work["machine_code"]:
+        tables += _table(counted.CODE_HEAD, counted.code_rows(counted_work["machine_code"]))
+    versions = ", ".join(f"{name} {text}" for name, text in counted_work["versions"].items())
     return f"{plot}{tables}<p>{html.escape(versions)}. {html.escape(counted.NOTES)}</p>"
 
 
-def _bars(result: Result, rows: Sequence[tuple[str, str, float]], label: str, line: float, missing: str) -> "Figure":
-    """Horizontal bars of (name, group, value), group by group."""
+def _bars(
+    result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label: str, line: float, missing: str
+) -> "Figure":
+    """Horizontal bars of rows (name, group, value), sorted by group."""
     groups = sorted({group for _, group, _ in rows})
     ordered = [row for group in groups for row in rows if row[1] == group][::-1]
 
     def draw(axes: Any) -> None:
         for number, group in enumerate(groups):
-            places = [place for place, row in enumerate(ordered) if row[1] == group]
-            bars = axes.barh(places, [ordered[place][2] for place in places], label=group, color=f"C{number}")
+            positions = [index for index, row in enumerate(ordered) if row[1] == group]
+            bars = axes.barh(positions, [ordered[i][2] for i in positions], label=group, color=f"C{number}")
             axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         axes.set_yticks(range(len(ordered)), [name for name, _, _ in ordered], fontsize=7)
         axes.axvline(line, color="black", linewidth=0.8)
@@ -176,16 +192,18 @@ def _bars(result: Result, rows: Sequence[tuple[str, str, float]], label: str, li
         axes.set(xlabel=label)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
-    return _figure(result, 1.2 + ROW * len(rows), draw if rows else None, missing)
+    return _figure(result, 1.2 + BAR_HEIGHT_INCHES * len(rows), draw if rows else None, missing)
 
 
-def _figure(result: Result | None, height: float, draw: Callable[[Any], None] | None, missing: str = "") -> "Figure":
-    """A figure with one pair of axes, titled by what was timed; a sentence in place of a plot that has no data."""
+def _figure(
+    result: BenchmarkResult | None, height: float, draw: Callable[[Any], None] | None, missing: str = ""
+) -> "Figure":
+    """A figure with one axes. Without data (`draw` is None) it shows a sentence instead of a plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'keye_kernels[bench]'") from error
-    figure = Figure(figsize=(WIDTH, max(height, 1.5) if draw else 1.0), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH_INCHES, max(height, 1.5) if draw else 1.0), layout="constrained")
     axes = figure.subplots()
     if draw is None:
         axes.axis("off")
@@ -194,13 +212,13 @@ def _figure(result: Result | None, height: float, draw: Callable[[Any], None] | 
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     if result is not None and not result.has_gpu:
-        axes.set_title("CPU smoke timings", fontsize=9, loc="left")
+        axes.set_title("CPU timings", fontsize=9, loc="left")
     return figure
 
 
 def _plot(name: str, figure: "Figure", caption: str) -> str:
     buffer = io.BytesIO()
-    # Without the date, the same input gives the same page
+    # Without the date, equal results give an equal page
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     text = html.escape(caption)
@@ -212,14 +230,14 @@ def _warning(text: str) -> str:
     return f'<p class="warning">Warning: {html.escape(text)}.</p>'
 
 
-def _environment(results: Sequence[Result]) -> str:
+def _environment(results: Sequence[BenchmarkResult]) -> str:
     names = list(dict.fromkeys(name for r in results for name in (*r.machine, *r.versions)))
     rows = [(name, *((r.machine | r.versions).get(name, "-") for r in results)) for name in names]
     return _table(("", *(result.file for result in results)), rows)
 
 
-def _timings(results: Sequence[Result]) -> str:
-    def cells(result: Result, timing: Timing) -> tuple[str, ...]:
+def _timings(results: Sequence[BenchmarkResult]) -> str:
+    def cells(result: BenchmarkResult, timing: Timing) -> tuple[str, ...]:
         low, high = timing.quartiles
         rates = (timing.extra.get(name) for name in ("gb_per_s", "tflop_per_s"))
         return (
@@ -231,10 +249,10 @@ def _timings(results: Sequence[Result]) -> str:
             f"{1e3 * timing.seconds:.3f}",
             f"{1e3 * low:.3f} to {1e3 * high:.3f}",
             *("-" if rate is None else f"{rate:.3g}" for rate in rates),
-            str(timing.extra.get("tile_source") or "-"),
+            str(timing.extra.get("config_source") or "-"),
         )
 
-    head = ("file", "group", "shape", "dtype", "impl", "median, ms", "quartiles", "GB/s", "TFLOP/s", "tiles")
+    head = ("file", "group", "shape", "dtype", "impl", "median, ms", "quartiles", "GB/s", "TFLOP/s", "launch config")
     return _table(head, [cells(result, timing) for result in results for timing in result.timings])
 
 

@@ -1,4 +1,4 @@
-"""Results of pytest-benchmark and of `bench --counted`, read from their JSON files; docs/benchmarks.md names the fields."""
+"""Reads result files of `pytest benchmarks/` and of `bench --counted`. docs/benchmarks.md describes the fields."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BASELINES = ("official", "reference")  # what speed-ups are against, the first that is there
+BASELINES = ("official (eager)", "reference")  # speedups are relative to the first one that was timed
 Key = tuple[str, str, str, str]  # group, shape, dtype, impl
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed case; seconds are medians, with the quartiles around them."""
+    """One timed case: the median in seconds and the quartiles."""
 
     group: str
     impl: str
@@ -28,8 +28,8 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One file. `interpreted` cases ran in Triton's interpreter: they are named, never shown as speed."""
+class BenchmarkResult:
+    """One result file. `interpreted` are the names of cases that ran in Triton's interpreter; their times are dropped."""
 
     file: str
     timings: list[Timing]
@@ -39,16 +39,26 @@ class Result:
     interpreted: list[str] = field(default_factory=list)
 
     def baseline(self, timing: Timing) -> Timing | None:
-        """The timing of the same work that speed-ups are against."""
+        """The timing of the baseline for the same group, shape and dtype."""
         found = {other.impl: other for other in self.timings if other.key[:3] == timing.key[:3]}
         return next((found[name] for name in BASELINES if name in found), None)
 
 
-def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[Result], dict[str, Any] | None]:
-    """The timed results, one or two, and the counted one if there is one; `select` is a part of a group's or case's name.
+def read_results(
+    files: Sequence[str], select: str | None = None
+) -> tuple[list[BenchmarkResult], dict[str, Any] | None]:
+    """Reads one or two timed results, and at most one counted result.
 
-    Raises: OSError for a file that cannot be read; ValueError for other JSON, for files of a wrong number, and where nothing
-        was timed or `select` matches nothing.
+    Args:
+        files: paths of the files, in any order.
+        select: keep only the cases with this text in the name of the group or the case.
+
+    Returns:
+        The timed results, and the counted result or None.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is not a result, the number of files is wrong, nothing was timed, or `select` matches nothing.
     """
     contents = [(file, _read(file)) for file in files]
     counted = [content for _, content in contents if "traffic" in content]
@@ -61,18 +71,18 @@ def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[
     return [_result(file, content, select) for file, content in timed], counted[0] if counted else None
 
 
-def differences(one: Result, other: Result) -> list[str]:
-    """What makes two results hard to compare: other machines, other versions, cases that only one of them has."""
+def differences(one: BenchmarkResult, other: BenchmarkResult) -> list[str]:
+    """Differences of machine, versions and cases that make two results hard to compare."""
     found = []
     for what, first, second in (("machine", one.machine, other.machine), ("version", one.versions, other.versions)):
         for name in sorted(first.keys() | second.keys()):
             if first.get(name) != second.get(name):
                 found.append(
-                    f"another {what}: {name} is {first.get(name)} in {one.file}, {second.get(name)} in {other.file}"
+                    f"different {what}: {name} is {first.get(name)} in {one.file}, {second.get(name)} in {other.file}"
                 )
     alone = {timing.key for timing in one.timings} ^ {timing.key for timing in other.timings}
     if alone:
-        found.append(f"{len(alone)} cases are in one of the two files only and are not compared")
+        found.append(f"{len(alone)} cases are in only one of the two files and are not compared")
     return found
 
 
@@ -82,20 +92,22 @@ def _read(file: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not ({"benchmarks", "traffic"} & content.keys()):
-        raise ValueError(f"{file} is neither a result of pytest-benchmark nor of `keye-kernels bench --counted --json`")
+        raise ValueError(
+            f"{file} is not a result of `pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
+        )
     return content
 
 
-def _result(file: str, content: dict[str, Any], select: str | None) -> Result:
+def _result(file: str, content: dict[str, Any], select: str | None) -> BenchmarkResult:
     if not content["benchmarks"]:
         raise ValueError(
-            f"{file} holds no timed case: what was selected with pytest's -k or paths matched nothing that can run here, "
+            f"{file} contains no timed case: pytest's -k or paths selected no case that can run on that machine, "
             "or --benchmark-disable was set"
         )
     chosen = [case for case in content["benchmarks"] if not select or select in f"{case['group']} {case['name']}"]
     if not chosen:
         groups = sorted({str(case["group"]) for case in content["benchmarks"]})
-        raise ValueError(f"--select {select!r} matched nothing in {file}, which has the groups {', '.join(groups)}")
+        raise ValueError(f"--select {select!r} matched nothing in {file}, its groups are {', '.join(groups)}")
     machine = content.get("machine_info") or {}
     gpu, cpu = machine.get("gpu"), machine.get("cpu") or {}
     shown = {
@@ -125,5 +137,5 @@ def _result(file: str, content: dict[str, Any], select: str | None) -> Result:
             )
         )
     if not timings:
-        raise ValueError(f"{file} holds only times of Triton's interpreter, which say nothing about speed")
-    return Result(Path(file).name, timings, shown, versions, bool(gpu), interpreted)
+        raise ValueError(f"{file} contains only times of Triton's interpreter, which are not reported")
+    return BenchmarkResult(Path(file).name, timings, shown, versions, bool(gpu), interpreted)

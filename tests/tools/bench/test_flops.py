@@ -1,4 +1,4 @@
-"""Estimated FLOPs against those that torch counts while a model runs."""
+"""Estimated FLOPs against those that torch counts."""
 
 from collections import Counter
 from itertools import pairwise
@@ -18,15 +18,15 @@ GRIDS = [(1, 4, 6), (2, 2, 4)]
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A function that runs a model and gives FLOPs: of linear layers, of attention.
+    """A function that runs a model and returns the FLOPs of linear layers and of attention.
 
-    A counter does not look into a registered operator, so each gets one within; it knows fused attention on a GPU only, and
-    no product of oneDNN's.
+    torch's counter does not see inside a custom operator, so each operator runs under a counter of its own. The counter does not
+    know fused attention on a CPU, nor oneDNN's matmuls, so both are switched off.
     """
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     inner = []
 
-    def count_within(function):
+    def count_inside(function):
         def run(*arguments):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 result = function(*arguments)
@@ -36,7 +36,7 @@ def counted(monkeypatch):
         return run
 
     for name in ("varlen_attention", "patch_merge_projection"):
-        monkeypatch.setattr(reference, name, count_within(getattr(reference, name)))
+        monkeypatch.setattr(reference, name, count_inside(getattr(reference, name)))
 
     def count(model, inputs, new_tokens):
         with FlopCounterMode(display=False) as outer, sdpa_kernel(SDPBackend.MATH):
@@ -51,7 +51,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
-def test_linear_flops_are_those_that_torch_counts(edition, counted):
+def test_linear_flops_match_torch(edition, counted):
     model, inputs = tiny_model(model_type=edition), prompt(GRIDS)
     length = inputs["input_ids"].shape[1]
     estimate = estimate_flops(model.config, GRIDS, length, new_tokens=3)
@@ -61,33 +61,33 @@ def test_linear_flops_are_those_that_torch_counts(edition, counted):
 
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
-def test_attention_flops_are_those_that_torch_counts_without_the_masked_half(edition, counted):
+def test_attention_flops_match_torch_without_masked_scores(edition, counted):
     model, inputs = tiny_model(model_type=edition), prompt(GRIDS)
     length = inputs["input_ids"].shape[1]
     estimate = estimate_flops(model.config, GRIDS, length)
-    # torch multiplies the whole square of the prompt, of which (length + 1) / 2 of every length columns are needed
+    # torch computes all length x length scores of the prompt; causal attention needs length x (length + 1) / 2
     square = estimate.decoder_attention * 2 * length // (length + 1)
     assert estimate.vision_attention + square == counted(model, inputs, 1)[1]
 
 
-def test_each_further_token_attends_to_all_before_it():
+def test_each_decoding_step_attends_to_all_tokens_before_it():
     config = KeyeConfig.from_dict(CONFIG)
     steps = [estimate_flops(config, [], 10, new_tokens=n).decoder_attention for n in (1, 2, 3)]
-    by_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    assert [b - a for a, b in pairwise(steps)] == [11 * by_key, 12 * by_key]
+    flops_per_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert [b - a for a, b in pairwise(steps)] == [11 * flops_per_key, 12 * flops_per_key]
 
 
-def test_frames_of_keye_1_5_attend_within_themselves():
+def test_keye_1_5_attends_within_frames():
     preview, frames = (KeyeConfig(model_type=name) for name in ("Keye", "KeyeVL1_5"))
     clip = [(8, 20, 20)]
     whole, split = (estimate_flops(config, clip, 900).vision_attention for config in (preview, frames))
     assert whole == 8 * split
 
 
-def test_the_real_model_costs_twice_its_weights_a_token():
+def test_full_model_needs_two_flops_per_weight_and_token():
     with torch.device("meta"):
         model = Keye(KeyeConfig())
-    # All but the embedding, which is looked up, not multiplied
+    # Without the embedding: a lookup, not a matmul
     weights = sum(p.numel() for p in (*model.model.layers.parameters(), *model.lm_head.parameters()) if p.ndim > 1)
     estimate = estimate_flops(KeyeConfig(), [], 1)
     assert estimate.decoder_linear + estimate.head == 2 * weights
@@ -101,6 +101,6 @@ def test_the_real_model_costs_twice_its_weights_a_token():
         (([], 5, 0), "new_tokens must be at least 1"),
     ],
 )
-def test_impossible_requests_name_the_argument(arguments, message):
+def test_invalid_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         estimate_flops(KeyeConfig(), *arguments)

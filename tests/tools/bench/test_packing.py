@@ -1,4 +1,4 @@
-"""Packing by cost, and the queue that shows what it is worth."""
+"""Packing of requests by cost, and the command that measures it."""
 
 import itertools
 import json
@@ -23,58 +23,58 @@ def test_every_request_is_packed_once(pack):
 
 
 @pytest.mark.parametrize("costs", SMALL_COSTS, ids=str)
-def test_longest_first_stays_within_grahams_bound_of_the_best_packing(costs):
+def test_longest_first_satisfies_grahams_bound(costs):
     bins = 3
     best = min(
-        max(sum(c for c, at in zip(costs, where, strict=True) if at == b) for b in range(bins))
-        for where in itertools.product(range(bins), repeat=len(costs))
+        max(sum(c for c, bin_ in zip(costs, bin_of, strict=True) if bin_ == b) for b in range(bins))
+        for bin_of in itertools.product(range(bins), repeat=len(costs))
     )
-    found = max(sum(costs[i] for i in places) for places in pack_longest_first(costs, bins))
+    found = max(sum(costs[i] for i in indices) for indices in pack_longest_first(costs, bins))
     assert best <= found <= best * (4 / 3 - 1 / (3 * bins))
 
 
-def test_one_dear_request_has_a_device_of_its_own():
+def test_one_expensive_request_gets_its_own_device():
     assert [0] in pack_longest_first([100, 3, 4, 5, 6], 2)
 
 
-def test_first_come_keeps_the_order_and_the_numbers_equal():
+def test_order_of_arrival_gives_runs_of_equal_length():
     assert pack_first_come([9, 9, 1, 1, 1, 1], 3) == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_imbalance_is_what_the_fullest_adds_to_the_mean():
+def test_imbalance_is_the_largest_load_over_the_mean_minus_one():
     assert imbalance([2, 2, 2]) == 0 and imbalance([3, 2, 1]) == pytest.approx(0.5) and imbalance([0, 0]) == 0
 
 
 @pytest.mark.parametrize(
     "arguments, message", [(([1], 0), "bins must be at least 1"), (([1, -1], 1), "costs must not")]
 )
-def test_impossible_packings_name_the_argument(arguments, message):
+def test_invalid_packing_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         pack_longest_first(*arguments)
 
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_eight_devices_stay_within_three_percent_where_first_come_does_not(edition, seed):
+def test_packing_by_flops_balances_eight_devices_within_three_percent(edition, seed):
     found = load.simulate(KeyeConfig(model_type=edition), 8, seed)["packing"]
     assert found["packed by FLOPs"]["imbalance"] <= found["packed by FLOPs"]["worst_round"] <= 0.03
-    assert found["first come"]["imbalance"] > 0.1
+    assert found["order of arrival"]["imbalance"] > 0.1
 
 
-def test_a_stream_is_mixed_and_the_same_for_the_same_seed():
+def test_requests_are_mixed_and_reproducible():
     requests = load.draw_requests(load.REAL, 200, seed=0)
     assert requests == load.draw_requests(load.REAL, 200, seed=0) != load.draw_requests(load.REAL, 200, seed=1)
     assert 20 < sum(request.is_clip for request in requests) < 80
     assert len({request.grids for request in requests}) > 190
 
 
-def test_no_devices_name_the_argument():
+def test_zero_devices_are_an_error():
     with pytest.raises(ValueError, match="devices must be at least 1"):
         load.simulate(KeyeConfig(), 0, 0)
 
 
-def test_the_served_prompts_have_the_pictures_that_were_drawn():
-    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.picture_side[1]) ** 2)
+def test_prompts_have_the_drawn_images_and_clips():
+    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.image_side[1]) ** 2)
     requests = load.draw_requests(load.SMALL, 6, seed=0)
     inputs = load._prepare(processor, requests, load.draw_pixels(requests, 0))
     drawn = {kind: [g for r in requests for g in r.grids if r.is_clip == kind] for kind in (False, True)}
@@ -82,23 +82,23 @@ def test_the_served_prompts_have_the_pictures_that_were_drawn():
         assert [tuple(row) for row in inputs[name].tolist()] == drawn[kind]
 
 
-def test_serving_counts_every_token_and_finishes_batch_by_batch():
+def test_load_result_counts_every_token():
     model = small_model(dtype="float32")
-    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.picture_side[1]) ** 2)
+    processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.image_side[1]) ** 2)
     requests = load.draw_requests(load.SMALL, 3, seed=3)
     pixels = load.draw_pixels(requests, 0)
     found = load.serve(model, processor, requests, [[0, 2], [1]], pixels)
     assert found.batches == 2 and 0 < found.padding < 1
     assert 0 < found.latency_p50 < found.latency_p95
-    # tokens a second and new tokens a second share their clock
+    # Both rates are over the same time
     lengths = load._prepare(processor, requests, pixels)["attention_mask"].sum().item()
-    made = 3 * load.SMALL.new_tokens
-    assert found.tokens_per_second / found.new_tokens_per_second == pytest.approx((lengths + made) / made)
+    generated = 3 * load.SMALL.new_tokens
+    assert found.tokens_per_second / found.new_tokens_per_second == pytest.approx((lengths + generated) / generated)
 
 
-def test_the_command_reports_both_packers_served_and_simulated(capsys):
+def test_command_reports_both_packers(capsys):
     assert main(["bench", "--load", "--requests", "2", "--devices", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["simulated"]["devices"] == 2 and found["served"]["requests"] == 2
     for part in found.values():
-        assert part["packing"].keys() == {"packed by FLOPs", "first come"}
+        assert part["packing"].keys() == {"packed by FLOPs", "order of arrival"}

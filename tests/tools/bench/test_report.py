@@ -1,4 +1,4 @@
-"""The page of plots: what it shows, what it warns of, what it refuses; looked at in a browser where there is one."""
+"""The report page: plots, warnings, errors. One test opens it in Chromium if it is installed."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from keye_kernels.cli import main
 from keye_kernels.tools.bench.counted import exceeds_limits
 
-PLOTS = ["speed-up", "roofline", "memory", "counted"]
+PLOTS = ["speedup", "roofline", "memory", "counted"]
 GPU = {"name": "NVIDIA H100", "target": "sm_90"}
 COUNTED = {
     "versions": {"keye_kernels": "0.1.0", "triton": "3.9.0"},
@@ -44,7 +44,7 @@ def case(impl, median, shape="1k", group="rope_3d", version="0.1.0", roofline=No
             "tflop_per_s": 0.1,
             "roofline_share": roofline,
             "peak_memory_bytes": 3 << 20,
-            "tile_source": None,
+            "config_source": None,
             "versions": {"keye_kernels": version, "torch": "2.13.0", "triton": None},
         },
     }
@@ -63,7 +63,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def report(tmp_path, capsys):
-    """Runs the command: exit code, the page or None, standard error."""
+    """Runs the command. Returns the exit code, the page or None, and stderr."""
 
     def report(*arguments, folder="out"):
         code = main(["bench", "--report", str(tmp_path / folder), *arguments])
@@ -73,18 +73,18 @@ def report(tmp_path, capsys):
     return report
 
 
-CASES = [case("official", 0.004), case("reference", 0.002), case("sdpa", 0.001, "4_images", "varlen_attention")]
+CASES = [case("official (eager)", 0.004), case("reference", 0.002), case("sdpa", 0.001, "4_images", "varlen_attention")]
 
 
-def test_a_browser_shows_every_plot(write, tmp_path, report):
+def test_browser_displays_every_plot(write, tmp_path, report):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no chromium to open the page with: apt-get install chromium")
+        pytest.skip("needs Chromium: apt-get install chromium")
     counted = tmp_path / "counted.json"
     counted.write_text(json.dumps(COUNTED))
     code, page, error = report(write("a.json", CASES), write("b.json", CASES), str(counted))
     assert code == 0, error
-    # The browser itself says of each picture how wide it is when decoded, and how high it stands on the page
+    # The script records the decoded width and the displayed height of each image
     script = (
         "<script>onload = () => { for (const i of document.images) "
         "i.dataset.shown = i.naturalWidth + ' ' + Math.round(i.getBoundingClientRect().height) }</script></body>"
@@ -100,50 +100,50 @@ def test_a_browser_shows_every_plot(write, tmp_path, report):
     assert all(int(width) > 300 and int(height) > 60 for width, height in map(str.split, images.values())), images
 
 
-def test_the_page_loads_nothing_from_elsewhere(write, report):
+def test_page_loads_no_other_file(write, report):
     _, page, _ = report(write("a.json", CASES))
     assert "<script" not in page and "<link" not in page
     assert set(re.findall(r'(?:src|href)="([^,"]*)', page)) == {"data:image/svg+xml;base64"}
 
 
-def test_cpu_timings_are_labelled_as_smoke_timings(write, report):
-    assert "CPU smoke timings" in report(write("a.json", CASES))[1]
-    assert "CPU smoke timings" not in report(write("b.json", CASES, gpu=GPU), folder="gpu")[1]
+def test_cpu_timings_are_labelled(write, report):
+    assert "CPU timings" in report(write("a.json", CASES))[1]
+    assert "CPU timings" not in report(write("b.json", CASES, gpu=GPU), folder="gpu")[1]
 
 
-def test_times_of_the_interpreter_are_never_shown(write, report):
+def test_interpreter_times_are_not_reported(write, report):
     code, page, error = report(write("a.json", [*CASES, case("triton", 7.77)]))
     assert code == 0 and "7770" not in page
     assert "1 cases of a.json ran in Triton" in error
     code, _, error = report(write("b.json", [case("triton", 7.77)]), folder="other")
-    assert code == 2 and "say nothing about speed" in error
+    assert code == 2 and "which are not reported" in error
 
 
-def test_speed_up_is_the_baselines_median_over_the_others(write):
+def test_speedup_is_the_median_of_the_baseline_over_the_median(write):
     from keye_kernels.tools.bench.report import plot_speedup
     from keye_kernels.tools.bench.results import read_results
 
     (result,), _ = read_results([write("a.json", CASES)])
     bars = [bar.get_width() for bar in plot_speedup(result).axes[0].patches]
-    # the attention case has no baseline beside it
+    # The attention case has no baseline
     assert bars == [pytest.approx(2.0)]
 
 
-def test_another_machine_and_version_are_warned_of_on_the_page_and_on_stderr(write, report):
+def test_different_machine_and_version_are_reported_on_the_page_and_on_stderr(write, report):
     first = write("a.json", CASES)
-    second = write("b.json", [case("official", 0.004, version="0.2.0")], gpu=GPU)
+    second = write("b.json", [case("official (eager)", 0.004, version="0.2.0")], gpu=GPU)
     code, page, error = report(first, second)
     assert code == 0
     for text in (
-        "another machine: GPU is none in a.json, NVIDIA H100 in b.json",
-        "another version: keye_kernels is 0.1.0 in a.json, 0.2.0 in b.json",
-        "2 cases are in one of the two files only",
+        "different machine: GPU is none in a.json, NVIDIA H100 in b.json",
+        "different version: keye_kernels is 0.1.0 in a.json, 0.2.0 in b.json",
+        "2 cases are in only one of the two files",
     ):
         assert f'<p class="warning">Warning: {text}' in page
         assert f"warning: {text}" in error
 
 
-def test_two_results_of_one_machine_and_version_are_compared_without_a_warning(write, report):
+def test_equal_machine_and_version_give_no_warning(write, report):
     code, page, error = report(write("a.json", CASES), write("b.json", CASES))
     assert code == 0 and error == "" and 'id="plot-comparison"' in page and 'class="warning"' not in page
 
@@ -151,25 +151,25 @@ def test_two_results_of_one_machine_and_version_are_compared_without_a_warning(w
 @pytest.mark.parametrize(
     "cases, arguments, message",
     [
-        ([], [], "a.json holds no timed case: what was selected with pytest's -k or paths matched nothing"),
+        ([], [], "a.json contains no timed case: pytest's -k or paths selected no case"),
         (
             CASES,
             ["--select", "projector"],
-            "--select 'projector' matched nothing in .*a.json, which has the groups rope_3d",
+            "--select 'projector' matched nothing in .*a.json, its groups are rope_3d",
         ),
     ],
 )
-def test_an_empty_result_says_which_selection_matched_nothing(write, report, cases, arguments, message):
+def test_empty_result_names_the_selection(write, report, cases, arguments, message):
     code, page, error = report(write("a.json", cases), *arguments)
     assert code == 2 and page is None and re.search(message, error)
 
 
-def test_a_selection_leaves_the_other_groups_out(write, report):
+def test_select_keeps_only_matching_groups(write, report):
     _, page, _ = report(write("a.json", CASES), "--select", "varlen")
     assert "<td>varlen_attention</td>" in page and "<td>rope_3d</td>" not in page
 
 
-def test_a_page_that_is_there_is_not_written_over_unasked(write, report, tmp_path):
+def test_existing_page_is_overwritten_only_with_force(write, report, tmp_path):
     one, other = write("a.json", CASES), write("b.json", CASES)
     report(one)
     code, page, error = report(other)
@@ -178,19 +178,21 @@ def test_a_page_that_is_there_is_not_written_over_unasked(write, report, tmp_pat
     assert code == 0 and "b.json" in page
 
 
-@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "neither a result"), ("{}", "neither")])
-def test_other_files_are_refused(tmp_path, report, content, message):
+@pytest.mark.parametrize(
+    "content, message", [("{", "not valid JSON"), ("[]", "is not a result"), ("{}", "is not a result")]
+)
+def test_other_json_files_are_errors(tmp_path, report, content, message):
     (tmp_path / "a.json").write_text(content)
     code, _, error = report(str(tmp_path / "a.json"))
     assert code == 2 and message in error
 
 
-def test_three_results_or_none_are_refused(write, report):
+def test_number_of_results_must_be_one_or_two(write, report):
     assert "one or two files" in report()[2]
     assert "one or two files" in report(*(write(f"{name}.json", CASES) for name in "abc"))[2]
 
 
-def test_a_missing_matplotlib_names_the_command_that_installs_it(write, report, monkeypatch):
+def test_missing_matplotlib_error_names_the_install_command(write, report, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -198,13 +200,13 @@ def test_a_missing_matplotlib_names_the_command_that_installs_it(write, report, 
     assert code == 2 and page is None and "pip install 'keye_kernels[bench]'" in error
 
 
-def test_the_counted_table_names_what_exceeds_its_limit(write, report, tmp_path):
+def test_counted_table_marks_exceeded_limits(write, report, tmp_path):
     counted = tmp_path / "counted.json"
     counted.write_text(json.dumps(COUNTED))
     _, page, _ = report(write("a.json", CASES), str(counted))
     assert "<td>requested ABOVE 1</td>" in page and exceeds_limits(COUNTED)
 
 
-def test_result_files_without_report_are_refused(capsys):
+def test_result_files_without_report_are_an_error(capsys):
     assert main(["bench", "--load", "a.json"]) == 2
     assert "--report DIR" in capsys.readouterr().err

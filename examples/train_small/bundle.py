@@ -1,4 +1,4 @@
-"""Draws the picture and the clip that `keye-kernels demo` asks about: `python -m examples.train_small.bundle`."""
+"""Creates the image and the clip of `keye-kernels demo`: `python -m examples.train_small.bundle`."""
 
 import json
 import random
@@ -9,16 +9,16 @@ import av
 from . import world
 
 ASSETS = Path(__file__).parents[2] / "keye_kernels" / "assets"
-FRAMES_A_SECOND = 2  # what Preview's rules sample, so that every frame is seen
+FRAME_RATE = 2  # equal to the sampling rate of Preview, so that every frame is sampled
 
 
 def write_clip(clip: world.Clip, file: Path) -> None:
     with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_A_SECOND, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=FRAME_RATE, options={"crf": "12"})
         stream.width, stream.height = clip.frames[0].size
         stream.pix_fmt = "yuv420p"
-        for picture in clip.frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for frame in clip.frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     rng = random.Random("bundled")
     clip = world.random_clip(rng, (168, 168))
     scene = world.random_scene(rng, (224, 168), count=3)
-    while len({thing.shape for thing in scene.things}) < 3:  # so that a colour can be asked of each
+    while len({obj.shape for obj in scene.objects}) < 3:  # so that each object has a question about its colour
         scene = world.random_scene(rng, (224, 168), count=3)
     scene.image.save(ASSETS / "image.png", optimize=True)
     write_clip(clip, ASSETS / "clip.mp4")

@@ -1,4 +1,4 @@
-"""The small Keye's files: configuration, tokenizer, prompt and weights, in the layout of the released models."""
+"""The files of the small Keye: config, tokenizer, chat template and weights, in the layout of the official checkpoints."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from keye_kernels.processing.tokenizer import SPECIAL_TOKENS
 
 from . import world
 
-# Sixteen to about 25 tokens a picture: whatever its size, an object covers about as many patches
+# 16 to about 25 tokens per image, so that objects cover about as many patches at any image size
 PIXELS = {"min_pixels": 12544, "max_pixels": 20000}
 SIZES = {
     "hidden_size": 128,
@@ -60,7 +60,7 @@ TOKEN_IDS = {
 
 
 def build_tokenizer() -> Tokenizer:
-    """One token for each word of the world (alone, and after a space), one for each byte of everything else."""
+    """A tokenizer with one token per word of the questions and answers (with and without a leading space) and one per byte."""
     bytes_to_characters = _byte_characters()
     texts = " ".join(
         [
@@ -84,7 +84,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> dict[int, str]:
-    """How the byte-level alphabet writes each byte: printable Latin-1 as itself, the others from U+0100 on."""
+    """The character of each byte in the byte-level alphabet: printable Latin-1 as is, the others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256))
     return {byte: chr(byte if byte in printable else 256 + next(others)) for byte in range(256)}
@@ -103,7 +103,7 @@ PROCESSOR_FILES = {
 
 
 def write_processor(folder: Path) -> dict:
-    """Writes every file but the weights; returns the configuration."""
+    """Writes all files except the weights. Returns the content of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     config = build_config(tokenizer)
@@ -138,53 +138,54 @@ def write_processor(folder: Path) -> dict:
 
 
 def new_model(config: dict, seed: int) -> kk.Keye:
-    """A float32 model with fresh weights, the same for the same seed.
+    """A float32 model with random weights; equal seeds give equal weights.
 
-    Matrices start with the variance that keeps activations at one, the last ones of a residual branch smaller; the learned
-    positions start as waves over the picture, so that place is known from the first step on.
+    Matrices keep the variance of activations at one, and the last matrix of each residual branch is scaled down. The position
+    embedding starts as cosines over the image, which make the position known from the first step on.
     """
     torch.manual_seed(seed)
     model = kk.Keye(kk.KeyeConfig.from_dict(config), impl="reference")
-    layers = 2 * config["num_hidden_layers"], 2 * config["vision_config"]["num_hidden_layers"]
+    decoder_branches = 2 * config["num_hidden_layers"]
+    vision_branches = 2 * config["vision_config"]["num_hidden_layers"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 continue
             std = parameter.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std *= layers[0] ** -0.5
+                std *= decoder_branches**-0.5
             elif name.endswith(("out_proj.weight", "fc2.weight")):
-                std *= layers[1] ** -0.5
+                std *= vision_branches**-0.5
             elif name.endswith("embed_tokens.weight"):
                 std = 0.5
             elif name == "lm_head.weight":
                 std = 0.02
             parameter.normal_(std=std)
         table = model.visual.position_embedding.weight
-        table.copy_(_waves(math.isqrt(table.shape[0]), table.shape[1]))
+        table.copy_(_cosine_table(math.isqrt(table.shape[0]), table.shape[1]))
     return model
 
 
-def _waves(side: int, channels: int) -> Tensor:
-    """[side², channels] cosines of row and column, from half a wave over the picture upwards."""
+def _cosine_table(side: int, channels: int) -> Tensor:
+    """[side², channels]: cosines along rows or columns, with 0.5 to 3 periods per image."""
     rng = random.Random(0)
-    place = (torch.arange(side) + 0.5) / side
-    row, column = place.repeat_interleave(side)[:, None], place.repeat(side)[:, None]
-    wave = torch.arange(channels) // 2 % 6 * 0.5 + 0.5
+    position = (torch.arange(side) + 0.5) / side
+    row, column = position.repeat_interleave(side)[:, None], position.repeat(side)[:, None]
+    periods = torch.arange(channels) // 2 % 6 * 0.5 + 0.5
     phase = torch.tensor([rng.random() for _ in range(channels)])
-    along = torch.where(torch.arange(channels) % 2 == 0, row, column)
-    return 0.5 * torch.cos(2 * math.pi * (along * wave + phase))
+    axis = torch.where(torch.arange(channels) % 2 == 0, row, column)
+    return 0.5 * torch.cos(2 * math.pi * (axis * periods + phase))
 
 
 def save_weights(model: kk.Keye, weights: dict[str, Tensor], folder: Path) -> None:
-    """Writes `weights`, named as the model's parameters, as bfloat16 under Keye's tensor names; never leaves half a file."""
-    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    """Writes `weights` (by parameter name) as bfloat16 under Keye's tensor names. The file is replaced atomically."""
+    original = {name: parameter.data for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
             parameter.data = weights[name]
         tensors = {name: view.to(torch.bfloat16).contiguous() for name, view in destinations(model).items()}
     finally:
         for name, parameter in model.named_parameters():
-            parameter.data = held[name]
+            parameter.data = original[name]
     save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, drawn with Pillow."""
+"""Plots the loss curve of a run with Pillow."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,37 +7,37 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 540), 70, 70, 50, 50
-INK, GRID, BLUE, ORANGE, GREEN = "#222222", "#dddddd", "#2a6fbb", "#d9822b", "#3a9150"
-LOSSES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)  # the marks of the left axis, a logarithmic one
+TEXT, GRID, BLUE, ORANGE, GREEN = "#222222", "#dddddd", "#2a6fbb", "#d9822b", "#3a9150"
+LOSS_TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)  # of the left axis, which is logarithmic
 
 
 def draw_curve(history: Sequence[Sequence[float]], file: Path) -> None:
-    """Writes a PNG of `history`: for each step the loss of the answers, that of the readout, and the share of right tokens."""
+    """Writes a PNG. `history` has a row per step: loss of the answers, auxiliary loss, token accuracy."""
     image = Image.new("RGB", SIZE, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     width, height = SIZE[0] - LEFT - RIGHT, SIZE[1] - TOP - BOTTOM
 
     def left_axis(loss: float) -> float:
-        loss = min(max(loss, LOSSES[0]), LOSSES[-1])
-        return TOP + height * math.log(LOSSES[-1] / loss) / math.log(LOSSES[-1] / LOSSES[0])
+        loss = min(max(loss, LOSS_TICKS[0]), LOSS_TICKS[-1])
+        return TOP + height * math.log(LOSS_TICKS[-1] / loss) / math.log(LOSS_TICKS[-1] / LOSS_TICKS[0])
 
     def right_axis(share: float) -> float:
         return TOP + height * (1 - share)
 
-    for loss in LOSSES:
+    for loss in LOSS_TICKS:
         draw.line([(LEFT, left_axis(loss)), (LEFT + width, left_axis(loss))], GRID)
-        draw.text((LEFT - 8, left_axis(loss)), f"{loss:g}", INK, font, "rm")
+        draw.text((LEFT - 8, left_axis(loss)), f"{loss:g}", TEXT, font, "rm")
     for tenth in range(0, 11, 2):
         draw.text((LEFT + width + 8, right_axis(tenth / 10)), f"{tenth * 10} %", GREEN, font, "lm")
     for quarter in range(5):
         x = LEFT + width * quarter / 4
         draw.line([(x, TOP), (x, TOP + height)], GRID)
-        draw.text((x, TOP + height + 8), str(len(history) * quarter // 4), INK, font, "mt")
-    draw.text((LEFT + width / 2, SIZE[1] - 8), "step", INK, font, "mb")
+        draw.text((x, TOP + height + 8), str(len(history) * quarter // 4), TEXT, font, "mt")
+    draw.text((LEFT + width / 2, SIZE[1] - 8), "step", TEXT, font, "mb")
     lines: tuple[tuple[str, str, Callable[[float], float]], ...] = (
         ("loss of the answers", BLUE, left_axis),
-        ("loss of the readout", ORANGE, left_axis),
-        ("tokens right", GREEN, right_axis),
+        ("auxiliary loss", ORANGE, left_axis),
+        ("token accuracy", GREEN, right_axis),
     )
     for column, (name, colour, axis) in enumerate(lines):
         means = _running_mean([row[column] for row in history])
@@ -51,7 +51,7 @@ def draw_curve(history: Sequence[Sequence[float]], file: Path) -> None:
 
 
 def _running_mean(values: Sequence[float], window: int = 50) -> list[float]:
-    """Means of up to `window` values; not a number where there was none."""
+    """Mean of the last `window` values that are not NaN; NaN if there is none."""
     means = []
     for end in range(1, len(values) + 1):
         known = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]

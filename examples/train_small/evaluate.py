@@ -1,6 +1,6 @@
-"""Accuracy of a small Keye on fresh scenes, through the ordinary path from a conversation to an answer.
+"""Accuracy of a small Keye on new scenes and clips, with the processor and `generate`.
 
-`python -m examples.train_small.evaluate [DIR]`; without DIR the checkpoint that comes with the package.
+`python -m examples.train_small.evaluate [DIR]`. The default of DIR is the bundled checkpoint.
 """
 
 import argparse
@@ -26,22 +26,22 @@ GOALS = {
     "three objects": 0.78,
     "motion": 0.90,
 }
-ROWS = 16  # questions answered at once
-LONGEST_ANSWER = 32
+BATCH_SIZE = 16
+MAX_NEW_TOKENS = 32
 
 
 def answer(model: kk.Keye, processor: kk.KeyeProcessor, asked: Sequence[tuple[dict, str]]) -> list[str]:
-    """Greedy answers to questions, each with the message part of its picture or clip."""
+    """Greedy answers. Each question comes with the message part of its image or clip."""
     conversations = [[{"role": "user", "content": [part, {"type": "text", "text": text}]}] for part, text in asked]
     inputs = processor.apply_chat_template(conversations, tokenize=True).to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER)
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def fresh(
+def evaluation_samples(
     kind: str, number: int, sizes: Sequence[tuple[int, int]] | None = None
 ) -> Iterable[tuple[str, dict, str, str]]:
-    """`number` scenes ("image") or clips ("video") that no training run draws: goal, message part, question, answer."""
+    """(goal, message part, question, answer) of `number` scenes ("image") or clips ("video") that training never uses."""
     for index in range(number):
         rng = random.Random(f"evaluation {kind} {index}")
         size = rng.choice(sizes) if sizes else None
@@ -50,37 +50,41 @@ def fresh(
             yield "motion", {"type": "video", "video": list(clip.frames)}, world.WHICH_WAY, clip.direction
             continue
         scene = world.random_scene(rng, size, count=index % 3 + 1)
-        for question, right in scene.questions():
+        for question, correct in scene.questions():
             goal = {world.WHAT: f"{world.NUMBERS[index % 3]} object{'s' if index % 3 else ''}", world.COUNT: "counting"}
             default = "colour" if question.startswith("what colour") else "place"
-            yield goal.get(question, default), {"type": "image", "image": scene.image}, question, right
+            yield goal.get(question, default), {"type": "image", "image": scene.image}, question, correct
 
 
 def evaluate(
     model: kk.Keye, processor: kk.KeyeProcessor, samples: Iterable[tuple[str, dict, str, str]], progress: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Right and all answers of each goal; an answer counts only if it is right to the letter."""
+    """(correct answers, all answers) by goal. An answer must be exactly equal to the expected text."""
     samples = list(samples)
     found: dict[str, tuple[int, int]] = {}
     with tqdm(total=len(samples), unit="question", disable=not progress) as bar:
-        for first in range(0, len(samples), ROWS):
-            part = samples[first : first + ROWS]
-            answers = answer(model, processor, [(picture, question) for _, picture, question, _ in part])
-            for (goal, _, _, right), given in zip(part, answers, strict=True):
-                hits, all_of_them = found.get(goal, (0, 0))
-                found[goal] = hits + (given == right), all_of_them + 1
-            bar.update(len(part))
+        for first in range(0, len(samples), BATCH_SIZE):
+            batch = samples[first : first + BATCH_SIZE]
+            answers = answer(model, processor, [(content, question) for _, content, question, _ in batch])
+            for (goal, _, _, expected), text in zip(batch, answers, strict=True):
+                correct, total = found.get(goal, (0, 0))
+                found[goal] = correct + (text == expected), total + 1
+            bar.update(len(batch))
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.train_small.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", default=SMALL, help="the checkpoint")
-    parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--held-out-sizes", action="store_true", help="only picture sizes that training leaves out")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--impl", default="auto", help="triton runs on a CPU with TRITON_INTERPRET=1, slowly")
+    parser.add_argument("folder", nargs="?", default=SMALL, help="folder of the checkpoint (default: the bundled one)")
+    parser.add_argument("--scenes", type=int, default=200, help="number of scenes and of clips")
+    parser.add_argument("--held-out-sizes", action="store_true", help="use only image sizes that training leaves out")
+    parser.add_argument("--threads", type=int, default=1, help="number of torch threads")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        help="implementation of the operators; triton on a CPU needs TRITON_INTERPRET=1 and is slow",
+    )
     options = parser.parse_args(arguments)
     try:
         _evaluate(options)
@@ -98,12 +102,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     processor = kk.KeyeProcessor.from_pretrained(options.folder)
     sizes = sorted(world.HELD_OUT_SIZES) if options.held_out_sizes else None
     start = time.perf_counter()
-    found = evaluate(model, processor, fresh("image", options.scenes, sizes), progress=True)
-    found |= evaluate(model, processor, fresh("video", options.scenes, sizes), progress=True)
-    for goal, (hits, number) in found.items():
-        wanted = GOALS[goal]
+    found = evaluate(model, processor, evaluation_samples("image", options.scenes, sizes), progress=True)
+    found |= evaluate(model, processor, evaluation_samples("video", options.scenes, sizes), progress=True)
+    for goal, (correct, total) in found.items():
+        required = GOALS[goal]
         print(
-            f"{goal:14} {hits / number:6.1%} of {number:4}   goal {wanted:.0%}{'' if hits >= wanted * number else '   missed'}"
+            f"{goal:14} {correct / total:6.1%} of {total:4}   goal {required:.0%}"
+            f"{'' if correct >= required * total else '   missed'}"
         )
     print(f"{time.perf_counter() - start:.0f} s")
 

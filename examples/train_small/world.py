@@ -1,7 +1,7 @@
-"""The world of the small Keye: labelled scenes, their questions and answers, and clips of one moving object.
+"""The synthetic data of the small Keye: labelled scenes, their questions and answers, and clips of one moving object.
 
-Whatever the world's rules leave open (anti-aliasing, proportions of star, cross, ring and square, how a clip's object drifts)
-is drawn at random for each picture, so that a model trained here understands scenes drawn by someone else.
+Anti-aliasing, the proportions of star, cross, ring and square, and the path of a clip's object are random in each image, so that
+the model also understands scenes from another renderer.
 """
 
 import math
@@ -27,20 +27,19 @@ NUMBERS = ("one", "two", "three")
 DIRECTIONS = ("left", "right", "up", "down")
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SIDES = (84, 224)
-# Training draws no picture of these sizes (width, height), so that they show what the model makes of a new one
+# (width, height) of images that training never uses. They test whether the model generalises to new sizes.
 HELD_OUT_SIZES = frozenset({(140, 84), (84, 140), (196, 112), (112, 196), (168, 168)})
-DOMINANCE = (
-    1.25  # in a clip the main axis moves so many times as far as the other, in pixels and in shares of the picture
-)
+# In a clip, minimum distance along the main axis / distance along the other one, in pixels and relative to the image size
+MIN_AXIS_RATIO = 1.25
 
 WHAT, COUNT = "what is in the picture?", "how many objects are there?"
 WHICH_WAY = "which way does it move?"
-LOOK_UP = ("what colour is the ", "where is the ")  # such a question ends in a shape and "?"
+LOOK_UP = ("what colour is the ", "where is the ")  # questions about one object; they end in a shape and "?"
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object: its words, its centre as shares of width and height, and its radius as a share of the shorter side."""
+class SceneObject:
+    """One object: its attributes, its centre relative to width and height, its radius relative to the shorter side."""
 
     size: str
     colour: str
@@ -51,7 +50,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The cell of the 3 x 3 grid that holds the centre."""
+        """Row and column of the centre in a 3 x 3 grid."""
         return f"{ROWS[int(self.y * 3)]} {COLUMNS[int(self.x * 3)]}"
 
     @property
@@ -61,33 +60,33 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, its objects in reading order, and how much of each pixel they cover (a grey picture)."""
+    """An image, its objects in reading order, and a greyscale image of the area of each pixel that they cover."""
 
     image: Image.Image
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     coverage: Image.Image
 
     def questions(self) -> list[tuple[str, str]]:
-        """Every question with its answer, first the full description, then the number; neither for a crowded picture."""
+        """All questions with their answers. Scenes of more than three objects have no description and no count."""
         pairs = []
-        if len(self.things) <= len(NUMBERS):
-            pairs = [(WHAT, " and ".join(thing.text for thing in self.things)), (COUNT, NUMBERS[len(self.things) - 1])]
-        shapes = [thing.shape for thing in self.things]
-        looks = [(thing.colour, thing.shape) for thing in self.things]
-        for thing in self.things:
-            if shapes.count(thing.shape) == 1:
-                pairs.append((f"what colour is the {thing.shape}?", thing.colour))
-            if looks.count((thing.colour, thing.shape)) == 1:
-                pairs.append((f"where is the {thing.colour} {thing.shape}?", thing.place))
+        if len(self.objects) <= len(NUMBERS):
+            pairs = [(WHAT, " and ".join(obj.text for obj in self.objects)), (COUNT, NUMBERS[len(self.objects) - 1])]
+        shapes = [obj.shape for obj in self.objects]
+        colours_and_shapes = [(obj.colour, obj.shape) for obj in self.objects]
+        for obj in self.objects:
+            if shapes.count(obj.shape) == 1:
+                pairs.append((f"what colour is the {obj.shape}?", obj.colour))
+            if colours_and_shapes.count((obj.colour, obj.shape)) == 1:
+                pairs.append((f"where is the {obj.colour} {obj.shape}?", obj.place))
         return pairs
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one moving object; `things` holds it as it stands in each of them."""
+    """Frames of one moving object, which `objects` describes for each frame."""
 
     frames: tuple[Image.Image, ...]
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     coverages: tuple[Image.Image, ...]
     direction: str
 
@@ -96,7 +95,7 @@ class Clip:
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """Width and height that training may use: half of them free, the others square."""
+    """Width and height of a training image: any ratio with probability 0.6, else a square."""
     while True:
         width, height = rng.randint(*SIDES), rng.randint(*SIDES)
         size = (width, height) if rng.random() < 0.6 else (width, width)
@@ -105,86 +104,86 @@ def random_size(rng: random.Random) -> tuple[int, int]:
 
 
 def random_scene(rng: random.Random, size: tuple[int, int] | None = None, count: int | None = None) -> Scene:
-    """A scene of `count` objects (one to three if None) in a picture of `size` (width, height)."""
+    """A scene of `count` objects (default: one to three) in an image of `size` (width, height; default: random)."""
     size = random_size(rng) if size is None else size
-    things = []
+    objects = []
     for cell in sorted(rng.sample(range(9), rng.randint(1, 3) if count is None else count)):
         centre = ((cell % 3 + 0.5) / 3, (cell // 3 + 0.5) / 3)
-        things.append(_random_thing(rng, *(share + rng.uniform(-0.05, 0.05) for share in centre)))
-    image, coverage = _Painter(rng, size).paint(things)
-    return Scene(image, tuple(things), coverage)
+        objects.append(_random_object(rng, *(position + rng.uniform(-0.05, 0.05) for position in centre)))
+    image, coverage = _Painter(rng, size).paint(objects)
+    return Scene(image, tuple(objects), coverage)
 
 
 def random_crowd(rng: random.Random, most: int = 9) -> Scene:
-    """A picture with more objects than the world has, to learn their looks from, and to look one up among many."""
+    """A scene of 4 to `most` objects. It is used to train vision, and to find one object among many."""
     return random_scene(rng, count=rng.randint(4, most))
 
 
 def random_clip(rng: random.Random, size: tuple[int, int] | None = None) -> Clip:
     """A clip of 4 to 8 frames."""
     size = random_size(rng) if size is None else size
-    thing, painter = _random_thing(rng, 0.5, 0.5), _Painter(rng, size)
-    margins = [min(0.2, thing.radius * min(size) / side) for side in size]
+    obj, painter = _random_object(rng, 0.5, 0.5), _Painter(rng, size)
+    margins = [min(0.2, obj.radius * min(size) / side) for side in size]
     direction = rng.choice(DIRECTIONS)
     main = 0 if direction in ("left", "right") else 1
     sign = 1 if direction in ("right", "down") else -1
-    # The other axis may move by no more than keeps the main one dominant under either way of measuring
-    slant = min(1, size[main] / size[1 - main]) / DOMINANCE
+    # Keeps MIN_AXIS_RATIO in pixels and in relative units
+    max_slant = min(1, size[main] / size[1 - main]) / MIN_AXIS_RATIO
     moves, starts = [0.0, 0.0], [0.0, 0.0]
     moves[main] = sign * rng.uniform(1 / 3, 1 - 2 * margins[main])
-    moves[1 - main] = abs(moves[main]) * slant * rng.choice((0, rng.uniform(-1, 1)))
+    moves[1 - main] = abs(moves[main]) * max_slant * rng.choice((0, rng.uniform(-1, 1)))
     room = 1 - 2 * margins[1 - main]
     moves[1 - main] = max(-room, min(room, moves[1 - main]))
     for axis, (move, margin) in enumerate(zip(moves, margins, strict=True)):
         starts[axis] = rng.uniform(margin - min(0, move), 1 - margin - max(0, move))
     number = rng.randint(4, 8)
-    things = []
+    objects = []
     for frame in range(number):
         x, y = (start + move * frame / (number - 1) for start, move in zip(starts, moves, strict=True))
-        things.append(Thing(thing.size, thing.colour, thing.shape, x, y, thing.radius))
-    frames, coverages = zip(*(painter.paint([thing]) for thing in things), strict=True)
-    return Clip(frames, tuple(things), coverages, direction)
+        objects.append(SceneObject(obj.size, obj.colour, obj.shape, x, y, obj.radius))
+    frames, coverages = zip(*(painter.paint([obj]) for obj in objects), strict=True)
+    return Clip(frames, tuple(objects), coverages, direction)
 
 
-def _random_thing(rng: random.Random, x: float, y: float) -> Thing:
+def _random_object(rng: random.Random, x: float, y: float) -> SceneObject:
     size = rng.choice(tuple(SIZES))
-    return Thing(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, rng.uniform(*SIZES[size]))
+    return SceneObject(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, rng.uniform(*SIZES[size]))
 
 
 class _Painter:
-    """Draws things on one background in one style."""
+    """Draws objects on one background, in one style."""
 
     def __init__(self, rng: random.Random, size: tuple[int, int]):
         self.size = size
         self.background = tuple(rng.randint(90, 170) for _ in range(3))
         self.jitter = [rng.randint(-12, 12) for _ in range(27)]
         self.samples = rng.choice((1, 2, 4, 4))
-        self.corner = rng.choice((1.0, math.sqrt(0.5), rng.uniform(0.7, 1.0)))  # half a square's side by its radius
-        self.boxed = rng.random() < 0.5  # a triangle that fills its box, or an equilateral one
+        self.corner = rng.choice((1.0, math.sqrt(0.5), rng.uniform(0.7, 1.0)))  # half the side of a square / its radius
+        self.boxed = rng.random() < 0.5  # a triangle that fills its box, or an equilateral triangle
         self.star = rng.choice((0.382, rng.uniform(0.35, 0.52)))
         self.arm = rng.uniform(0.22, 0.4)
         self.hole = rng.uniform(0.45, 0.7)
 
-    def paint(self, things: list[Thing]) -> tuple[Image.Image, Image.Image]:
-        """The picture and its coverage."""
+    def paint(self, objects: list[SceneObject]) -> tuple[Image.Image, Image.Image]:
+        """The image and its coverage."""
         image, coverage = Image.new("RGB", self.size, self.background), Image.new("L", self.size)
-        for index, thing in enumerate(things):
+        for index, obj in enumerate(objects):
             jitter = self.jitter[3 * index : 3 * index + 3]
-            channels = zip(COLOURS[thing.colour], jitter, strict=True)
+            channels = zip(COLOURS[obj.colour], jitter, strict=True)
             colour = tuple(max(0, min(255, channel + change)) for channel, change in channels)
-            corner, mask = self._mask(thing)
+            corner, mask = self._mask(obj)
             image.paste(colour, corner, mask)
             coverage.paste(255, corner, mask)
         return image, coverage
 
-    def _mask(self, thing: Thing) -> tuple[tuple[int, int], Image.Image]:
-        """How much of each pixel a thing covers, and where the upper left one lies in the picture."""
-        radius = thing.radius * min(self.size)
-        x, y = thing.x * self.size[0], thing.y * self.size[1]
+    def _mask(self, obj: SceneObject) -> tuple[tuple[int, int], Image.Image]:
+        """The upper left corner of an object's mask in the image, and the mask: the covered area of each pixel."""
+        radius = obj.radius * min(self.size)
+        x, y = obj.x * self.size[0], obj.y * self.size[1]
         left, top = math.floor(x - radius) - 1, math.floor(y - radius) - 1
         side = math.ceil(2 * radius) + 4
         mask = Image.new("L", (side * self.samples,) * 2)
-        self._outline(ImageDraw.Draw(mask), thing.shape, (x - left) * self.samples, (y - top) * self.samples, radius)
+        self._outline(ImageDraw.Draw(mask), obj.shape, (x - left) * self.samples, (y - top) * self.samples, radius)
         return (left, top), mask.reduce(self.samples)
 
     def _outline(self, draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float) -> None:
@@ -194,7 +193,7 @@ class _Painter:
             return [(x - dx, y - dy), (x + dx, y + dy)]
 
         def spokes(radii: tuple[float, ...]) -> list[tuple[float, float]]:
-            """Corners around the centre, the first one straight up."""
+            """Corners around the centre, clockwise from the top."""
             turn = 2 * math.pi / len(radii)
             return [(x + d * math.sin(i * turn), y - d * math.cos(i * turn)) for i, d in enumerate(radii)]
 

@@ -1,4 +1,4 @@
-"""The small Keye's world and its trainer, at the smallest scale."""
+"""The synthetic scenes, the batches and the training of the small Keye."""
 
 import random
 import re
@@ -9,7 +9,7 @@ import torch
 import keye_kernels as kk
 from examples.train_small import batches, checkpoint, evaluate, train, world
 
-THING = (
+OBJECT = (
     r"a (large|small) (red|green|blue|yellow|purple|orange|white|black) (circle|square|triangle|star|cross|ring) "
     r"at (top|middle|bottom) (left|center|right)"
 )
@@ -54,104 +54,104 @@ def run(folder, *options: str) -> train.Run:
 
 
 def weights(trained: train.Run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trained.trainee.named_parameters()}
+    return {name: p.detach().clone() for name, p in trained.model_with_heads.named_parameters()}
 
 
-def test_scenes_follow_the_worlds_rules():
+def test_scenes_follow_the_rules():
     for seed in range(150):
         scene = world.random_scene(random.Random(seed))
         width, height = scene.image.size
         assert 84 <= width <= 224 and 84 <= height <= 224
         assert (width, height) not in world.HELD_OUT_SIZES
-        assert 1 <= len(scene.things) <= 3
+        assert 1 <= len(scene.objects) <= 3
         cells = []
-        for thing in scene.things:
-            low, high = {"large": (0.12, 0.145), "small": (0.065, 0.085)}[thing.size]
-            assert low <= thing.radius <= high
-            column, row = int(thing.x * 3), int(thing.y * 3)
-            assert abs(thing.x - (column + 0.5) / 3) <= 0.05 and abs(thing.y - (row + 0.5) / 3) <= 0.05
+        for obj in scene.objects:
+            low, high = {"large": (0.12, 0.145), "small": (0.065, 0.085)}[obj.size]
+            assert low <= obj.radius <= high
+            column, row = int(obj.x * 3), int(obj.y * 3)
+            assert abs(obj.x - (column + 0.5) / 3) <= 0.05 and abs(obj.y - (row + 0.5) / 3) <= 0.05
             cells.append((row, column))
         assert cells == sorted(set(cells))
 
 
-def test_colours_are_those_of_the_world():
+def test_objects_and_background_have_the_expected_colours():
     for seed in range(150):
         scene = world.random_scene(random.Random(seed))
-        # The corner of a cell without an object shows the background
+        # The centre of a cell without an object shows the background
         empty = next(
             c
             for c in range(9)
-            if all(abs(t.x * 3 - c % 3 - 0.5) > 0.6 or abs(t.y * 3 - c // 3 - 0.5) > 0.6 for t in scene.things)
+            if all(abs(t.x * 3 - c % 3 - 0.5) > 0.6 or abs(t.y * 3 - c // 3 - 0.5) > 0.6 for t in scene.objects)
         )
         width, height = scene.image.size
         pixel = scene.image.getpixel((int((empty % 3 + 0.5) / 3 * width), int((empty // 3 + 0.5) / 3 * height)))
         assert all(90 <= channel <= 170 for channel in pixel)
-        for thing in scene.things:
-            pixel = scene.image.getpixel((int(thing.x * width), int(thing.y * height)))
-            wanted = world.COLOURS[thing.colour]
+        for obj in scene.objects:
+            pixel = scene.image.getpixel((int(obj.x * width), int(obj.y * height)))
+            wanted = world.COLOURS[obj.colour]
             near = all(abs(channel - value) <= 12 for channel, value in zip(pixel, wanted, strict=True))
-            assert near == (thing.shape != "ring"), (thing, pixel)
+            assert near == (obj.shape != "ring"), (obj, pixel)
 
 
-def test_questions_and_answers_are_those_of_the_world():
+def test_questions_and_answers_match_the_scene():
     for seed in range(150):
         scene = world.random_scene(random.Random(seed))
         (what, description), (count, number), *others = scene.questions()
         assert what == "what is in the picture?" and count == "how many objects are there?"
-        things = [re.fullmatch(THING, part).groups() for part in description.split(" and ")]
-        assert number == ("one", "two", "three")[len(things) - 1]
+        objects = [re.fullmatch(OBJECT, part).groups() for part in description.split(" and ")]
+        assert number == ("one", "two", "three")[len(objects) - 1]
         rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
-        places = [(rows.index(row), columns.index(column)) for *_, row, column in things]
+        places = [(rows.index(row), columns.index(column)) for *_, row, column in objects]
         assert places == sorted(places)
         expected = set()
-        for _, colour, shape, row, column in things:
-            if [t[2] for t in things].count(shape) == 1:
+        for _, colour, shape, row, column in objects:
+            if [t[2] for t in objects].count(shape) == 1:
                 expected.add((f"what colour is the {shape}?", colour))
-            if [t[1:3] for t in things].count((colour, shape)) == 1:
+            if [t[1:3] for t in objects].count((colour, shape)) == 1:
                 expected.add((f"where is the {colour} {shape}?", f"{row} {column}"))
         assert set(others) == expected and len(others) == len(expected)
 
 
-def test_a_crowded_picture_is_neither_described_nor_counted():
+def test_crowded_scene_has_no_description_and_no_count():
     crowd = world.random_crowd(random.Random(0))
-    assert len(crowd.things) > 3 and crowd.questions()
+    assert len(crowd.objects) > 3 and crowd.questions()
     assert not {world.WHAT, world.COUNT} & {question for question, _ in crowd.questions()}
 
 
-def test_a_question_that_names_an_object_is_answered_where_it_ends(small):
+def test_question_about_one_object_predicts_the_answer_at_its_end(small):
     processor, config = small
     tokenizer = processor.tokenizer
     data = batches.Batches(processor, kk.KeyeConfig.from_dict(config), batches.Recipe())
     for question, answer in (("what colour is the star?", "red"), ("where is the red star?", "top left")):
-        tokens, labels = data._row("image", 16, question, answer, random.Random(0))
+        tokens, labels = data._sequence("image", 16, question, answer, random.Random(0))
         answered = [
             (tokenizer.decode([token]), tokenizer.decode([label]))
             for token, label in zip(tokens.tolist(), labels.tolist(), strict=True)
             if label >= 0
         ]
-        ahead = list(zip((" star", "?"), answer.replace(" ", "| ").split("|"), strict=False))
-        assert answered[: len(ahead)] == ahead
-        assert "".join(text for _, text in answered[len(ahead) :]) == answer + "<|im_end|>"
-    _, labels = data._row("image", 16, world.COUNT, "two", random.Random(0))
+        at_question = list(zip((" star", "?"), answer.replace(" ", "| ").split("|"), strict=False))
+        assert answered[: len(at_question)] == at_question
+        assert "".join(text for _, text in answered[len(at_question) :]) == answer + "<|im_end|>"
+    _, labels = data._sequence("image", 16, world.COUNT, "two", random.Random(0))
     assert int((labels >= 0).sum()) == 2
 
 
-def test_clips_move_along_their_main_axis_by_a_third():
+def test_clip_moves_along_its_main_axis_by_at_least_a_third():
     for seed in range(150):
         clip = world.random_clip(random.Random(seed))
         width, height = clip.frames[0].size
-        assert 4 <= len(clip.frames) == len(clip.things) <= 8
-        first, last = clip.things[0], clip.things[-1]
+        assert 4 <= len(clip.frames) == len(clip.objects) <= 8
+        first, last = clip.objects[0], clip.objects[-1]
         dx, dy = last.x - first.x, last.y - first.y
         assert max(abs(dx), abs(dy)) >= 1 / 3 - 1e-9
         for right, down in ((dx, dy), (dx * width, dy * height)):
             axis = ("right" if right > 0 else "left") if abs(right) > abs(down) else ("down" if down > 0 else "up")
             assert axis == clip.direction
-        for frame, thing in zip(clip.frames, clip.things, strict=True):
-            assert 0 <= thing.x <= 1 and 0 <= thing.y <= 1 and frame.size == (width, height)
+        for frame, obj in zip(clip.frames, clip.objects, strict=True):
+            assert 0 <= obj.x <= 1 and 0 <= obj.y <= 1 and frame.size == (width, height)
 
 
-def test_a_batch_depends_on_seed_and_number_alone(small):
+def test_batch_depends_only_on_seed_and_index(small):
     processor, config = small
     config = kk.KeyeConfig.from_dict(config)
     first = batches.Batches(processor, config, batches.Recipe(0, 1, 3, 2))
@@ -163,17 +163,17 @@ def test_a_batch_depends_on_seed_and_number_alone(small):
     assert not torch.equal(first[1].pixel_values[:36], other.pixel_values[:36])
 
 
-def test_a_packed_batch_has_the_loss_of_the_model_itself(small):
-    """The trainer's way through the model (packed rows) against `Keye.forward` on single prompts."""
+def test_packed_batch_has_the_loss_of_single_prompts(small):
+    """The loss of packed sequences against `Keye.forward` on single prompts."""
     processor, config = small
     model = checkpoint.new_model(config, 0)
-    trainee = train.Trainee(model)
+    model_with_heads = train.TrainingModel(model)
     data = batches.Batches(processor, model.config, batches.Recipe(0, 1, 3, 2))
     batch = data[3]
-    loss, _, _ = trainee(batch)
+    loss, _, _ = model_with_heads(batch)
     total, weight, backwards = 0.0, 0.0, 0
     ends = batch.grid_thw.prod(1).cumsum(0).tolist()
-    pictures = dict(zip(ends, batch.pixel_values.tensor_split(ends[:-1]), strict=True))
+    pixels_by_end = dict(zip(ends, batch.pixel_values.tensor_split(ends[:-1]), strict=True))
     for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         inside = (batch.placeholders >= start) & (batch.placeholders < end)
         features = batch.feature_index[inside]
@@ -182,16 +182,16 @@ def test_a_packed_batch_has_the_loss_of_the_model_itself(small):
         video = (ids == model.config.video_token_id).any()
         grid = batch.grid_thw[ends.index(last)][None]
         names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
-        pixels = pictures[last]
+        pixels = pixels_by_end[last]
         if features[0] > features[-1]:
             pixels, backwards = pixels.unflatten(0, (grid[0, 0], -1)).flip(0).flatten(0, 1), backwards + 1
         inputs = dict(zip(names, (pixels, grid), strict=True))
         output = model(ids, position_ids=batch.position_ids[:, None, start:end], **inputs)
         chosen = (batch.targets >= start) & (batch.targets < end)
         logits = output.logits[0, batch.targets[chosen] - start]
-        loss_of_row = torch.nn.functional.cross_entropy(logits, batch.labels[chosen], reduction="sum").item()
-        share = len(logits) ** -0.5 * (3 if video else 1)
-        total, weight = total + share * loss_of_row, weight + share * len(logits)
+        sequence_loss = torch.nn.functional.cross_entropy(logits, batch.labels[chosen], reduction="sum").item()
+        loss_weight = len(logits) ** -0.5 * (3 if video else 1)
+        total, weight = total + loss_weight * sequence_loss, weight + loss_weight * len(logits)
         if not video:
             positions = model.get_rope_index(ids, image_grid_thw=grid)[0][:, 0]
             torch.testing.assert_close(batch.position_ids[:, start:end], positions, rtol=0, atol=0)
@@ -199,7 +199,7 @@ def test_a_packed_batch_has_the_loss_of_the_model_itself(small):
     torch.testing.assert_close(loss.item(), total / weight, rtol=1e-5, atol=1e-5)
 
 
-def test_one_seed_gives_the_same_weights_with_a_worker_process_too(tmp_path):
+def test_equal_seeds_give_equal_weights_with_and_without_a_worker(tmp_path):
     first, second = run(tmp_path / "a"), run(tmp_path / "b", "--worker")
     for name, value in weights(first).items():
         assert torch.equal(value, weights(second)[name]), name
@@ -207,7 +207,7 @@ def test_one_seed_gives_the_same_weights_with_a_worker_process_too(tmp_path):
     assert not torch.equal(weights(first)["model.lm_head.weight"], weights(other)["model.lm_head.weight"])
 
 
-def test_stopping_and_going_on_equals_not_stopping(tmp_path, monkeypatch):
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_run(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     stopped = train.Run(train.parse(["--out", str(tmp_path / "parts"), *TINY]))
     save = train.Run.save
@@ -231,15 +231,15 @@ def test_stopping_and_going_on_equals_not_stopping(tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "loss.png").is_file()
 
 
-def test_a_save_that_breaks_off_leaves_the_last_one(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     trained = run(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def break_off(tensors, file, metadata):
+    def fail(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", break_off)
+    monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         trained.save()
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -247,13 +247,13 @@ def test_a_save_that_breaks_off_leaves_the_last_one(tmp_path, monkeypatch):
     assert train.Run(train.parse(["--out", str(tmp_path), *TINY])).step == 4
 
 
-def test_other_settings_in_a_folder_with_a_run_are_refused(tmp_path, capsys):
+def test_resuming_with_other_settings_is_an_error(tmp_path, capsys):
     run(tmp_path)
     assert train.main(["--out", str(tmp_path), *TINY, "--lr", "0.5"]) == 2
     assert "other settings" in capsys.readouterr().err
 
 
-def test_the_trained_checkpoint_is_keyes_layout(tmp_path):
+def test_trained_checkpoint_has_the_layout_of_keye(tmp_path):
     run(tmp_path)
     model, processor = kk.Keye.from_pretrained(tmp_path), kk.KeyeProcessor.from_pretrained(tmp_path)
     assert sum(p.numel() for p in model.parameters()) <= 4_000_000
@@ -263,7 +263,7 @@ def test_the_trained_checkpoint_is_keyes_layout(tmp_path):
     assert processor.decode(processor.tokenizer.encode(text)) == text
 
 
-def test_bad_input_is_one_sentence(tmp_path, capsys):
+def test_invalid_options_give_a_one_line_error(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     other = tmp_path / "other"
     other.mkdir()
@@ -271,17 +271,17 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "state.pt").write_bytes(b"junk")
-    for arguments, said in (
+    for arguments, message in (
         (["--out", str(tmp_path / "file")], "file"),
-        (["--out", str(other)], "holds something else"),
+        (["--out", str(other)], "contains files of something else"),
         (["--out", str(broken), *TINY], "is not a saved run"),
         (["--out", str(tmp_path / "new"), "--steps", "0"], "--steps must be at least 1"),
         (["--out", str(tmp_path / "new"), "--save-every", "0"], "--save-every must be at least 1"),
     ):
         assert train.main(arguments) == 2
         error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1, error
+        assert message in error and len(error.splitlines()) == 1, error
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
-    for arguments, said in (([str(tmp_path / "nowhere")], "nowhere"), (["--scenes", "0"], "--scenes")):
+    for arguments, message in (([str(tmp_path / "nowhere")], "nowhere"), (["--scenes", "0"], "--scenes")):
         assert evaluate.main(arguments) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

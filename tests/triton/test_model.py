@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 import keye_kernels as kk
 from examples.train_small import world
-from examples.train_small.evaluate import answer, fresh
+from examples.train_small.evaluate import answer, evaluation_samples
 from tests.helpers.golden import LOGITS_TOLERANCE, golden, load_case
 from tests.helpers.tiny import prompt, tiny_model
 
@@ -135,6 +135,10 @@ def test_tower_and_decoder_read_their_offsets_once(monkeypatch, mode):
 
 def test_the_small_model_answers_through_the_kernels_as_through_the_reference():
     """Two scenes' questions; of twenty described by hand, all twenty agreed."""
-    asked = [(part, question) for _, part, question, _ in fresh("image", 2) if question == world.COUNT]
+    asked = [(part, question) for _, part, question, _ in evaluation_samples("image", 2) if question == world.COUNT]
     answers = [answer(kk.small_model(dtype="float32", impl=i), kk.small_processor(), asked) for i in IMPLEMENTATIONS]
-    assert answers[0] == answers[1] == [right for _, _, question, right in fresh("image", 2) if question == world.COUNT]
+    assert (
+        answers[0]
+        == answers[1]
+        == [right for _, _, question, right in evaluation_samples("image", 2) if question == world.COUNT]
+    )

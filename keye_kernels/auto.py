@@ -1,10 +1,11 @@
-"""Importing this module registers Keye with transformers: existing scripts then run without `trust_remote_code`.
+"""Importing this module registers Keye with transformers, so that existing scripts run without `trust_remote_code`.
 
     import keye_kernels.auto
     model = AutoModel.from_pretrained(path, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(path)
 
-Raises: ImportError where transformers is missing or too old.
+Raises:
+    ImportError: transformers is missing or too old.
 """
 
 from .integrations.transformers import register

@@ -1,1 +1,1 @@
-"""Keye inside other people's programs; nothing else in the package imports from here."""
+"""Keye in transformers and vLLM, and this package's operators in models of other families."""

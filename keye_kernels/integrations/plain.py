@@ -1,12 +1,12 @@
-"""Whether an operator may read a layer's weights in place of calling it."""
+"""Checks whether an operator may read a layer's weights instead of calling the layer."""
 
 from torch import nn
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """Whether these are nothing but their weights, so that an operator may read those instead of calling the module.
+    """Whether calling each of these modules is the same as applying its weights.
 
-    Not so for an adapter's layer, nor where somebody hooked in: offloading, tensor parallelism.
+    False for the layers of adapters (LoRA), and for modules with hooks (offloading, tensor parallelism).
     """
     return all(
         type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm)

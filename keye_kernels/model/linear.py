@@ -1,4 +1,4 @@
-"""Layers that differ from torch's in how their parameters are held and multiplied, not in what they compute."""
+"""Linear and embedding layers that compute what torch's do, with other memory layouts or faster kernels."""
 
 import torch
 from torch import Tensor, nn
@@ -7,30 +7,39 @@ from keye_kernels.ops.linear import linear
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """`nn.Embedding` without torch's own initialisation, which on the meta device imports all of torch._dynamo."""
+    """An `nn.Embedding` without torch's initialisation, which imports torch._dynamo when run on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `ops.linear`, which on a CPU is faster."""
+    """`nn.Linear` through `ops.linear`, which is faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class FusedLinear(Linear):
-    """Several projections of one input, their parameters in one piece.
+    """Several projections of one input, with their parameters concatenated in one weight and one bias.
 
-    `forward` makes one product, whose parts it returns as views; on a CPU, which gains nothing by that, or where told to, one
-    for each part, so that the memory of each is its own.
+    Args:
+        in_features: width of the input.
+        sizes: output width of each projection.
+        bias: whether the projections have biases.
     """
 
     def __init__(self, in_features: int, sizes: list[int], bias: bool):
         super().__init__(in_features, sum(sizes), bias=bias)
         self.sizes = sizes
 
-    def forward(self, x: Tensor, apart: bool = False) -> tuple[Tensor, ...]:
-        if x.device.type != "cpu" and not apart:
+    def forward(self, x: Tensor, separate: bool = False) -> tuple[Tensor, ...]:
+        """Returns the output of each projection.
+
+        Args:
+            x: [..., in_features].
+            separate: run one matmul per projection, so that each output is contiguous. Otherwise the outputs are views of
+                one matmul's output, except on a CPU, where one matmul is not faster than several.
+        """
+        if x.device.type != "cpu" and not separate:
             return super().forward(x).split(self.sizes, dim=-1)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))

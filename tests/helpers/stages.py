@@ -1,32 +1,30 @@
-"""Runs a model once and keeps what its stages put out, in the layout of the golden data (raster order, [B, S, ...])."""
+"""Records the outputs of a model's stages in the layout of the golden data: raster order, [B, S, ...]."""
 
 import torch
 
 
 def record_stages(model, inputs):
-    """Named tensors: {image,video}.{patch_embeds,layer0,post_ln,projector}, inputs_embeds, text_layer0, final_hidden, logits."""
+    """Runs a forward pass.
+
+    Returns:
+        `{image,video}.{patch_embeds,layer0,post_ln,projector}`, `inputs_embeds`, `text_layer0`, `final_hidden`, `logits`.
+    """
     stages = {}
     rows, length = inputs["input_ids"].shape
     kinds = [k for k, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if name in inputs]
-    seen = {"patch_embeds": 0, "layer0": 0, "post_ln": 0, "projector": 0}
+    num_calls = {"patch_embeds": 0, "layer0": 0, "post_ln": 0, "projector": 0}
 
     def keep(stage, value):
-        stages[f"{kinds[seen[stage]]}.{stage}"] = value
-        seen[stage] += 1
+        stages[f"{kinds[num_calls[stage]]}.{stage}"] = value
+        num_calls[stage] += 1
 
     def raster(value, batch):
         restored = torch.empty_like(value)
         restored[batch.raster_index] = value
         return restored
 
-    embed = model.visual.embed
-
-    def embed_and_keep(pixel_values, batch):
-        value = embed(pixel_values, batch)
-        keep("patch_embeds", raster(value, batch))
-        return value
-
     hooks = [
+        model.visual.layers[0].register_forward_pre_hook(lambda m, args: keep("patch_embeds", raster(*args[:2]))),
         model.visual.layers[0].register_forward_hook(lambda m, args, out: keep("layer0", raster(out, args[1]))),
         model.visual.register_forward_hook(lambda m, args, out: keep("post_ln", raster(out, args[1]))),
         model.mlp_AR.register_forward_hook(lambda m, args, out: keep("projector", out)),
@@ -36,12 +34,10 @@ def record_stages(model, inputs):
         ),
         model.model.register_forward_hook(lambda m, args, out: stages.update(final_hidden=out)),
     ]
-    model.visual.embed = embed_and_keep
     try:
         with torch.no_grad():
             stages["logits"] = model(**inputs).logits
     finally:
-        del model.visual.embed
         for hook in hooks:
             hook.remove()
     return stages

@@ -1,18 +1,17 @@
-"""Keye in transformers. `register()` serves the Auto classes; `register_processors()` does so without the model's classes.
+"""Keye in transformers: registration with the Auto classes.
 
-Both are cheap and may be called any number of times. Config and processors alone are what a server needs that brings
-models of its own, such as vLLM: `register_processors()` imports neither `modeling` nor transformers' model code.
+`register()` registers everything. `register_processors()` leaves out the models, for servers that bring their own, such as
+vLLM; it imports neither `modeling` nor transformers' model code. Both may be called several times.
 """
 
 from .versions import require_transformers
 
-EDITIONS = ("Keye", "KeyeVL1_5")
-
 
 def register_processors() -> None:
-    """Config, image processor, tokenizer and processor of both editions for transformers' Auto classes.
+    """Registers configuration, image processor, tokenizer and processor of both editions with transformers' Auto classes.
 
-    Raises: ImportError where transformers is missing or too old.
+    Raises:
+        ImportError: transformers is missing or too old.
     """
     require_transformers()
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,8 +20,7 @@ def register_processors() -> None:
     from .image_processing import IMAGE_PROCESSORS
     from .processing import PROCESSORS
 
-    for model_type in EDITIONS:
-        config = CONFIGS[model_type]
+    for model_type, config in CONFIGS.items():
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoImageProcessor.register(config, slow_image_processor_class=IMAGE_PROCESSORS[model_type], exist_ok=True)
         AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
@@ -30,13 +28,18 @@ def register_processors() -> None:
 
 
 def register() -> None:
-    """As `register_processors`, and the models for AutoModel, AutoModelForCausalLM and AutoModelForImageTextToText."""
+    """Registers what `register_processors` does, and the models of both editions.
+
+    The models are registered with AutoModel, AutoModelForCausalLM and AutoModelForImageTextToText.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+    """
     register_processors()
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from .config import CONFIGS
     from .modeling import MODELS
 
-    for model_type in EDITIONS:
-        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-            auto_class.register(CONFIGS[model_type], MODELS[model_type], exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        for model in MODELS:
+            auto_class.register(model.config_class, model, exist_ok=True)

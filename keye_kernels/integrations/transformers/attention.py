@@ -1,6 +1,6 @@
-"""`attn_implementation="keye"` for transformers: this package's packed attention where it fits, SDPA elsewhere.
+"""`attn_implementation="keye"` for transformers: `ops.varlen_attention` for prompts, SDPA for decoding and masks with holes.
 
-Symbols: B rows, S tokens of a row, M keys of a row, H query heads, Hk key heads, D head dim.
+Symbols: B sequences, S tokens and M keys per sequence, H query heads, Hk key heads, D head dim.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from keye_kernels import ops
 
 NAME = "keye"
-# What the tower runs for a name that transformers knows: PyTorch alone, flash-attn, or else what the device offers
+# `impl` of the tower's attention for each name in transformers; "auto" for other names
 VISION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "reference", "flash_attention_2": "flash_attn"}
 
 
 def register_attention() -> None:
-    """Makes the name "keye" known. Without a mask function of its own, padded batches would get no mask at all."""
+    """Registers "keye" as an attention implementation. Without the mask function, transformers would pass no padding mask."""
     AttentionInterface.register(NAME, keye_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -37,27 +37,34 @@ def keye_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers.
+    """The attention function that transformers calls.
 
     Args:
-        query: [B, H, S, D]; key, value: [B, Hk, M, D], Hk a divisor of H.
+        module: the attention layer.
+        query: [B, H, S, D].
+        key, value: [B, Hk, M, D]; Hk divides H.
         attention_mask: [B, 1, S, M] or None.
-        cu_seq_lens_q: int32 offsets of the segments in the B·S tokens, of which the longest has `max_length_q`; tokens
-            attend within their own and the mask is not read. Given by packed towers, by collators that pack, and by
-            Keye for a prompt.
+        scaling: softmax scale; default: D ** -0.5.
+        dropout: dropout probability of the attention weights.
+        is_causal: whether to mask later keys; default: `module.is_causal`.
+        cu_seq_lens_q: [num_segments + 1] int32 offsets of segments in the B·S tokens. If given, tokens attend within their
+            segment and `attention_mask` is not read. Vision towers, collators that pack, and Keye's prompts pass it.
+        max_length_q: length of the longest segment.
+        **kwargs: passed to SDPA.
 
-    Returns: [B, S, H, D] and None (no weights).
+    Returns:
+        Output [B, S, H, D] and None instead of attention weights.
     """
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None and attention_mask is None and length == key.shape[2] and length > 1:
-        # Rows without padding are segments of one length
+        # Without padding, each sequence is one segment
         cu_seq_lens_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * length
         max_length_q = length
     if cu_seq_lens_q is None or dropout:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # A static cache hands out all its slots; a prompt stands in the first ones
+    # A static cache returns all its slots; a prompt is in the first ones
     packed = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = ops.varlen_attention(*packed, cu_seq_lens_q.int(), int(max_length_q), softmax_scale=scaling, causal=causal)
     return out.unflatten(0, (batch, length)), None
@@ -72,7 +79,7 @@ def eager_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`attn_implementation="eager"`: every step a tensor of its own; returns the weights [B, H, S, M] as well."""
+    """`attn_implementation="eager"`: plain PyTorch that also returns the attention weights [B, H, S, M]."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling

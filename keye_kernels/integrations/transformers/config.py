@@ -1,9 +1,10 @@
-"""The configurations that transformers reads, for both editions. What they mean is said in `keye_kernels.model.config`."""
+"""The configuration classes for transformers. The fields are described in `keye_kernels.model.config`."""
 
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from keye_kernels.editions import PREVIEW, V1_5
 from keye_kernels.model.config import KeyeConfig as LeanConfig
 from keye_kernels.model.config import VisionConfig as LeanVisionConfig
 
@@ -12,7 +13,7 @@ DEFAULTS = LeanConfig()
 
 
 class KeyeVisionConfig(PretrainedConfig):
-    """The tower's part of a configuration."""
+    """Configuration of the vision tower."""
 
     model_type = "keye_vision"
     base_config_key = "vision_config"
@@ -30,6 +31,7 @@ class KeyeVisionConfig(PretrainedConfig):
         layer_norm_eps: float = VISION_DEFAULTS.layer_norm_eps,
         spatial_merge_size: int = VISION_DEFAULTS.spatial_merge_size,
         tokens_per_second: int = VISION_DEFAULTS.tokens_per_second,
+        rope_theta: float = VISION_DEFAULTS.rope_theta,
         initializer_range: float = DEFAULTS.initializer_range,
         **kwargs: Any,
     ):
@@ -44,16 +46,21 @@ class KeyeVisionConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.spatial_merge_size = spatial_merge_size
         self.tokens_per_second = tokens_per_second
+        self.rope_theta = rope_theta
         self.initializer_range = initializer_range
-        # Every checkpoint says siglip_vision_model, which in transformers is another tower's name
+        # Checkpoints have "siglip_vision_model" here, which is another tower in transformers
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
 
+    def lean(self) -> LeanVisionConfig:
+        """The configuration of the lean model's tower."""
+        return LeanVisionConfig.from_dict(self.to_dict())
+
 
 class KeyeConfig(PretrainedConfig):
-    """Keye-VL-8B-Preview. Flat, as in the checkpoints: the text model's numbers stand beside `vision_config`."""
+    """Keye-VL-8B-Preview. Flat, as in the checkpoints: the fields of the text model are next to `vision_config`."""
 
-    model_type = "Keye"
+    model_type = PREVIEW.model_type
     sub_configs = {"vision_config": KeyeVisionConfig}  # noqa: RUF012 - transformers reads a class attribute
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     ignore_keys_at_rope_validation = {"mrope_section"}  # noqa: RUF012
@@ -110,10 +117,10 @@ class KeyeConfig(PretrainedConfig):
             vision_config if isinstance(vision_config, KeyeVisionConfig) else KeyeVisionConfig(**(vision_config or {}))
         )
         rope = {**(rope_scaling or {}), **(rope_parameters or {})}
-        # Ahead of transformers' own check, which knows kinds of rope that Keye has not
+        # Before transformers' own check, which accepts types of rope that Keye does not have
         LeanConfig.from_dict({"model_type": self.model_type, "head_dim": head_dim, "rope_parameters": rope})
         self.rope_parameters = {
-            # "mrope" means plain frequencies, their pairs shared out to three axes
+            # "mrope" is unscaled rope with the pairs divided among three axes
             "rope_type": "default",
             "rope_theta": rope.get("rope_theta", DEFAULTS.rope_theta if rope_theta is None else rope_theta),
             "mrope_section": list(rope.get("mrope_section", DEFAULTS.mrope_section)),
@@ -123,24 +130,28 @@ class KeyeConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Takes the nested layout of the draft port as well: the text model's numbers in `text_config`."""
+        """Also reads the nested layout, with the fields of the text model in `text_config`."""
         nested = {name: value for name, value in (config_dict.get("text_config") or {}).items() if name != "model_type"}
         flat = {name: value for name, value in config_dict.items() if name != "text_config"}
         return super().from_dict({**flat, **nested}, **kwargs)
 
     def lean(self) -> LeanConfig:
-        """The lean model's configuration. Raises ValueError for what the package cannot run, such as scaled rope."""
+        """The configuration of the lean model.
+
+        Raises:
+            ValueError: the model cannot be run by this package, for instance because its rope is scaled.
+        """
         return LeanConfig.from_dict(self.to_dict())
 
 
 class KeyeVL1_5Config(KeyeConfig):
     """Keye-VL-1.5-8B."""
 
-    model_type = "KeyeVL1_5"
+    model_type = V1_5.model_type
 
-    # transformers 5 makes a dataclass of every configuration and gives it an __init__ unless it has one of its own
+    # transformers 5 turns configurations into dataclasses and generates an __init__ for those that define none
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
 
 
-CONFIGS = {"Keye": KeyeConfig, "KeyeVL1_5": KeyeVL1_5Config}
+CONFIGS = {config.model_type: config for config in (KeyeConfig, KeyeVL1_5Config)}

@@ -1,23 +1,19 @@
-"""Which transformers this package works with."""
+"""The supported range of transformers, and differences between its versions."""
 
 import importlib.metadata
-import re
 
-OLDEST = (4, 57)
+from keye_kernels.requirements import require
 
 
 def require_transformers() -> None:
-    """ImportError, with the command that mends it, where transformers is missing or older than `OLDEST`."""
-    oldest = ".".join(map(str, OLDEST))
-    command = f'pip install "transformers>={oldest}"'
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"keye_kernels.auto needs transformers, which is not installed: {command}") from None
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
-        raise ImportError(f"keye_kernels.auto needs transformers {oldest} or newer, found {version}: {command}")
+    """Checks the installed transformers.
+
+    Raises:
+        ImportError: it is missing or too old; the message has the command that fixes it.
+    """
+    require("transformers", needed_by="keye_kernels.auto")
 
 
 def lm_head_plan() -> str:
-    """The name of "split by rows, every rank gets all logits" in the tensor-parallel plans of this transformers."""
+    """The tensor-parallel plan "split by columns, gather the logits on every rank" under its name in this transformers."""
     return "colwise_rep" if importlib.metadata.version("transformers").startswith("4.") else "colwise_gather_output"

@@ -1,8 +1,8 @@
 """vLLM's Keye models with this package's operators in the vision tower and the projector.
 
-vLLM keeps what it does best: tensor-parallel and quantised linears, the text model with its compiled rope and paged attention,
-the scheduling of pictures. Weights keep their names. T patches of all pictures of a call, C channels, H heads of this rank,
-D head dim.
+vLLM keeps the tensor-parallel and quantised linear layers, the text model with its compiled rope and paged attention, and the
+scheduling of images. The names of the weights do not change.
+Symbols: T patches of all images of a call, C channels, n grids, D head dim.
 """
 
 import logging
@@ -15,94 +15,110 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import keye, keye_vl1_5
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from keye_kernels import ops
-from keye_kernels.geometry import VisionBatch
+from keye_kernels.editions import edition_of
+from keye_kernels.geometry import Grid, Order, VisionBatch
 from keye_kernels.model import projector
+from keye_kernels.model.vision_forward import vision_attention, vision_batch, vision_forward
 
-# In the released checkpoints, read by no forward; a checkpoint may leave it out
+# In the released checkpoints, but not used by the model; other checkpoints may not have it
 UNUSED_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
 
 _logger = logging.getLogger("vllm.keye_kernels")
 
 
 class VisionAttention(nn.Module):
-    """Rope and attention between the two linears of vLLM's layer, for the heads of this rank."""
+    """Attention within each segment, with vLLM's linear layers, for the heads of this rank."""
 
     def __init__(self, stock: keye.KeyeSiglipAttention):
         super().__init__()
         self.qkv_proj, self.out_proj, self.head_dim = stock.qkv_proj, stock.out_proj, stock.head_dim
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None,
-        output_attentions: bool,
-        cu_seqlens: Tensor,
-        rope_emb: tuple[VisionBatch, Tensor],
-    ) -> Tensor:
-        """[T, C] to [T, C]. vLLM's layer hands `cu_seqlens` and `rope_emb` through: here the batch and its frequencies."""
-        batch, inv_freq = rope_emb
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.view(qkv.shape[0], 3, -1, self.head_dim).unbind(1)
-        q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq)
-        out = ops.varlen_attention(q, k, v, cu_seqlens, batch.max_seqlen)
-        return self.out_proj(out.flatten(1))[0]
+    def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
+        return self.out_proj(vision_attention(x, self._project_qkv, batch, inv_freq))[0]
+
+    def _project_qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv_proj(x)[0].view(x.shape[0], 3, -1, self.head_dim).unbind(1)
+
+
+class VisionLayer(nn.Module):
+    """A layer of vLLM's tower with the arguments of `vision_forward`."""
+
+    def __init__(self, stock: keye.KeyeSiglipEncoderLayer):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2, self.mlp = stock.layer_norm1, stock.layer_norm2, stock.mlp
+        self.self_attn = VisionAttention(stock.self_attn)
+
+    def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """vLLM's tower, its modules and their names kept, over one packed [T, C] axis.
+    """vLLM's tower on one packed [T, C] axis. Each module of vLLM's keeps its name."""
 
-    Each grid is one attention segment: a picture, a Preview video, or (as vLLM splits them) a frame of a 1.5 video.
-    """
-
-    def __init__(self, stock: keye.KeyeSiglipVisionTransformer):
+    def __init__(self, stock: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool, order: Order):
         super().__init__()
-        self.config = stock.config
+        self.tower_config, self.segment_by_frame, self.order = stock.config.lean(), segment_by_frame, order
         self.embeddings, self.encoder, self.post_layernorm = stock.embeddings, stock.encoder, stock.post_layernorm
-        for layer in self.encoder.layers:
-            layer.self_attn = VisionAttention(layer.self_attn)
+        for index, layer in enumerate(self.encoder.layers):
+            self.encoder.layers[index] = VisionLayer(layer)
 
-    def forward(self, pixel_values: Tensor, image_grid_thw: list[tuple[int, int, int]], **_: Any) -> list[Tensor]:
-        """[T, 3, 14, 14] patches in raster order to the features of each grid; what else vLLM passes follows from the grids."""
-        grid_thw = torch.tensor(image_grid_thw)
-        batch = VisionBatch.build(
-            grid_thw,
+    def forward(
+        self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any
+    ) -> tuple[Tensor, VisionBatch] | list[Tensor]:
+        """Encodes patches [T, 3, 14, 14] in raster order. The other arguments of vLLM follow from the grids.
+
+        Returns:
+            For this package's projector the features [T, C] in block order and the geometry of the batch. For vLLM's
+            projector the features of each grid in raster order.
+        """
+        batch = vision_batch(
+            self.tower_config,
+            torch.tensor(image_grid_thw),
             pixel_values.shape[0],
-            table_side=self.config.image_size // self.config.patch_size,
-            merge_size=self.config.spatial_merge_size,
-            order="raster",
+            segment_by_frame=self.segment_by_frame,
+            order=self.order,
             device=pixel_values.device,
         )
-        inv_freq = self.encoder.rotary_pos_emb.inv_freq
-        x = self.embeddings.patch_embedding(pixel_values).flatten(1)
-        x = ops.position_embedding_2d(x, self.embeddings.position_embedding.weight, batch)
-        for layer in self.encoder.layers:
-            x = layer(x, None, cu_seqlens=batch.cu_seqlens, rope_emb=(batch, inv_freq))
-        return list(self.post_layernorm(x).split(grid_thw.prod(1).tolist()))
+        features = vision_forward(
+            pixel_values,
+            batch,
+            self.tower_config,
+            embed_patches=lambda patches: self.embeddings.patch_embedding(patches).flatten(1),
+            position_table=self.embeddings.position_embedding.weight,
+            layers=self.encoder.layers,
+            post_layernorm=self.post_layernorm,
+        )
+        if self.order == "block":
+            return features, batch
+        return list(features.split([t * h * w for t, h, w in image_grid_thw]))
 
 
 class Projector(projector.Projector):
-    """The lean projector behind vLLM's call. Each rank has all of it: one operator on whole weights, nothing to gather."""
+    """The lean projector with the arguments of vLLM's. Each rank has all its weights, so that nothing is gathered."""
 
-    def forward(self, image_features: list[Tensor], image_grid_thw: Tensor) -> list[Tensor]:
-        """Features [t·h·w, C] of each grid to embeddings [t·h·w/4, hidden] of each."""
-        grid_thw = image_grid_thw.cpu()
-        merged = super().forward(torch.cat(image_features), grid_thw)
-        return list(merged.split((grid_thw.prod(1) // self.merge_size**2).tolist()))
+    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
+        """Maps the output of `VisionTransformer` to the embeddings [t·h·w/4, hidden] of each grid."""
+        merged_patches = image_grid_thw.prod(1) // self.merge_size**2
+        return list(super().forward(*encoded).split(merged_patches.tolist()))
 
 
 class KeyeKernels:
-    """What both editions add to vLLM's class, which stands behind it in the method resolution order."""
+    """What both editions add to vLLM's classes, which follow it in the method resolution order."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         lora = vllm_config.lora_config
-        # Quantised weights and adapters need vLLM's own linears; a plain Linear would not know them
-        self._own_projector = vllm_config.quant_config is None and not (lora and lora.enable_tower_connector_lora)
+        # Quantised weights and LoRA need vLLM's linear layers
+        self._replaces_projector = vllm_config.quant_config is None and not (lora and lora.enable_tower_connector_lora)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         replaced = []
-        # With --limit-mm-per-prompt at zero there is no tower
+        # Without a tower if --limit-mm-per-prompt is zero
         if isinstance(self.visual, keye.KeyeSiglipVisionModel):
-            self.visual.vision_model = VisionTransformer(self.visual.vision_model)
+            self.visual.vision_model = VisionTransformer(
+                self.visual.vision_model,
+                edition_of(self.config.model_type).segment_by_frame,
+                order="block" if self._replaces_projector else "raster",
+            )
             layers = len(self.visual.vision_model.encoder.layers)
             replaced.append(f"position embedding, rope and attention of {layers} vision layers")
         if isinstance(self.mlp_AR, Projector):
@@ -114,7 +130,7 @@ class KeyeKernels:
         )
 
     def _build_projector(self, text_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        if self._own_projector:
+        if self._replaces_projector:
             return Projector(text_config.lean(), impl="auto")
         return super()._build_projector(text_config, *args, **kwargs)
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import keye_kernels as kk
-from keye_kernels.integrations.transformers.layers import PatchEmbedding
+from keye_kernels.integrations.transformers.vision import PatchEmbedding
 from tests.helpers.tiny import CONFIG, prompt, save_checkpoint, tiny_model
 
 from .conftest import load
@@ -179,7 +179,7 @@ def test_embeddings_with_ids_and_pictures(tiny, beams):
     expected = new_tokens(tiny, inputs, num_beams=beams)
     assert torch.equal(new_tokens(tiny, {**inputs, "inputs_embeds": embeds}, num_beams=beams), expected)
     del inputs["input_ids"]
-    with pytest.raises(ValueError, match="pictures and videos need input_ids"):
+    with pytest.raises(ValueError, match="images and videos need input_ids"):
         tiny.generate(**inputs, inputs_embeds=embeds, **GREEDY)
 
 

@@ -97,15 +97,9 @@ def spread(values: list[float]) -> float:
     return (high - low) / middle
 
 
-def time_case(case: BenchmarkCase, rounds: int, take_turns: bool = True) -> dict[str, Any]:
-    """Times all implementations and the floor.
-
-    Returns:
-        `{"strongest_peer": name, "implementations": {name: {"seconds", "median", "spread", "speedup_over",
-        "share_of_floor"}}}`. `speedup_over` is `{peer: {"median", "spread"}}`. The strongest peer is the fastest one.
-    """
+def time_case(case: BenchmarkCase, rounds: int, take_turns: bool = True) -> dict[str, list[float]]:
+    """Seconds of every round, for each implementation and the floor."""
     calls = checked_calls(case)
-    peers = [name for name in calls if name != KEYE_KERNELS]
     if case.floor is not None:
         calls[FLOOR] = case.floor()
         calls[FLOOR]()
@@ -114,25 +108,36 @@ def time_case(case: BenchmarkCase, rounds: int, take_turns: bool = True) -> dict
         start = time.perf_counter()
         calls[name]()
         seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, spreads, speedups and shares of the floor from the seconds of every round.
+
+    Returns:
+        `{"strongest_peer": name, "implementations": {name: {"seconds", "median", "spread", "speedup_over",
+        "share_of_floor"}}}`. `speedup_over` is `{peer: {"median", "spread"}}`. The strongest peer is the fastest one.
+    """
+    peers = [name for name in seconds if name not in (KEYE_KERNELS, FLOOR)]
+
+    def summary(name: str) -> dict[str, Any]:
+        def ratios_to(other: str) -> list[float]:
+            return [theirs / own for theirs, own in zip(seconds[other], seconds[name], strict=True)]
+
+        over = {peer: ratios_to(peer) for peer in peers}
+        return {
+            "seconds": seconds[name],
+            "median": statistics.median(seconds[name]),
+            "spread": spread(seconds[name]),
+            "speedup_over": {
+                peer: {"median": statistics.median(ratios), "spread": spread(ratios)} for peer, ratios in over.items()
+            },
+            "share_of_floor": statistics.median(ratios_to(FLOOR)) if FLOOR in seconds else None,
+        }
+
     return {
         "strongest_peer": min(peers, key=lambda name: statistics.median(seconds[name]), default=None),
-        "implementations": {name: _summary(seconds, name, peers) for name in seconds},
-    }
-
-
-def _summary(seconds: dict[str, list[float]], name: str, peers: list[str]) -> dict[str, Any]:
-    def ratios_to(other: str) -> list[float]:
-        return [theirs / own for theirs, own in zip(seconds[other], seconds[name], strict=True)]
-
-    over = {peer: ratios_to(peer) for peer in peers}
-    return {
-        "seconds": seconds[name],
-        "median": statistics.median(seconds[name]),
-        "spread": spread(seconds[name]),
-        "speedup_over": {
-            peer: {"median": statistics.median(ratios), "spread": spread(ratios)} for peer, ratios in over.items()
-        },
-        "share_of_floor": statistics.median(ratios_to(FLOOR)) if FLOOR in seconds else None,
+        "implementations": {name: summary(name) for name in seconds},
     }
 
 
@@ -217,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 # In `loading`, memory that one implementation frees goes back to the host of a virtual machine. Taking turns
                 # would time how fast the host provides it again.
-                results = time_case(case, options.rounds, take_turns=stage != "loading")
+                results = summarize(time_case(case, options.rounds, take_turns=stage != "loading"))
                 print(times_to_text(results), flush=True)
             found["stages"][stage][name] = results
             if options.out is not None:

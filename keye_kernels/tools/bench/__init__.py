@@ -71,8 +71,10 @@ def _load(options: argparse.Namespace) -> int:
     from .load import measure, simulate, to_text
 
     simulated = simulate(KeyeConfig(), options.devices, options.seed)
-    served = measure(options.requests, options.seed)
+    measured = measure(options.requests, options.seed)
     print(
-        json.dumps({"served": served, "simulated": simulated}, indent=2) if options.json else to_text(served, simulated)
+        json.dumps({"measured": measured, "simulated": simulated}, indent=2)
+        if options.json
+        else to_text(measured, simulated)
     )
     return 0

@@ -44,7 +44,7 @@ def estimate_flops(config: KeyeConfig, grids: Sequence[Grid], prompt_tokens: int
     """
     vision, merge = config.vision_config, config.vision_config.spatial_merge_size
     if any(min(grid) < 1 or grid[1] % merge or grid[2] % merge for grid in grids):
-        raise ValueError(f"grids must hold positive sizes with rows and columns divisible by {merge}, got {grids}")
+        raise ValueError(f"grids must have positive sizes, with rows and columns divisible by {merge}, got {grids}")
     patches = sum(t * h * w for t, h, w in grids)
     merged = patches // merge**2
     if prompt_tokens < max(merged, 1):

@@ -1,7 +1,7 @@
 """`keye-kernels bench --load`: a queue of mixed requests, packed by FLOPs or in order of arrival.
 
-The small trained model runs such a queue, one batch after another. For several devices running the full model, only the estimated
-FLOPs of each device are compared; nothing is run.
+The small trained model runs such a queue, one batch after another. For several devices with the full model, only the estimated
+FLOPs of the devices are compared.
 """
 
 import random
@@ -21,11 +21,11 @@ from keye_kernels.processing import KeyeProcessor
 from keye_kernels.small import small_model, small_processor
 
 from .flops import estimate_flops
-from .packing import Bins, imbalance, pack_first_come, pack_longest_first
+from .packing import Bins, imbalance, pack_in_arrival_order, pack_longest_first
 
 PACKERS: dict[str, Callable[[Sequence[float], int], Bins]] = {
     "packed by FLOPs": pack_longest_first,
-    "order of arrival": pack_first_come,
+    "order of arrival": pack_in_arrival_order,
 }
 REQUESTS_PER_BATCH = 8  # mean, for the small model
 REQUESTS_PER_DEVICE = 32  # mean per round, in the simulation
@@ -145,7 +145,7 @@ class LoadResult:
     padding: float  # share of padding in the prompts
 
 
-def serve(
+def run_batches(
     model: Keye, processor: KeyeProcessor, requests: Sequence[Request], batches: Bins, pixels: Sequence[list]
 ) -> LoadResult:
     """Runs the batches one after another, including preprocessing.
@@ -223,7 +223,7 @@ def measure(number: int, seed: int) -> dict[str, Any]:
         seed: seed of the random requests and pixels.
 
     Returns:
-        The numbers that `bench --load --json` prints under "served".
+        The numbers that `bench --load --json` prints under "measured".
 
     Raises:
         ValueError: `number` is less than 1.
@@ -235,13 +235,13 @@ def measure(number: int, seed: int) -> dict[str, Any]:
     requests = draw_requests(SMALL, number, seed)
     pixels, costs = draw_pixels(requests, seed), [request.flops(model.config) for request in requests]
     batches = {name: [b for b in pack(costs, -(-number // REQUESTS_PER_BATCH)) if b] for name, pack in PACKERS.items()}
-    serve(model, processor, requests, [[0]], pixels)  # warm-up
-    found = {name: asdict(serve(model, processor, requests, bins, pixels)) for name, bins in batches.items()}
+    run_batches(model, processor, requests, [[0]], pixels)  # warm-up
+    found = {name: asdict(run_batches(model, processor, requests, bins, pixels)) for name, bins in batches.items()}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{model.device}"
     return {"device": device, "threads": torch.get_num_threads(), "requests": number, "packing": found}
 
 
-def to_text(served: dict[str, Any], simulated: dict[str, Any]) -> str:
+def to_text(measured: dict[str, Any], simulated: dict[str, Any]) -> str:
     """The tables of `bench --load`."""
     names = list(PACKERS)
     rows = [
@@ -253,11 +253,11 @@ def to_text(served: dict[str, Any], simulated: dict[str, Any]) -> str:
         ("imbalance, FLOPs", "imbalance_estimated", "{:.1%}"),
         ("padding", "padding", "{:.1%}"),
     ]
-    batches = served["packing"][names[0]]["batches"]
+    batches = measured["packing"][names[0]]["batches"]
     lines = [
-        f"Measured: small model, float32 on {served['device']} ({served['threads']} threads), "
-        f"{served['requests']} requests in {batches} batches, all waiting at the start",
-        _table(served["packing"], rows),
+        f"Measured: small model, float32 on {measured['device']} ({measured['threads']} threads), "
+        f"{measured['requests']} requests in {batches} batches, all waiting at the start",
+        _table(measured["packing"], rows),
         "",
         f"Estimated from FLOPs: Keye-VL-8B on {simulated['devices']} devices, {simulated['requests']} requests "
         f"in {simulated['rounds']} rounds, {simulated['prompt_tokens']} prompt tokens, "

@@ -32,7 +32,7 @@ def pack_longest_first(costs: Sequence[float], bins: int) -> Bins:
     return [sorted(indices) for indices in packed]
 
 
-def pack_first_come(costs: Sequence[float], bins: int) -> Bins:
+def pack_in_arrival_order(costs: Sequence[float], bins: int) -> Bins:
     """Splits the queue into runs of equal length. The costs are ignored. Arguments and errors as in `pack_longest_first`."""
     _check(costs, bins)
     ends = [round(len(costs) * number / bins) for number in range(bins + 1)]

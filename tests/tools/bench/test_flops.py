@@ -96,7 +96,7 @@ def test_full_model_needs_two_flops_per_weight_and_token():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (([(1, 3, 4)], 50), "grids must hold .* divisible by 2"),
+        (([(1, 3, 4)], 50), "grids must have .* divisible by 2"),
         (([(1, 4, 4)], 3), "prompt_tokens must be at least the 4"),
         (([], 5, 0), "new_tokens must be at least 1"),
     ],

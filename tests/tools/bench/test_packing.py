@@ -10,12 +10,12 @@ from keye_kernels.cli import main
 from keye_kernels.model import KeyeConfig
 from keye_kernels.small import small_model, small_processor
 from keye_kernels.tools.bench import load
-from keye_kernels.tools.bench.packing import imbalance, pack_first_come, pack_longest_first
+from keye_kernels.tools.bench.packing import imbalance, pack_in_arrival_order, pack_longest_first
 
 SMALL_COSTS = [random.Random(seed).choices(range(1, 30), k=7) for seed in range(20)]
 
 
-@pytest.mark.parametrize("pack", [pack_longest_first, pack_first_come])
+@pytest.mark.parametrize("pack", [pack_longest_first, pack_in_arrival_order])
 def test_every_request_is_packed_once(pack):
     for bins in (1, 3, 9):
         packed = pack([5, 1, 1, 8, 2, 2, 3], bins)
@@ -38,7 +38,7 @@ def test_one_expensive_request_gets_its_own_device():
 
 
 def test_order_of_arrival_gives_runs_of_equal_length():
-    assert pack_first_come([9, 9, 1, 1, 1, 1], 3) == [[0, 1], [2, 3], [4, 5]]
+    assert pack_in_arrival_order([9, 9, 1, 1, 1, 1], 3) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_imbalance_is_the_largest_load_over_the_mean_minus_one():
@@ -87,7 +87,7 @@ def test_load_result_counts_every_token():
     processor = small_processor(min_pixels=28 * 28, max_pixels=(28 * load.SMALL.image_side[1]) ** 2)
     requests = load.draw_requests(load.SMALL, 3, seed=3)
     pixels = load.draw_pixels(requests, 0)
-    found = load.serve(model, processor, requests, [[0, 2], [1]], pixels)
+    found = load.run_batches(model, processor, requests, [[0, 2], [1]], pixels)
     assert found.batches == 2 and 0 < found.padding < 1
     assert 0 < found.latency_p50 < found.latency_p95
     # Both rates are over the same time
@@ -99,6 +99,6 @@ def test_load_result_counts_every_token():
 def test_command_reports_both_packers(capsys):
     assert main(["bench", "--load", "--requests", "2", "--devices", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["simulated"]["devices"] == 2 and found["served"]["requests"] == 2
+    assert found["simulated"]["devices"] == 2 and found["measured"]["requests"] == 2
     for part in found.values():
         assert part["packing"].keys() == {"packed by FLOPs", "order of arrival"}

@@ -105,10 +105,10 @@ class Run:
                 f"--out {self.out} contains files of something else; use a new folder, an empty one or that of an earlier run"
             )
         config = write_processor(self.out)
-        self.model_with_heads = TrainingModel(new_model(config, options.seed))
-        self.average = {name: p.detach().clone() for name, p in self.model_with_heads.model.named_parameters()}
-        matrices = [p for p in self.model_with_heads.parameters() if p.ndim > 1]
-        others = [p for p in self.model_with_heads.parameters() if p.ndim < 2]
+        self.training_model = TrainingModel(new_model(config, options.seed))
+        self.average = {name: p.detach().clone() for name, p in self.training_model.model.named_parameters()}
+        matrices = [p for p in self.training_model.parameters() if p.ndim > 1]
+        others = [p for p in self.training_model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
         self.step, self.history, self.seconds = 0, [], 0.0
@@ -117,7 +117,7 @@ class Run:
 
     def train(self) -> None:
         """Trains from the current step to the last one."""
-        options, model = self.options, self.model_with_heads.model
+        options, model = self.options, self.training_model.model
         processor = kk.KeyeProcessor.from_pretrained(self.out)
         data = Batches(processor, model.config, Recipe(options.seed, *(getattr(options, name) for name in RECIPE)))
         steps = range(self.step, options.steps)
@@ -135,10 +135,10 @@ class Run:
             for batch in batches:
                 for group in self.optimizer.param_groups:
                     group["lr"] = options.lr * self.learning_rate_factor(self.step)
-                answers, auxiliary, right = self.model_with_heads(batch)
+                answers, auxiliary, right = self.training_model(batch)
                 self.optimizer.zero_grad()
                 (answers + AUXILIARY_LOSS_WEIGHT * auxiliary).backward()
-                nn.utils.clip_grad_norm_(self.model_with_heads.parameters(), MAX_GRAD_NORM)
+                nn.utils.clip_grad_norm_(self.training_model.parameters(), MAX_GRAD_NORM)
                 self.optimizer.step()
                 self.step += 1
                 decay = min(EMA_DECAY, (self.step - 1) / (self.step + 8))
@@ -174,13 +174,13 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "history": torch.tensor(self.history),
-            "model_with_heads": self.model_with_heads.state_dict(),
+            "training_model": self.training_model.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
         torch.save(state, self.out / "state.pt.part")
         os.replace(self.out / "state.pt.part", self.out / "state.pt")
-        save_weights(self.model_with_heads.model, self.average, self.out)
+        save_weights(self.training_model.model, self.average, self.out)
 
     def _load(self) -> None:
         try:
@@ -192,7 +192,7 @@ class Run:
                 f"{self.out} contains a run with other settings: {json.dumps(state['settings'])}; "
                 "resume with those, or choose another folder with --out"
             )
-        self.model_with_heads.load_state_dict(state["model_with_heads"])
+        self.training_model.load_state_dict(state["training_model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)

@@ -54,7 +54,7 @@ def run(folder, *options: str) -> train.Run:
 
 
 def weights(trained: train.Run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trained.model_with_heads.named_parameters()}
+    return {name: p.detach().clone() for name, p in trained.training_model.named_parameters()}
 
 
 def test_scenes_follow_the_rules():
@@ -167,10 +167,10 @@ def test_packed_batch_has_the_loss_of_single_prompts(small):
     """The loss of packed sequences against `Keye.forward` on single prompts."""
     processor, config = small
     model = checkpoint.new_model(config, 0)
-    model_with_heads = train.TrainingModel(model)
+    training_model = train.TrainingModel(model)
     data = batches.Batches(processor, model.config, batches.Recipe(0, 1, 3, 2))
     batch = data[3]
-    loss, _, _ = model_with_heads(batch)
+    loss, _, _ = training_model(batch)
     total, weight, backwards = 0.0, 0.0, 0
     ends = batch.grid_thw.prod(1).cumsum(0).tolist()
     pixels_by_end = dict(zip(ends, batch.pixel_values.tensor_split(ends[:-1]), strict=True))

@@ -126,14 +126,13 @@ def size_from_options(
     resized_height, resized_width = part.get("resized_height"), part.get("resized_width")
     if (resized_height is None) != (resized_width is None):
         raise ValueError("resized_height and resized_width must be given together")
-    edition_limits = edition_named(edition).image_pixel_limits
-    if resized_height is not None:
-        height, width = resized_height, resized_width
+    edition_limits: tuple[float, float] = edition_named(edition).image_pixel_limits
+    if resized_height is not None and resized_width is not None:
         min_pixels, max_pixels = edition_limits
-    else:
-        min_pixels, max_pixels = pixel_limits or edition_limits
-        min_pixels = part.get("min_pixels") or min_pixels
-        max_pixels = part.get("max_pixels") or max_pixels
+        return smart_resize(resized_height, resized_width, min_pixels=min_pixels, max_pixels=max_pixels)
+    min_pixels, max_pixels = pixel_limits or edition_limits
+    min_pixels = part.get("min_pixels") or min_pixels
+    max_pixels = part.get("max_pixels") or max_pixels
     return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
 
 

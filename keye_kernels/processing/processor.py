@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -94,9 +94,30 @@ class KeyeProcessor:
             raise FileNotFoundError(f"path {str(path)!r} is not a folder; pass the folder of a Keye checkpoint")
         edition = edition_of(read_json(folder / "config.json").get("model_type")).name
         patch_config = PatchConfig.from_dict(read_json(folder / "preprocessor_config.json"), edition)
-        overrides = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        overrides: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         patch_config = replace(patch_config, **{name: value for name, value in overrides.items() if value is not None})
         return cls(KeyeTokenizer.from_pretrained(folder), patch_config, load_chat_template(folder), edition)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        thinking: str | None = None,
+        *,
+        tokenize: Literal[True],
+        **variables: Any,
+    ) -> BatchFeature: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        thinking: str | None = None,
+        tokenize: Literal[False] = False,
+        **variables: Any,
+    ) -> str | list[str]: ...
 
     def apply_chat_template(
         self,
@@ -207,12 +228,12 @@ class KeyeProcessor:
         videos = list_videos(videos)
         check_placeholders("video", VIDEO_PAD, prompts, len(videos))
         if videos and edition.slow_fast_frames:
-            packed = self._pack_slow_fast_videos(videos, video_kwargs)
-            outputs["pixel_values_videos"] = concatenate([video.patches for video in packed])
-            outputs["video_grid_thw"] = torch.tensor([grid for video in packed for grid in video.grid_thw])
-            outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed])
-            prompts = replace_placeholders(prompts, VIDEO_PAD, [video.prompt for video in packed])
-            video_tokens = [tokens for video in packed for tokens in video.tokens]
+            packed_videos = self._pack_slow_fast_videos(videos, video_kwargs)
+            outputs["pixel_values_videos"] = concatenate([video.patches for video in packed_videos])
+            outputs["video_grid_thw"] = torch.tensor([grid for video in packed_videos for grid in video.grid_thw])
+            outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed_videos])
+            prompts = replace_placeholders(prompts, VIDEO_PAD, [video.prompt for video in packed_videos])
+            video_tokens = [tokens for video in packed_videos for tokens in video.tokens]
         elif videos:
             packed = [self._pack_preview_video(video) for video in videos]
             outputs["pixel_values_videos"] = concatenate([patches for patches, _ in packed])

@@ -119,7 +119,7 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
 
 
 class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         # A server must not be able to make the client read its own local files.
         if not newurl.startswith(("http://", "https://")):
             raise urllib.error.URLError(f"it redirects to {newurl!r}, and only http and https are followed")

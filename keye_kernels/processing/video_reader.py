@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
@@ -103,15 +103,16 @@ class VideoReader:
                 raise ValueError(f"video {name} has no frames")
             # AVI stores decoding timestamps or none. With B-frames, the decoding order is not the display order.
             is_reordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-            self._has_pts = None not in shown_pts and len(set(shown_pts)) == len(shown_pts) and not is_reordered
-            self._frame_pts = np.array(sorted(shown_pts) if self._has_pts else range(len(shown_pts)), dtype=np.int64)
+            distinct_pts = {pts for pts in shown_pts if pts is not None}
+            self._has_pts = len(distinct_pts) == len(shown_pts) and not is_reordered
+            self._frame_pts = np.array(sorted(distinct_pts) if self._has_pts else range(len(shown_pts)), dtype=np.int64)
             self._set_times(stream)
         with closing(self._decode(None)) as decoded:
-            _, first = next(decoded, (0, None))
+            first = next((frame for _, frame in decoded), None)
         if first is None:
             raise self._damaged("its first frame cannot be decoded")
-        size = (first.height, first.width)
-        self.height, self.width = size[::-1] if _quarter_turns(first) % 2 else size
+        is_turned = _quarter_turns(first) % 2 == 1
+        self.height, self.width = (first.width, first.height) if is_turned else (first.height, first.width)
         self._check_area(self.height, self.width)
 
     def frames(self, indices: Sequence[int]) -> Iterator[DecodedFrame]:
@@ -151,7 +152,7 @@ class VideoReader:
             raise ImportError("reading video files needs PyAV; install it with: pip install av") from error
         self._file.seek(0)
         try:
-            container = av.open(_NamelessFile(self._file), buffer_size=BUFFER_BYTES, io_open=_reject_other_files)
+            container = av.open(_NamelessFile(self._file), "r", buffer_size=BUFFER_BYTES, io_open=_reject_other_files)
         except (av.error.FFmpegError, ValueError) as error:
             raise ValueError(
                 f"video {self.name} cannot be opened; it is empty, truncated or not in a format that FFmpeg supports"
@@ -166,7 +167,7 @@ class VideoReader:
             try:
                 yield container, streams[0]
             except av.error.FFmpegError as error:
-                raise self._damaged(error.strerror) from error
+                raise self._damaged(str(error.strerror)) from error
 
     def _scan(self, container: InputContainer, stream: VideoStream) -> _Packets:
         pts, flags, end = [], [], 0.0
@@ -191,7 +192,7 @@ class VideoReader:
         return _Packets(pts, is_key, is_shown)
 
     def _set_times(self, stream: VideoStream) -> None:
-        count, tick = len(self._frame_pts), float(stream.time_base)
+        count, tick = len(self._frame_pts), float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         self.times = (self._frame_pts - self._frame_pts[0]) * tick
         if not self._has_pts:
@@ -208,7 +209,7 @@ class VideoReader:
         drift = np.abs(self.times - np.arange(count) / self.fps).max()
         self.is_constant_rate = bool(drift <= MAX_ROUNDING_TICKS * tick)
 
-    def _decode(self, wanted: frozenset[int] | None) -> Iterator[tuple[int, VideoFrame]]:
+    def _decode(self, wanted: frozenset[int] | None) -> Generator[tuple[int, VideoFrame], None, None]:
         """Decodes frames.
 
         With None, yields `(index, frame)` of all frames. With timestamps, yields `(timestamp, frame)` of at least those frames,
@@ -228,9 +229,9 @@ class VideoReader:
             try:
                 for is_needed, packet in zip([*needed, False], chain(packets, [None]), strict=False):
                     frames: list[VideoFrame] = []
-                    if is_needed:
+                    if packet is not None and is_needed:
                         # A frame that is not requested is only decoded if other frames refer to it.
-                        is_requested = not is_skipping or packet.pts in wanted
+                        is_requested = wanted is None or packet.pts in wanted
                         context.skip_frame = "DEFAULT" if is_requested else "NONREF"
                         frames = context.decode(packet)
                     elif not is_flushed:

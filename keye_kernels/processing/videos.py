@@ -116,7 +116,7 @@ def fetch_video(
     if isinstance(source, str) and source.startswith("data:") and "," in source.partition(",")[2]:
         header, *encoded_images = source.split(",")
         source = [f"{header},{encoded}" for encoded in encoded_images]
-    limits = {"timeout": timeout, "max_bytes": max_bytes}
+    limits: dict[str, Any] = {"timeout": timeout, "max_bytes": max_bytes}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     if isinstance(source, (torch.Tensor, np.ndarray)):
         source = _to_image_arrays(source, rules)

@@ -30,7 +30,7 @@ def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]
         )
     if not messages:
         raise ValueError("messages must not be empty")
-    conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
+    conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
     for conversation in conversations:
         if not conversation:
             raise ValueError("messages holds an empty conversation; each needs at least one turn")
@@ -98,7 +98,8 @@ def process_vision_info(
     slow_fast_frames = edition_named(edition).slow_fast_frames
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a positive integer, got {workers!r}")
-    limits = {name: limit for name, limit in (("timeout", timeout), ("max_bytes", max_bytes)) if limit is not None}
+    limits: dict[str, Any] = {"timeout": timeout, "max_bytes": max_bytes}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
 
     def fetch(part: Mapping[str, Any]) -> Any:
         if modality(part) == "image":

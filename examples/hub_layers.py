@@ -3,8 +3,8 @@
     pip install kernels
     python examples/hub_layers.py
 
-A decorator names the layer that may replace a module's forward; a mapping says where the layer comes from. Usually that is a
-repository on the Hub (`LayerRepository`). Here it is the installed package.
+A decorator names the layer that can replace a module's forward. A mapping says where the layer comes from: usually a repository
+on the Hub (`LayerRepository`), here the installed package.
 """
 
 from dataclasses import dataclass

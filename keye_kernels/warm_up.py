@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from tqdm import tqdm
 
 from .geometry import check_grid_thw
 from .model import Keye
+from .model.decoder import Decoder
+from .model.vision import VisionTower
 from .ops.implementation import resolve
 
 Grid = tuple[int, int, int]
+M = TypeVar("M", bound=nn.Module)
 OPERATORS = ("rope_3d", "varlen_attention", "patch_merge_projection", "position_embedding_2d")
 
 
@@ -146,11 +150,11 @@ def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> list
     return [*encode, *(partial(prefill_and_decode, length) for length in lengths)]
 
 
-def _one_layer(module: nn.Module) -> nn.Module:
+def _one_layer(module: VisionTower | Decoder) -> nn.Module:
     return _replaced(module, layers=module.layers[:1])
 
 
-def _replaced(module: nn.Module, **children: nn.Module) -> nn.Module:
+def _replaced(module: M, **children: nn.Module) -> M:
     """A shallow copy of `module` with some children replaced. Parameters are shared."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}

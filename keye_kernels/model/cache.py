@@ -10,7 +10,7 @@ class KVCache:
     """Keys and values of every layer, allocated once; create one with `Keye.new_cache`.
 
     The token at index i of a sequence, padding included, is in slot i. The position of a new token is its slot plus
-    `rope_deltas`. The cache holds all state of a conversation, so one model can serve several caches.
+    `rope_deltas`. The cache holds all state of a conversation, so one model can run several conversations.
 
     Attributes:
         keys: one [B, M, Hk, D] tensor per layer.

@@ -1,7 +1,7 @@
 """Loading of checkpoints in the official layout: safetensors with the tensor names of the released models.
 
-Weights are copied from memory-mapped files directly into the parameters, some of which hold several tensors of the
-checkpoint (fused projections). The names are listed in `docs/models/keye_vl_1_5.md`, section "Checkpoint tensors".
+Weights are copied from memory-mapped files directly into the parameters. The parameter of a fused projection holds several
+tensors of the checkpoint. The names are listed in `docs/models/keye_vl_1_5.md`, section "Checkpoint tensors".
 """
 
 import ctypes

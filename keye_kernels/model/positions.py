@@ -80,14 +80,15 @@ class _Blocks:
         merge = config.vision_config.spatial_merge_size
         t, h, w = grid_thw[:, 0], grid_thw[:, 1] // merge, grid_thw[:, 2] // merge
         placeholder = (input_ids == token) & mask
-        if not edition_of(config.model_type).position_block_per_frame:
+        block_per_frame = edition_of(config.model_type).position_block_per_frame
+        if not block_per_frame:
             grid, local = _after_vision_start(config, input_ids, placeholder, len(grid_thw))
         else:
             grid, local = _by_count(placeholder, t * h * w)
         t, h, w = t[grid], h[grid], w[grid]
         frame, rest = local // (h * w), local % (h * w)
         row, column = rest // w, rest % w
-        if not edition_of(config.model_type).position_block_per_frame:
+        if not block_per_frame:
             self.inside = (local >= 0) & (local < t * h * w)
             self.first = local == 0
             time = self._time(config, frame, grid, seconds)
@@ -169,5 +170,6 @@ def check_placeholders(
             )
         if attention_mask is not None and bool((placeholder & ~attention_mask.bool()).any()):
             raise ValueError(f"attention_mask must be 1 for {name} placeholders, got 0 for some of them")
-    if not edition_of(config.model_type).position_block_per_frame and (input_ids[:, -1] == config.vision_start_token_id).any():
+    block_per_frame = edition_of(config.model_type).position_block_per_frame
+    if not block_per_frame and (input_ids[:, -1] == config.vision_start_token_id).any():
         raise ValueError("input_ids must not end with <|vision_start|>, which needs a placeholder after it")

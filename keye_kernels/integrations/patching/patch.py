@@ -67,7 +67,8 @@ def apply_keye_kernels(
         ValueError: with `strict`, if a requested part cannot be replaced. The message lists all of them.
     """
     _check_module(model)
-    requested = {part for part, flag in (("rope", rope), ("attention", attention), ("projector", projector)) if flag}
+    flags: dict[Part, bool] = {"rope": rope, "attention": attention, "projector": projector}
+    requested = {part for part, flag in flags.items() if flag}
     known, unknown = find_modules(model)
     obstacles = find_obstacles(known, unknown, requested)
 
@@ -81,9 +82,9 @@ def apply_keye_kernels(
                 reason = obstacles.get((item.name, part), f"not requested ({part}=False)")
                 left_alone.append(item.report(part, reason, missing=part in requested))
         left_alone += [item.report(part, reason) for part, reason in item.rule.kept.items()]
-        added = {part for part in requested & item.rule.parts.keys() if (item.name, part) not in obstacles} - before
-        if added:
-            changes.append((item, frozenset(added)))
+        possible = {part for part in requested & item.rule.parts.keys() if (item.name, part) not in obstacles}
+        if added := frozenset(possible - before):
+            changes.append((item, added))
     left_alone += [report for report in unknown if not report.missing or report.part in requested]
 
     missing = tuple(report for report in left_alone if report.missing)
@@ -217,7 +218,8 @@ def _instance_forward(module: nn.Module) -> Callable | None:
 
 def patched_parts(module: nn.Module) -> frozenset[Part]:
     """The parts of `module` that are replaced."""
-    return _parts_of.get(_instance_forward(module), frozenset())
+    function = _instance_forward(module)
+    return frozenset() if function is None else _parts_of.get(function, frozenset())
 
 
 def _foreign_forward(module: nn.Module) -> str | None:

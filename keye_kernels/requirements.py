@@ -28,7 +28,7 @@ def supported_versions(name: str) -> VersionRange:
     """
     for entry in importlib.metadata.requires(DISTRIBUTION) or ():
         requirement = entry.partition(";")[0].strip()
-        if re.match(r"[\w.-]+", requirement).group() == name:
+        if re.split(r"[^\w.-]", requirement, maxsplit=1)[0] == name:
             bounds = dict(_BOUND.findall(requirement))
             return VersionRange(bounds.get(">="), bounds.get("<"))
     raise LookupError(f"{DISTRIBUTION} does not require {name}")
@@ -50,7 +50,7 @@ def require(name: str, *, needed_by: str, distributions: tuple[str, ...] = ()) -
     installed = next(filter(None, map(_installed_version, distributions or (name,))), None)
     if installed is None:
         raise ImportError(f"{needed_by} needs {name}, which is not installed: {command}")
-    if _major_minor(installed) < _major_minor(oldest):
+    if oldest and _major_minor(installed) < _major_minor(oldest):
         raise ImportError(f"{needed_by} needs {name} {oldest} or newer, found {installed}: {command}")
 
 

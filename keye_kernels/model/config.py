@@ -131,7 +131,7 @@ class KeyeConfig:
             )
 
 
-def _from_known_fields(cls: type, values: dict[str, Any]) -> Any:
+def _from_known_fields(cls: type[Any], values: dict[str, Any]) -> Any:
     """An instance of the dataclass `cls` from the entries of `values` that are fields of it and not None."""
     known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
     return cls(**known)

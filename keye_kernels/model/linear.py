@@ -31,7 +31,7 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(sizes), bias=bias)
         self.sizes = sizes
 
-    def forward(self, x: Tensor, separate: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, separate: bool = False) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Returns the output of each projection.
 
         Args:

@@ -116,11 +116,11 @@ class VisionTower(nn.Module):
 
     def _embed_patches(self, patches: Tensor) -> Tensor:
         """[T, 3, 14, 14] to [T, C]. The normalisation of uint8 pixels is folded into the weights."""
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        if patches.dtype == torch.uint8:
-            weight, bias = self._fold_normalisation()
-            # Pixels minus 128 are exact in every dtype, and their sums stay small
-            patches = patches.to(weight.dtype) - PIXEL_ORIGIN
+        if patches.dtype != torch.uint8:
+            return linear(patches.flatten(1), self.patch_embedding.weight, self.patch_embedding.bias)
+        weight, bias = self._fold_normalisation()
+        # Pixels minus 128 are exact in every dtype, and their sums stay small
+        patches = patches.to(weight.dtype) - PIXEL_ORIGIN
         return linear(patches.flatten(1), weight, bias)
 
     def _fold_normalisation(self) -> tuple[Tensor, Tensor]:

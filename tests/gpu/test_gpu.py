@@ -1,6 +1,6 @@
-"""What only a GPU can show: machine code that runs. `keye-kernels verify` checks the operators' numbers; these check the rest.
+"""Tests on a GPU: golden numbers with compiled kernels, torch.compile, synchronization, CUDA graphs, warm-up and autotune.
 
-TRITON_INTERPRET=0 pytest tests/gpu -n 0
+`keye-kernels verify` checks the operators. Run with: TRITON_INTERPRET=0 pytest tests/gpu -n 0
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.helpers.tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-    reason="needs a GPU, and kernels that are compiled: TRITON_INTERPRET=0",
+    reason="needs a GPU and compiled kernels (TRITON_INTERPRET=0)",
 )
 CUDA = torch.device("cuda")
 
@@ -50,8 +50,8 @@ def test_logits_and_tokens_match_the_official_code(edition, name):
 
 @pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_path_that_a_tile_may_choose_computes_what_the_reference_does(kernel, dtype):
-    """By pointers and, where the chip has them, by tensor descriptors."""
+def test_every_backend_of_a_kernel_matches_the_reference(kernel, dtype):
+    """With pointers and, on GPUs that have TMA, with tensor descriptors."""
     target = target_name(CUDA)
     parts = {"varlen_attention": ("vision", "text"), "patch_merge": ("block", "raster")}
     for part in parts.get(kernel, ("block",)):
@@ -66,25 +66,25 @@ def test_every_path_that_a_tile_may_choose_computes_what_the_reference_does(kern
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_compile_of_the_whole_forward_gives_the_same_numbers(dtype):
+def test_torch_compile_of_the_whole_forward_gives_the_same_logits(dtype):
     torch._dynamo.reset()
     model = tiny_model().to(CUDA, dtype)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    allowed = 1e-4 if dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
     with torch.no_grad():
         for seed, grids in enumerate([[(1, 4, 6)], [(1, 8, 2)]]):
             inputs = on_gpu(prompt(grids, seed=seed))
             expected, found = model(**inputs), compiled(**inputs)
-            torch.testing.assert_close(found.logits, expected.logits, atol=allowed, rtol=allowed)
+            torch.testing.assert_close(found.logits, expected.logits, atol=tolerance, rtol=tolerance)
             token = expected.logits[:, -1:].argmax(-1)
             after, after_found = model(token, cache=expected.cache), compiled(token, cache=found.cache)
-            torch.testing.assert_close(after_found.logits, after.logits, atol=allowed, rtol=allowed)
+            torch.testing.assert_close(after_found.logits, after.logits, atol=tolerance, rtol=tolerance)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_prompt_waits_for_the_gpu_a_few_times_and_not_in_every_layer(mode):
-    """Its ids and its offsets are read once, and so are those of the pictures."""
+def test_a_prompt_synchronizes_a_few_times_and_not_in_every_layer(mode):
+    """The host reads the token ids and the segment offsets of decoder and tower once per forward."""
     model, inputs = tiny_model(num_hidden_layers=6).to(CUDA), on_gpu(prompt([(1, 4, 6)]))
     with mode():
         model(**inputs)
@@ -95,11 +95,11 @@ def test_a_prompt_waits_for_the_gpu_a_few_times_and_not_in_every_layer(mode):
                 model(**inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    assert len(waits) <= 6, waits
+    synchronizations = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(synchronizations) <= 6, synchronizations
 
 
-def test_a_decoding_step_never_waits_for_the_gpu():
+def test_a_decoding_step_does_not_synchronize():
     model, inputs = tiny_model().to(CUDA), on_gpu(prompt([(1, 4, 6)]))
     with torch.no_grad():
         output = model(**inputs)
@@ -114,7 +114,7 @@ def test_a_decoding_step_never_waits_for_the_gpu():
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_k": 20}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_steps_give_the_tokens_of_steps_launched_one_by_one(monkeypatch, dtype, sampling):
+def test_recorded_and_launched_steps_give_the_same_tokens(monkeypatch, dtype, sampling):
     model = tiny_model().to(CUDA, dtype)
     inputs = {"input_ids": torch.randint(0, 100, (2, 9), device=CUDA)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -124,13 +124,13 @@ def test_recorded_steps_give_the_tokens_of_steps_launched_one_by_one(monkeypatch
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     recorded = [model.generate(**inputs, **options) for _ in range(2)]
-    assert len(replays) == 2 * 38  # the prompt gives the first of 40 tokens, a launched step the second
+    assert len(replays) == 2 * 38  # token 1 comes from the prompt, token 2 from a launched step
     monkeypatch.setattr(step_graph, "MIN_STEPS_TO_RECORD", 1000)
     expected = model.generate(**inputs, **options)
     assert len(replays) == 2 * 38 and all(torch.equal(found, expected) for found in recorded)
 
 
-def test_a_step_that_cannot_be_recorded_is_launched_and_said(monkeypatch, caplog):
+def test_a_step_that_cannot_be_recorded_is_launched_and_logged(monkeypatch, caplog):
     model, inputs = tiny_model().to(CUDA), on_gpu(prompt([]))
     expected = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
     advance = KVCache.advance
@@ -139,34 +139,34 @@ def test_a_step_that_cannot_be_recorded_is_launched_and_said(monkeypatch, caplog
     assert caplog.text.count("could not be recorded") == 1
 
 
-def test_after_a_warm_up_nothing_is_compiled():
+def test_warmup_leaves_nothing_to_compile():
     from triton import knobs
 
     model = tiny_model().to(CUDA, torch.bfloat16)
     report = kk.warmup(model, grids=[(1, 8, 10)], prompt_lengths=[40])
     assert report.compiled + report.cached > 0 and "1 sizes" not in report.note
-    asked = []
-    before, knobs.compilation.listener = knobs.compilation.listener, lambda **event: asked.append(event)
+    compilations = []
+    before, knobs.compilation.listener = knobs.compilation.listener, lambda **event: compilations.append(event)
     try:
         with torch.no_grad():
             model(**on_gpu(prompt([(1, 8, 10)], lead=15)))
     finally:
         knobs.compilation.listener = before
-    assert asked == []
+    assert compilations == []
 
 
-def test_the_tuner_times_and_its_table_serves(tmp_path, monkeypatch):
+def test_autotune_times_configs_and_writes_a_table(tmp_path, monkeypatch):
     monkeypatch.setenv("KEYE_KERNELS_TILES", str(tmp_path))
     outcome = sweep(on_this_gpu(), [Shape("rope", "vision", 1, 1024)], "bf16", tmp_path)
     [entry] = outcome.entries["rope"]
-    assert 0 < entry["median_us"] < 1000 and outcome.path.is_file()
+    assert entry["median_us"] > 0 and outcome.path.is_file()
     tiles.clear_cache()
 
 
-def test_the_transformers_model_gives_the_official_tokens():
+def test_the_transformers_model_generates_the_official_tokens():
     reason = "transformers is not installed: pip install -e '.[transformers]'"
     transformers = pytest.importorskip("transformers", reason=reason)
-    pytest.importorskip("keye_kernels.auto")  # for what it registers
+    pytest.importorskip("keye_kernels.auto")  # registers the Auto classes
 
     inputs, outputs = load_case("preview", "b_two_images")
     inputs, tokens = on_gpu(inputs), outputs["generated"]

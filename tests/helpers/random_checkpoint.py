@@ -1,4 +1,4 @@
-"""A small checkpoint with random weights in the real layout, for tests."""
+"""A small checkpoint with random weights in the released layout: shards, tokenizer and all configuration files."""
 
 import json
 from pathlib import Path
@@ -38,11 +38,14 @@ SIZES = {
 
 
 def write_random_checkpoint(folder: Path, *, model_type: str = "Keye", shards: int = 2, seed: int = 0) -> None:
-    """Writes a complete checkpoint with random weights: config, sharded safetensors with an index, tokenizer, chat template,
-    preprocessor and generation configuration. `folder` is made; existing files in it raise ValueError."""
+    """Creates `folder` and writes a complete checkpoint with random weights.
+
+    Raises:
+        ValueError: the folder is not empty.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ValueError(f"folder {folder} is not empty; name another, so that nothing is overwritten")
+        raise ValueError(f"folder {folder} is not empty")
     tokenizer = build_byte_tokenizer()
     ids = {name: tokenizer.token_to_id(token) for name, token in TOKEN_IDS.items()}
     architecture = {"Keye": "KeyeForConditionalGeneration", "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration"}

@@ -1,4 +1,4 @@
-"""The files a processor reads from a checkpoint, with a byte tokenizer, for tests."""
+"""The files that a processor reads from a checkpoint, with a byte tokenizer."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A tiny random Keye checkpoint in the real layout, for tests that need no official numbers."""
+"""A tiny model with random weights, its checkpoint and prompts, for tests that need no official numbers."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ CONFIG = {
 
 
 def tiny_model(**changes) -> kk.Keye:
-    """A float32 model with seeded weights large enough that every part matters."""
+    """A float32 model with seeded weights, large enough that every part changes the logits."""
     from keye_kernels.model import Keye
 
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def tiny_model(**changes) -> kk.Keye:
 
 
 def save_checkpoint(model: kk.Keye, folder: Path, config: dict = CONFIG, **tensors: torch.Tensor) -> Path:
-    """Writes config.json and model.safetensors; `tensors` add to or replace those of the model (None leaves one out)."""
+    """Writes config.json and model.safetensors. `tensors` adds or replaces tensors of the model; None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name: view.clone().contiguous() for name, view in destinations(model).items()} | tensors
@@ -59,7 +59,7 @@ def save_checkpoint(model: kk.Keye, folder: Path, config: dict = CONFIG, **tenso
 
 
 def prompt(grid_thw: list[tuple[int, int, int]], lead: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A one-row prompt: some text, then each picture between its markers, then some text."""
+    """One sequence: `lead` text tokens, each image between its start and end tokens, then 4 text tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 100, (lead + 4,), generator=generator).tolist()
     ids = text[:lead]

@@ -1,4 +1,4 @@
-"""Small clips encoded with PyAV, and their plain decoding, for tests."""
+"""Encodes small videos with PyAV, and decodes all frames of one."""
 
 import io
 import tempfile
@@ -17,7 +17,7 @@ CODEC_OPTIONS = {
 
 
 def scene_frame(index: int, height: int, width: int, scene_length: int = 12) -> np.ndarray:
-    """A moving square on one colour or on grey; the background changes every ``scene_length`` frames."""
+    """A moving square on a background that alternates between gray and red every ``scene_length`` frames."""
     frame = np.full((height, width, 3), 128, np.uint8)
     if (index // scene_length) % 2:
         frame[:] = (230, 30, 40)
@@ -40,7 +40,7 @@ def encode_clip(
     draw: Callable[[int, int, int], np.ndarray] = scene_frame,
     **options: str,
 ) -> bytes:
-    """A clip as bytes; ``pts`` in milliseconds make the rate variable, ``rotation`` is in degrees counterclockwise."""
+    """A video as bytes. ``pts`` in milliseconds give a variable frame rate; ``rotation`` is in degrees counterclockwise."""
     av = pytest.importorskip("av")
     try:
         av.Codec(codec, "w")

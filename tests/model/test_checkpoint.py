@@ -1,4 +1,4 @@
-"""Loading: what is refused, what is accepted, and how much memory it takes."""
+"""Loading checkpoints: layouts, dtypes, errors and memory."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def logits(model):
         return model(**prompt([(1, 4, 6)])).logits
 
 
-def test_round_trip_through_a_checkpoint(tmp_path):
+def test_saved_model_loads_with_the_same_logits(tmp_path):
     model = tiny_model()
     again = kk.Keye.from_pretrained(save_checkpoint(model, tmp_path))
     assert torch.equal(logits(again), logits(model))
@@ -43,7 +43,7 @@ def test_sharded_checkpoint_equals_single_file(tmp_path):
     assert sharded.generation_config["top_k"] == 20 and single.generation_config == {}
 
 
-def test_all_wrong_tensors_are_listed_at_once(tmp_path):
+def test_one_error_lists_all_wrong_tensors(tmp_path):
     path = save_checkpoint(
         tiny_model(),
         tmp_path,
@@ -92,13 +92,13 @@ def test_dtype_from_argument_config_or_file(tmp_path):
         kk.Keye.from_pretrained(path, dtype="int8")
 
 
-def test_nested_text_config_is_read_like_the_flat_one():
+def test_nested_text_config_equals_the_flat_one():
     text = {k: v for k, v in CONFIG.items() if k not in ("vision_config", "model_type")}
     nested = {"model_type": "Keye", "text_config": text, "vision_config": CONFIG["vision_config"]}
     assert kk.KeyeConfig.from_dict(nested) == kk.KeyeConfig.from_dict(CONFIG)
 
 
-def bad_folders(tmp_path):
+def invalid_folders(tmp_path):
     yield FileNotFoundError, "config.json does not exist", tmp_path / "nowhere"
     path = save_checkpoint(tiny_model(), tmp_path / "type", {**CONFIG, "model_type": "Qwen2VL"})
     yield ValueError, "model_type must be one of Keye, KeyeVL1_5, got 'Qwen2VL'", path
@@ -123,13 +123,13 @@ def bad_folders(tmp_path):
     yield ValueError, "rope_scaling must have type", path
 
 
-def test_bad_checkpoints_are_explained(tmp_path):
-    for kind, message, path in bad_folders(tmp_path):
+def test_invalid_checkpoints_raise_with_the_reason(tmp_path):
+    for kind, message, path in invalid_folders(tmp_path):
         with pytest.raises(kind, match=message):
             kk.Keye.from_pretrained(path)
 
 
-def test_a_gpu_that_is_not_there(tmp_path):
+def test_missing_gpu_is_named(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="device must be available, got 'cuda', but torch finds no CUDA"):
@@ -137,8 +137,8 @@ def test_a_gpu_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_needs_little_more_than_the_weights(tmp_path, dtype):
-    """Peak memory of the process above what it had before, mapped pages included, is at most 1.15 times the weights."""
+def test_peak_memory_of_loading_is_close_to_the_weights(tmp_path, dtype):
+    """The peak memory of the process, mapped pages included, grows by at most 1.15 times the weights."""
     config = {**CONFIG, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 8000}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code = f"""
@@ -154,8 +154,8 @@ if sys.argv[1] == "write":
     save_file({{k: v.contiguous() for k, v in destinations(model).items()}}, path / "model.safetensors")
 else:
     from safetensors import safe_open
-    with safe_open(path / "model.safetensors", "pt") as f: f.get_tensor("model.norm.weight")  # warm the libraries up
-    def status(key):  # VmHWM, other than ru_maxrss, knows nothing of the process that started this one
+    with safe_open(path / "model.safetensors", "pt") as f: f.get_tensor("model.norm.weight")  # loads libraries
+    def status(key):  # unlike ru_maxrss, VmHWM does not include the parent process
         return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
     before = status("VmRSS")
     model = kk.Keye.from_pretrained(path, dtype=sys.argv[1])
@@ -169,24 +169,24 @@ else:
     assert 0.9 * weights < peak < 1.15 * weights, peak / weights
 
 
-def test_large_parameters_lie_in_huge_pages():
-    """Where Linux gives them to who asks: filling is then bound by memory, not by one fault for every 4 KB."""
+def test_large_parameters_use_huge_pages():
+    """Writing the weights then takes one page fault per 2 MB instead of one per 4 KB."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.is_file() or "[never]" in setting.read_text():
-        pytest.skip("this system has no transparent huge pages")
+        pytest.skip("transparent huge pages are disabled")
 
-    def in_huge_pages():
+    def bytes_in_huge_pages():
         return int(re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) * 1024
 
     with torch.device("meta"):
         model = torch.nn.Linear(4096, 8192, bias=False)
-    before = in_huge_pages()
+    before = bytes_in_huge_pages()
     checkpoint.allocate(model, torch.float32, torch.device("cpu"))
     model.weight.data.fill_(1)
-    assert in_huge_pages() - before > 0.5 * model.weight.nbytes
+    assert bytes_in_huge_pages() - before > 0.5 * model.weight.nbytes
 
 
-def test_a_file_is_mapped_anew_only_after_so_many_bytes(tmp_path, monkeypatch):
+def test_a_file_is_mapped_again_after_bytes_per_mapping(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(checkpoint, "safe_open", lambda *a: opened.append(a[0]) or safe_open(*a))
     path = save_checkpoint(tiny_model(), tmp_path)

@@ -1,4 +1,4 @@
-"""Choosing tokens, stopping, streaming, batches, the cache."""
+"""Generation: sampling, stopping, streaming, batches and the KV cache."""
 
 import pytest
 import torch
@@ -7,32 +7,25 @@ import keye_kernels as kk
 from keye_kernels.model.generation import Sampler
 from tests.helpers.tiny import prompt, tiny_model
 
-END = 7
-
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
 
 
-def plain(count):
-    """A streamer that keeps what it is given."""
+class RecordingStreamer:
+    def __init__(self):
+        self.values, self.ended = [], 0
 
-    class Keep:
-        def __init__(self):
-            self.values, self.ended = [], 0
+    def put(self, value):
+        self.values.append(value.clone())
 
-        def put(self, value):
-            self.values.append(value.clone())
-
-        def end(self):
-            self.ended += 1
-
-    return Keep()
+    def end(self):
+        self.ended += 1
 
 
-def test_cached_steps_equal_one_pass(model):
-    """Also when several tokens are added to the cache at once."""
+def test_cached_steps_equal_one_forward(model):
+    """With one or several tokens per step."""
     inputs = prompt([(1, 4, 6), (1, 2, 2)])
     extra = torch.randint(0, 100, (1, 7), generator=torch.Generator().manual_seed(3))
     whole = {**inputs, "input_ids": torch.cat((inputs["input_ids"], extra), dim=1)}
@@ -47,7 +40,7 @@ def test_cached_steps_equal_one_pass(model):
             torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_left_padded_batch_equals_its_rows(model):
+def test_left_padded_batch_equals_single_sequences(model):
     rows = [prompt([(1, 4, 4)], lead=2, seed=1), prompt([(1, 2, 6), (1, 2, 2)], lead=9, seed=2), prompt([], seed=3)]
     length = max(row["input_ids"].shape[1] for row in rows)
     ids, mask = torch.zeros(3, length, dtype=torch.int64), torch.zeros(3, length, dtype=torch.int64)
@@ -66,7 +59,7 @@ def test_left_padded_batch_equals_its_rows(model):
         assert torch.equal(together[i], alone)
 
 
-def test_two_conversations_do_not_disturb_each_other(model):
+def test_caches_of_two_conversations_are_independent(model):
     first, second = prompt([(1, 4, 4)], seed=1), prompt([(1, 2, 8)], lead=8, seed=2)
     token = torch.tensor([[5]])
     with torch.no_grad():
@@ -84,7 +77,7 @@ def test_logits_to_keep(model):
     torch.testing.assert_close(kept, everything[:, -2:])
 
 
-def test_stops_at_any_end_token_and_pads(model):
+def test_generation_stops_at_any_end_token_and_pads(model):
     inputs = {"input_ids": torch.randint(0, 100, (3, 5), generator=torch.Generator().manual_seed(0))}
     free = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
     assert free.shape == (3, 17)
@@ -103,7 +96,7 @@ def test_generation_config_gives_the_defaults():
     free = model.generate(**inputs, max_new_tokens=8)[0, 3:].tolist()
     model.generation_config = {"eos_token_id": [free[1], 118], "do_sample": True, "top_k": 1}
     assert model.generate(**inputs, max_new_tokens=8)[0, 3:].tolist() == free[:2]
-    # top_k 1 from the file makes sampling greedy
+    # top_k=1 of the generation config makes sampling greedy
     sampled = model.generate(**inputs, max_new_tokens=8, do_sample=True, eos_token_id=())[0, 3:].tolist()
     assert sampled == free
 
@@ -130,8 +123,8 @@ def test_sampler_frequencies_follow_the_truncated_distribution():
     torch.testing.assert_close(frequencies(temperature=0.5), square, atol=0.02, rtol=0)
 
 
-def test_streamer_sees_prompt_tokens_and_end(model):
-    streamer = plain(1)
+def test_streamer_receives_prompt_tokens_and_end(model):
+    streamer = RecordingStreamer()
     inputs = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
     tokens = model.generate(**inputs, max_new_tokens=4, eos_token_id=(), streamer=streamer)
     prompt_ids, *new = streamer.values
@@ -139,7 +132,7 @@ def test_streamer_sees_prompt_tokens_and_end(model):
     assert torch.equal(torch.stack(new, dim=1), tokens[:, 3:])
 
 
-def test_text_streamer_holds_back_half_a_character():
+def test_text_streamer_writes_complete_characters_only():
     written = []
     streamer = kk.TextStreamer(lambda ids: bytes(ids).decode(errors="replace"), written.append)
     streamer.put(torch.tensor([[1, 2]]))
@@ -149,7 +142,7 @@ def test_text_streamer_holds_back_half_a_character():
     assert written == ["a", "é", "€"]
 
 
-def test_bad_calls_are_named(model):
+def test_invalid_calls_raise_with_the_reason(model):
     ids = torch.tensor([[1, 2, 3]])
     grid = torch.tensor([[1, 2, 2]])
     pixels = torch.randn(4, 3, 14, 14)
@@ -196,16 +189,16 @@ def test_bad_calls_are_named(model):
             model.generate(ids, do_sample=True, **{name: value})
 
 
-def test_flash_attn_serves_the_attention_of_prompts_and_nothing_else(monkeypatch):
-    """The package cannot run here: its place takes the reference, which notes that it was asked."""
+def test_flash_attn_computes_the_attention_of_prompts_only(monkeypatch):
+    """flash-attn needs a GPU, so the reference replaces it and records the calls."""
     from keye_kernels import reference
     from keye_kernels.ops import flash_attention
 
-    asked = []
+    causal_of_calls = []
 
-    def attend(q, k, v, cu_seqlens, max_seqlen, *how):
-        asked.append(how[1])
-        return reference.varlen_attention(q, k, v, cu_seqlens, *how)
+    def attend(q, k, v, cu_seqlens, max_seqlen, *options):
+        causal_of_calls.append(options[1])
+        return reference.varlen_attention(q, k, v, cu_seqlens, *options)
 
     monkeypatch.setattr(flash_attention, "varlen_attention", attend)
     expected, model = tiny_model(), tiny_model()
@@ -214,4 +207,5 @@ def test_flash_attn_serves_the_attention_of_prompts_and_nothing_else(monkeypatch
     inputs = prompt([(1, 4, 4)])
     options = {"max_new_tokens": 4, "eos_token_id": ()}
     assert torch.equal(flash.generate(**inputs, **options), expected.generate(**inputs, **options))
-    assert asked == [False] * 2 + [True] * 2  # two layers of the tower and two of the decoder, the prompt once
+    # Two layers of the tower, and two of the decoder for the prompt only
+    assert causal_of_calls == [False] * 2 + [True] * 2

@@ -1,4 +1,4 @@
-"""Which models have their decoding steps recorded; what a recording computes is for a GPU to show (tests/gpu)."""
+"""When decoding steps are recorded as a CUDA graph. tests/gpu checks what recorded steps compute."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, de
 from keye_kernels.ops.implementation import use_impl
 
 
-class OnGpu(nn.Module):
-    """As much of a model on a GPU as the choice looks at."""
+class ModelOnGpu(nn.Module):
+    """The attributes of a model on a GPU that the choice depends on."""
 
     def __init__(self, device="cuda"):
         super().__init__()
@@ -27,21 +27,21 @@ def is_recorded(model, steps=MIN_STEPS_TO_RECORD):
     return isinstance(decoding_step(model, None, steps), _RecordedStep)
 
 
-def test_many_steps_on_a_gpu_are_recorded_and_few_are_not():
-    assert is_recorded(OnGpu()) and not is_recorded(OnGpu(), MIN_STEPS_TO_RECORD - 1)
+def test_steps_are_recorded_from_min_steps_on():
+    assert is_recorded(ModelOnGpu()) and not is_recorded(ModelOnGpu(), MIN_STEPS_TO_RECORD - 1)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_see_every_step(register):
-    model = OnGpu()
-    hook = getattr(model.head, register)(lambda *seen: None)
+def test_models_with_hooks_are_not_recorded(register):
+    model = ModelOnGpu()
+    hook = getattr(model.head, register)(lambda *args: None)
     assert not is_recorded(model)
     hook.remove()
     assert is_recorded(model)
 
 
-def test_the_reference_launches_its_steps():
-    model = OnGpu()
+def test_the_reference_is_not_recorded():
+    model = ModelOnGpu()
     model.head.impl = "reference"
     assert not is_recorded(model)
     model.head.impl = "flash_attn"  # serves prompts; all else is the kernels'
@@ -50,21 +50,21 @@ def test_the_reference_launches_its_steps():
         assert not is_recorded(model)
 
 
-def test_a_model_that_failed_once_is_not_recorded_again():
-    model = OnGpu()
+def test_a_model_whose_recording_failed_is_not_recorded_again():
+    model = ModelOnGpu()
     step_graph._failed.add(model)
-    assert not is_recorded(model) and is_recorded(OnGpu())
+    assert not is_recorded(model) and is_recorded(ModelOnGpu())
 
 
-def test_a_cpu_a_compiled_model_and_autocast_launch_their_steps():
-    assert not is_recorded(OnGpu("cpu"))
+def test_cpu_compiled_models_and_autocast_are_not_recorded():
+    assert not is_recorded(ModelOnGpu("cpu"))
     for compiled in (lambda model: model, lambda model: model.head):
-        model = OnGpu()
+        model = ModelOnGpu()
         compiled(model).compile(backend="eager")
         assert not is_recorded(model)
-    # Set by hand: without a GPU, the context itself would warn and stay off
+    # Without a GPU, torch.autocast("cuda") warns and stays disabled
     torch.set_autocast_enabled("cuda", True)
     try:
-        assert not is_recorded(OnGpu())
+        assert not is_recorded(ModelOnGpu())
     finally:
         torch.set_autocast_enabled("cuda", False)

@@ -1,4 +1,4 @@
-"""torch.compile of the whole forward: no graph break, no recompilation between steps or sizes, the same numbers."""
+"""torch.compile of the whole forward: no graph breaks, no recompilation between steps or sizes, the same logits."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def graphs_of(compiled, counter, inputs, expected):
-    """How many graphs this call compiled anew; checks its logits on the way."""
+def run_and_count_graphs(compiled, counter, inputs, expected):
+    """Checks the logits of a call. Returns the output and the number of graphs it compiled."""
     before = counter.frame_count
     with torch.no_grad():
         output = compiled(**inputs)
@@ -25,7 +25,7 @@ def graphs_of(compiled, counter, inputs, expected):
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
 def test_sizes_and_steps_compile_once(edition):
-    """Bucket policy: every picture size and prompt length is one bucket (dynamic=True)."""
+    """With dynamic=True, one graph serves all image sizes and prompt lengths."""
     model = tiny_model(model_type=edition)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -33,30 +33,32 @@ def test_sizes_and_steps_compile_once(edition):
         inputs = prompt([grid], lead=lead, seed=i)
         with torch.no_grad():
             expected = model(**inputs)
-        output, compiled_anew = graphs_of(compiled, counter, inputs, expected.logits)
-        assert (compiled_anew > 0) == (i == 0), f"picture {grid}"
+        output, num_compiled = run_and_count_graphs(compiled, counter, inputs, expected.logits)
+        assert (num_compiled > 0) == (i == 0), f"image {grid}"
         for step in range(4):
             token = {"input_ids": output.logits[:, -1:].argmax(-1)}
             with torch.no_grad():
                 expected = model(**token, cache=expected.cache)
-            output, compiled_anew = graphs_of(compiled, counter, token | {"cache": output.cache}, expected.logits)
-            assert (compiled_anew > 0) == (i == step == 0), f"step {step} after picture {grid}"
+            output, num_compiled = run_and_count_graphs(
+                compiled, counter, token | {"cache": output.cache}, expected.logits
+            )
+            assert (num_compiled > 0) == (i == step == 0), f"step {step} after image {grid}"
 
 
-def test_static_shapes_recompile_once_and_never_again():
+def test_changing_shapes_recompile_once():
     model = tiny_model()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    anew = []
+    compiled_graphs = []
     for i, grid in enumerate([(1, 4, 6), (1, 8, 2), (1, 6, 10), (1, 2, 12)]):
         inputs = prompt([grid], lead=3 + i, seed=i)
         with torch.no_grad():
             expected = model(**inputs).logits
-        anew.append(graphs_of(compiled, counter, inputs, expected)[1])
-    assert anew[0] and anew[1:] == [1, 0, 0]
+        compiled_graphs.append(run_and_count_graphs(compiled, counter, inputs, expected)[1])
+    assert compiled_graphs[0] and compiled_graphs[1:] == [1, 0, 0]
 
 
-def test_batches_with_padding_and_several_pictures():
+def test_batches_with_padding_and_several_images():
     model = tiny_model()
     inputs = prompt([(1, 4, 4), (1, 2, 6)], lead=4)
     ids = torch.stack((inputs["input_ids"][0], torch.randint(0, 100, inputs["input_ids"].shape[1:])))
@@ -68,7 +70,7 @@ def test_batches_with_padding_and_several_pictures():
     torch.testing.assert_close(found, expected)
 
 
-def test_inductor_gives_the_same_numbers():
+def test_inductor_gives_the_same_logits():
     model = tiny_model(num_hidden_layers=1)
     inputs = prompt([(1, 4, 6)])
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_inductor_gives_the_same_numbers():
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_bad_grids_are_refused_inside_a_graph_too():
+def test_invalid_grids_raise_inside_a_graph_too():
     model = tiny_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = prompt([(1, 4, 6)]) | {"image_grid_thw": torch.tensor([[1, 8, 3]])}

@@ -1,4 +1,4 @@
-"""The geometry of a packed batch: its segments, and that one call leaves nothing behind for the next but what is right."""
+"""The geometry of a packed vision batch: its segments, and its cache."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -13,7 +13,7 @@ def test_segments_by_frame_or_by_video():
     assert by_frame.cu_seqlens.tolist() == [0, 24, 48, 64] and by_frame.max_seqlen == 24
 
 
-def test_a_default_device_or_fake_tensors_leave_nothing_behind_in_the_geometry():
+def test_default_devices_and_fake_tensors_do_not_change_the_cached_geometry():
     def build():
         return VisionBatch.build(torch.tensor([[1, 4, 6]], device="cpu"), 24, table_side=5, device=torch.device("cpu"))
 

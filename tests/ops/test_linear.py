@@ -1,4 +1,4 @@
-"""Linear layers: torch's numbers by whatever way a CPU is fastest at."""
+"""Linear layers on a CPU: the numbers of `F.linear`, whichever method computes them."""
 
 import sys
 
@@ -12,16 +12,16 @@ from keye_kernels.ops.linear import linear
 from keye_kernels.reference import linear as reference
 from tests.helpers.tiny import prompt, tiny_model
 
-# Of the largest value. A sum of 2048 float32 products taken one by one errs by about sqrt(2048) halves of an eps, 3e-6, of its
-# deviation, and by 4 of those in the worst of 2^16 elements; the largest of which is 4 deviations
+# Relative to the largest output. The rounding error of a sum of 2048 float32 products is about sqrt(2048) / 2 eps = 3e-6 standard
+# deviations of the output. The worst of 2^16 elements has 4 times that error, and the largest of them is 4 standard deviations.
 FP32 = 3e-6
 LARGE = (1024, 2048)  # from two rows on more than LEAST_MULTIPLIES, and enough for a matrix-vector product by parts
 
 
-def problem(rows, out=LARGE[0], width=LARGE[1], dtype=torch.float32, lead=()):
+def make_inputs(rows, out=LARGE[0], width=LARGE[1], dtype=torch.float32, leading=()):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape, generator=generator) for shape in ((*lead, rows, width), (out, width), (out,))
+        torch.randn(shape, generator=generator) for shape in ((*leading, rows, width), (out, width), (out,))
     )
     return x.to(dtype), (weight * width**-0.5).to(dtype), bias.to(dtype)
 
@@ -36,7 +36,7 @@ def assert_close(found, x, weight, bias):
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 64], ids=lambda rows: f"M{rows}")
 @pytest.mark.parametrize("sizes", [(2048, 1024), LARGE, (1031, 2048), (24, 40), (1, 1)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_matches_float64(sizes, rows, with_bias):
-    x, weight, bias = problem(rows, *sizes)
+    x, weight, bias = make_inputs(rows, *sizes)
     bias = bias if with_bias else None
     found = reference(x, weight, bias)
     if rows:
@@ -44,15 +44,15 @@ def test_matches_float64(sizes, rows, with_bias):
     assert found.shape == (rows, sizes[0])
 
 
-@pytest.mark.parametrize("lead", [(1,), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("leading", [(1,), (3,), (2, 2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 4])
-def test_leading_axes_stay(lead, rows):
-    x, weight, bias = problem(rows, lead=lead)
+def test_leading_dimensions_are_kept(leading, rows):
+    x, weight, bias = make_inputs(rows, leading=leading)
     assert_close(reference(x, weight, bias), x, weight, bias)
 
 
-def test_views_are_read_where_they_are():
-    x, weight, bias = problem(6)
+def test_strided_views_are_read_and_not_changed():
+    x, weight, bias = make_inputs(6)
     wide = torch.randn(6, 3 * LARGE[1])
     before = wide[:, 5 : 5 + LARGE[1]].copy_(x).clone()
     assert_close(reference(wide[:, 5 : 5 + LARGE[1]], weight, bias), x, weight, bias)
@@ -64,7 +64,7 @@ def test_views_are_read_where_they_are():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_row_does_not_depend_on_the_others(rows):
-    x, weight, bias = problem(rows)
+    x, weight, bias = make_inputs(rows)
     found = reference(x, weight, bias)
     x[1:] = torch.nan
     assert torch.equal(reference(x, weight, bias)[:1], found[:1])
@@ -72,24 +72,24 @@ def test_a_row_does_not_depend_on_the_others(rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_other_dtypes_are_torchs(rows, dtype):
-    problem_ = problem(rows, dtype=dtype)
-    assert torch.equal(reference(*problem_), F.linear(*problem_))
+def test_other_dtypes_run_in_torch(rows, dtype):
+    inputs = make_inputs(rows, dtype=dtype)
+    assert torch.equal(reference(*inputs), F.linear(*inputs))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_autocast_is_obeyed(rows, compiled):
+def test_autocast_sets_the_dtype(rows, compiled):
     layer = Linear(LARGE[1], LARGE[0])
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    x, _, _ = problem(rows)
+    x, _, _ = make_inputs(rows)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, expected = run(x), F.linear(x, layer.weight, layer.bias)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
 class Scaled(torch.Tensor):
-    """A weight of which only its own F.linear knows the product, as of sharded and quantised ones."""
+    """A weight with its own F.linear, like sharded and quantized weights."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
@@ -99,29 +99,29 @@ class Scaled(torch.Tensor):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_subclasses_of_tensors_keep_their_own_product(rows):
-    x, weight, bias = problem(rows)
+def test_tensor_subclasses_keep_their_own_linear(rows):
+    x, weight, bias = make_inputs(rows)
     torch.testing.assert_close(linear(x, weight.as_subclass(Scaled), bias), 2 * F.linear(x, weight, bias))
 
 
-def test_without_onednn_it_is_torchs(monkeypatch):
+def test_without_onednn_torch_runs(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert torch.equal(reference(*problem(4)), F.linear(*problem(4)))
+    assert torch.equal(reference(*make_inputs(4)), F.linear(*make_inputs(4)))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_gradients_are_torchs(rows):
+def test_gradients_equal_those_of_torch(rows):
     found, expected = [], []
     for function, grads in ((linear, found), (F.linear, expected)):
-        inputs = [x.requires_grad_() for x in problem(rows)]
+        inputs = [x.requires_grad_() for x in make_inputs(rows)]
         function(*inputs).square().sum().backward()
         grads += [x.grad for x in inputs]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_the_operator_is_well_formed(rows):
-    x, weight, bias = problem(rows)
+def test_opcheck(rows):
+    x, weight, bias = make_inputs(rows)
     for arguments in ((x, weight, bias), (x, weight, None)):
         opcheck(torch.ops.keye_kernels.linear.default, arguments)
 
@@ -134,12 +134,12 @@ def test_a_layer_compiles_as_one_graph_for_any_number_of_rows():
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(lambda x: F.relu(layer(x)), fullgraph=True, dynamic=True, backend=counter)
     for rows in (4, 7, 300):
-        x, _, _ = problem(rows)
+        x, _, _ = make_inputs(rows)
         torch.testing.assert_close(compiled(x), F.relu(F.linear(x, layer.weight, layer.bias)), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
 
 
-def test_every_product_of_the_model_goes_this_way(monkeypatch):
+def test_every_matmul_of_the_model_uses_this_operator(monkeypatch):
     model, seen = tiny_model(), set()
 
     def watch(x, weight, bias=None):

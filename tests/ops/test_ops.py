@@ -36,7 +36,7 @@ def test_position_embedding_matches_interpolate(grid):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_block_order_gives_the_rows_of_raster_order():
+def test_block_order_and_raster_order_give_the_same_output():
     features, *weights = projection_arguments(tokens=2 * 24 + 16)
     grid = torch.tensor([[2, 4, 6], [1, 8, 2]])
     batch = VisionBatch.build(grid, 64, table_side=6)
@@ -53,12 +53,12 @@ def test_position_zero_is_the_identity_and_conjugate_undoes_the_rotation():
     (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
     same_q, same_k = kk.ops.rope_3d(q, k, torch.zeros_like(positions), inv_freq, sections)
     assert torch.equal(same_q, q) and torch.equal(same_k, k)
-    turned = kk.reference.rope(q, k, positions, inv_freq, sections)
-    back = kk.reference.rope(*turned, positions, inv_freq, sections, conjugate=True)
-    torch.testing.assert_close(back, (q, k))
+    rotated = kk.reference.rope(q, k, positions, inv_freq, sections)
+    restored = kk.reference.rope(*rotated, positions, inv_freq, sections, conjugate=True)
+    torch.testing.assert_close(restored, (q, k))
 
 
-def test_attention_ignores_neighbouring_segments_and_leaves_strangers_at_zero():
+def test_attention_ignores_other_segments_and_writes_zero_outside_of_all_segments():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 30, 4, 24).unbind(0)
     cu_seqlens = torch.tensor([2, 9, 9, 20], dtype=torch.int32)
@@ -71,7 +71,7 @@ def test_attention_ignores_neighbouring_segments_and_leaves_strangers_at_zero():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_grouped_heads_and_lse_match_the_plain_formula(causal):
+def test_grouped_heads_and_lse_match_the_formula_in_float64(causal):
     torch.manual_seed(0)
     q, k, v = torch.randn(600, 4, 16), torch.randn(600, 2, 16), torch.randn(600, 2, 16)
     cu_seqlens = torch.tensor([0, 600], dtype=torch.int32)
@@ -85,7 +85,7 @@ def test_grouped_heads_and_lse_match_the_plain_formula(causal):
 
 
 def cases():
-    """(op, arguments with gradients, keyword arguments) of every operator and option."""
+    """(name, operator, arguments, keyword arguments) for every operator and option."""
     for norm in (False, True):
         arguments, weights = rope_3d_arguments(torch.float64, norm=norm)
         yield f"rope_3d-norm{norm}", kk.ops.rope_3d, arguments, weights
@@ -109,15 +109,15 @@ ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "te
 IDS = [case[0] for case in CASES]
 
 
-def wants_gradient(x):
+def needs_gradient(x):
     return isinstance(x, torch.Tensor) and x.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
 def test_gradients_are_exact(name, op, arguments, keywords):
     keywords = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
-    named = [k for k, v in keywords.items() if wants_gradient(v)]
-    places = [i for i, x in enumerate(arguments) if wants_gradient(x)]
+    named = [k for k, v in keywords.items() if needs_gradient(v)]
+    places = [i for i, x in enumerate(arguments) if needs_gradient(x)]
 
     def call(*leaves):
         changed = list(arguments)
@@ -131,7 +131,7 @@ def test_gradients_are_exact(name, op, arguments, keywords):
 
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
 def test_opcheck(name, op, arguments, keywords, monkeypatch):
-    """opcheck of the registered operator, with the very arguments that the public function hands to it."""
+    """opcheck of the registered operator, with the arguments that the public function passes to it."""
     calls = []
     module = __import__(op.__module__, fromlist=["_"])
     for attribute in [a for a in vars(module) if a.endswith("_op") and not a.startswith("_norm")]:
@@ -140,7 +140,7 @@ def test_opcheck(name, op, arguments, keywords, monkeypatch):
     op(*arguments, **keywords)
     ((registered, args),) = calls
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        cast = [a.to(dtype).requires_grad_() if wants_gradient(a) else a for a in args]
+        cast = [a.to(dtype).requires_grad_() if needs_gradient(a) else a for a in args]
         # Tracing takes seconds and does not depend on the dtype
         opcheck(
             registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor")
@@ -150,7 +150,7 @@ def test_opcheck(name, op, arguments, keywords, monkeypatch):
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
 def test_compiles_without_graph_breaks(name, op, arguments, keywords):
     if "projection" in name or "positions" in name:
-        # Inside a graph the geometry comes from outside: grids are read on the host
+        # Building the geometry reads grid_thw on the host, so a compiled graph takes it as an input
         grid = next(i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.dtype == torch.int64)
         batch = VisionBatch.build(arguments[grid], 16, table_side=3, order="raster")
         arguments = (*arguments[:grid], batch, *arguments[grid + 1 :])
@@ -158,7 +158,7 @@ def test_compiles_without_graph_breaks(name, op, arguments, keywords):
     torch.testing.assert_close(compiled(*arguments, **keywords), op(*arguments, **keywords))
 
 
-def test_use_impl_and_environment_choose(monkeypatch):
+def test_use_impl_and_the_environment_choose_the_implementation(monkeypatch):
     (q, k, *rest), _ = rope_3d_arguments()
     expected = kk.ops.rope_3d(q, k, *rest, impl="reference")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -191,7 +191,7 @@ def test_auto_logs_its_choice_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["rope on cpu runs the reference implementation"]
 
 
-def test_flash_attn_explains_itself():
+def test_flash_attn_raises_with_the_reason():
     q = torch.randn(4, 2, 8)
     with pytest.raises(ValueError, match="impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device"):
         kk.ops.varlen_attention(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, impl="flash_attn")
@@ -199,7 +199,7 @@ def test_flash_attn_explains_itself():
         kk.ops.rope_2d(q, q, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2), impl="flash_attn")
 
 
-def bad_calls():
+def invalid_calls():
     (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
     half = inv_freq[:4]
     flat = positions[:2]
@@ -256,7 +256,9 @@ def bad_calls():
     yield ValueError, "table must be a square", lambda: kk.ops.position_embedding_2d(features, torch.randn(7, 8), grid)
 
 
-@pytest.mark.parametrize(("kind", "message", "call"), list(bad_calls()), ids=lambda x: x if isinstance(x, str) else "")
-def test_bad_arguments_are_named(kind, message, call):
+@pytest.mark.parametrize(
+    ("kind", "message", "call"), list(invalid_calls()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_invalid_arguments_are_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()

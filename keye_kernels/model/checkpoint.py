@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .linear import FusedLinear
+
+if TYPE_CHECKING:
+    from .keye import Keye
 
 # Prefix of the parameter -> prefix in the checkpoint. All other names are the same.
 RENAMED = {
@@ -34,15 +38,15 @@ HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # the value on Linux for every architecture that torch supports
 
 
-def destinations(model: nn.Module) -> dict[str, Tensor]:
+def destinations(model: "Keye") -> dict[str, Tensor]:
     """Maps every tensor name of the official checkpoint to a view of the parameter that stores it, in the official shape."""
     views = {}
     for name, parameter in model.named_parameters():
         prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), None)
         official = name if prefix is None else RENAMED[prefix] + name.removeprefix(prefix)
         module = model.get_submodule(name.rpartition(".")[0])
-        fused = next((fused for fused in FUSED if f".{fused}." in name), None)
         if isinstance(module, FusedLinear):
+            fused = next(fused for fused in FUSED if f".{fused}." in name)
             for part, view in zip(FUSED[fused], parameter.data.split(module.sizes), strict=True):
                 views[official.replace(fused, part)] = view
         elif name == "visual.patch_embedding.weight":
@@ -77,7 +81,7 @@ def prefer_huge_pages(x: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
 
-def load_weights(model: nn.Module, path: Path, *, progress: bool = False) -> None:
+def load_weights(model: "Keye", path: Path, *, progress: bool = False) -> None:
     """Copies the safetensors in the folder `path` into the parameters of `model`.
 
     Raises:
@@ -135,7 +139,7 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
         )
     else:
         raise FileNotFoundError(f"path must hold model.safetensors or model.safetensors.index.json, got {path}")
-    tensors = {}
+    tensors: dict[str, tuple[Path, list[int]]] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{index} names {file.name}, which is missing; download the checkpoint again")
@@ -150,7 +154,8 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
 
 def _read_chunks(tensors: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, int, Tensor]]:
     """Yields each tensor in chunks of rows: name, index of the first row, rows. A chunk is valid until the next is requested."""
-    handle, opened, mapped_bytes = None, None, 0
+    handle: Any = None
+    opened, mapped_bytes = None, 0
     for name, file in tensors:
         first, rows = 0, 1
         while first < rows:

@@ -153,7 +153,7 @@ def check_placeholders(
     Reads tensor values, so it synchronises with the GPU once per prompt and does not run in compiled code.
     """
     # One copy to the CPU instead of one synchronisation per value
-    input_ids, attention_mask = (None if x is None else x.cpu() for x in (input_ids, attention_mask))
+    input_ids, attention_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
     merge = config.vision_config.spatial_merge_size
     for name, token, grid_thw in (
         ("image", config.image_token_id, image_grid_thw),

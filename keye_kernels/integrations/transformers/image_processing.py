@@ -1,4 +1,4 @@
-"""Image processors in transformers' form; the work is done by `keye_kernels.processing`."""
+"""Image processors with the interface of transformers, on top of `keye_kernels.processing`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from keye_kernels.editions import EditionName
+from keye_kernels.editions import PREVIEW, V1_5, EditionName
 from keye_kernels.processing.arguments import list_images
 from keye_kernels.processing.patches import PatchConfig, to_frame_array
 
@@ -18,14 +18,20 @@ SETTINGS = (
 
 
 class SiglipImageProcessor(BaseImageProcessor):
-    """Preview's, under the name that its checkpoints use (transformers has another class of this name).
+    """The image processor of Preview. Its checkpoints use this name, which is also that of another class in transformers.
 
-    Takes what `preprocessor_config.json` holds. `size` is {"min_pixels": ..., "max_pixels": ...}; `min_pixels` and
-    `max_pixels` read and set its entries. Changing an attribute changes what the processor does from then on.
+    Attributes can be changed and take effect in the next call.
+
+    Args:
+        **settings: content of `preprocessor_config.json`.
+
+    Attributes:
+        size: {"min_pixels": ..., "max_pixels": ...}, limits of the area of a resized image.
+        min_pixels, max_pixels: the entries of `size`; can be set.
     """
 
     model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012 - transformers reads a class attribute
-    edition: EditionName = "preview"
+    edition: EditionName = PREVIEW.name
 
     def __init__(self, **settings: Any):
         config = PatchConfig.from_dict(settings, self.edition)
@@ -37,14 +43,14 @@ class SiglipImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From the content of `preprocessor_config.json`; settings among `kwargs` come before those of the file."""
+        """Creates a processor from the content of `preprocessor_config.json`. Settings in `kwargs` replace those of the file."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         processor = cls(**{**image_processor_dict, **given})
         return (processor, kwargs) if return_unused else processor
 
     def to_dict(self) -> dict[str, Any]:
-        """With the limits also under the names that the official code reads."""
+        """Adds `min_pixels` and `max_pixels`, which the official code reads."""
         return {**super().to_dict(), **self.size}
 
     @property
@@ -64,22 +70,34 @@ class SiglipImageProcessor(BaseImageProcessor):
         self.size = {**self.size, "max_pixels": value}
 
     def patch_config(self, overrides: Mapping[str, Any] | None = None) -> PatchConfig:
-        """The settings as `keye_kernels.processing` takes them, some of them replaced for one call."""
+        """The settings for `keye_kernels.processing`, with `overrides` for one call."""
         overrides = {name: value for name, value in (overrides or {}).items() if value is not None}
         values = {name: getattr(self, name) for name in SETTINGS}
         if "size" in overrides:
-            # Its limits would otherwise stand behind the processor's own
+            # Otherwise the processor's own limits would take precedence
             values.update(min_pixels=None, max_pixels=None)
         return PatchConfig.from_dict({**values, **overrides}, self.edition)
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **overrides: Any) -> BatchFeature:
-        """Pictures to `pixel_values` float32 [T, 3, 14, 14] and `image_grid_thw` [images, 3]."""
+        """Resizes and normalises images and cuts them into patches.
+
+        Args:
+            images: an image or a list of images: PIL images, arrays, tensors, paths or URLs.
+            return_tensors: "pt".
+            **overrides: settings for this call.
+
+        Returns:
+            pixel_values [T, 3, 14, 14] float32 and image_grid_thw [n, 3].
+
+        Raises:
+            ValueError: there is no image, or `return_tensors` is not "pt".
+        """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         config = self.patch_config({name: overrides[name] for name in SETTINGS if name in overrides})
         packed = [config.frames_to_patches([to_frame_array(image, self.edition)]) for image in list_images(images)]
         if not packed:
-            raise ValueError("images must hold at least one picture, got none")
+            raise ValueError("images must contain at least one image, got none")
         pixels = config.normalize(torch.cat([patches for patches, _ in packed]))
         return BatchFeature({"pixel_values": pixels, "image_grid_thw": torch.tensor([grid for _, grid in packed])})
 
@@ -88,9 +106,9 @@ class SiglipImageProcessor(BaseImageProcessor):
 
 
 class KeyeVL1_5ImageProcessor(SiglipImageProcessor):
-    """That of 1.5: transparency is dropped, and pictures are resized bilinearly unless the checkpoint says otherwise."""
+    """The image processor of 1.5, which drops the alpha channel and by default resizes bilinearly."""
 
-    edition: EditionName = "1.5"
+    edition: EditionName = V1_5.name
 
 
-IMAGE_PROCESSORS = {"Keye": SiglipImageProcessor, "KeyeVL1_5": KeyeVL1_5ImageProcessor}
+IMAGE_PROCESSORS = {PREVIEW.model_type: SiglipImageProcessor, V1_5.model_type: KeyeVL1_5ImageProcessor}

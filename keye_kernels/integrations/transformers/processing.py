@@ -1,4 +1,4 @@
-"""Processors in transformers' form: `tokenizer`, `image_processor`, and `keye_kernels.KeyeProcessor` doing the work."""
+"""Processors with the interface of transformers, on top of `keye_kernels.KeyeProcessor` (here `LeanProcessor`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
-from keye_kernels.editions import EDITIONS
+from keye_kernels.editions import EDITIONS, PREVIEW, V1_5
 from keye_kernels.processing import KeyeProcessor as LeanProcessor
 from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE
@@ -15,20 +15,20 @@ from keye_kernels.processing.vision_info import split_conversations
 
 from .image_processing import SETTINGS, KeyeVL1_5ImageProcessor, SiglipImageProcessor
 
-# Of the arguments that transformers hands to every processor, those that the lean one takes
+# Arguments of transformers that the lean processor takes
 CALL_ARGUMENTS = ("padding", "padding_side", "return_tensors")
-# Those that change nothing here
+# Arguments of transformers without effect here
 IGNORED_ARGUMENTS = (
     *("add_special_tokens", "truncation", "max_length"),
     *("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"),
 )
-# Arguments by kind, as transformers groups them; here all are of one kind
+# transformers groups arguments in these dictionaries; here they are merged
 GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs")
-# Names that transformers' conversations use for the place of a picture or video
+# Keys of an image's or video's source in transformers' conversations
 SOURCES = ("url", "path", "base64")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PARTS = ("tokenizer", "image_processor", "chat_template", "padding_side")
-# What the Auto classes and their callers pass besides
+# Other arguments that the Auto classes and their callers pass to from_pretrained
 IGNORED_BY_LOADING = (
     *("use_fast", "backend", "trust_remote_code", "code_revision", "proxies", "resume_download", "use_auth_token"),
     *("config", "user_agent", "repo_type", "_from_auto", "_from_pipeline", "_commit_hash"),
@@ -36,10 +36,19 @@ IGNORED_BY_LOADING = (
 
 
 class KeyeProcessor(ProcessorMixin):
-    """Preview's. `processor(text=..., images=..., videos=..., **video_kwargs)` as in the official scripts.
+    """The processor of Preview, for `processor(text=..., images=..., videos=..., **video_kwargs)`.
 
-    Attributes: image_processor, tokenizer, chat_template, edition ("preview" or "1.5", for
-    `keye_kernels.process_vision_info`), image_token, video_token and their ids.
+    Args:
+        image_processor: the image processor of the same edition.
+        tokenizer: a fast tokenizer.
+        chat_template: Jinja template; default: Keye's.
+
+    Attributes:
+        edition: "preview" or "1.5", for `keye_kernels.process_vision_info`.
+        image_token, video_token: the placeholders, with their ids in `image_token_id` and `video_token_id`.
+
+    Raises:
+        TypeError: the tokenizer is not a fast one, or the image processor is not that of this edition.
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - transformers reads class attributes
@@ -63,25 +72,27 @@ class KeyeProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "KeyeProcessor":
-        """Reads a folder or a repository; its configuration, where there is one, decides on the edition.
+        """Loads the processor of a checkpoint. The edition is read from `config.json`, if there is one.
 
-        Args: `min_pixels`, `max_pixels` and other settings of the image processor; `tokenizer` and `image_processor`
-            that are loaded already; `padding_side`, "left" unless given (a `tokenizer` of the caller's keeps its own);
-            transformers' own `cache_dir`, `token`, `revision` and so on.
+        Args:
+            pretrained_model_name_or_path: folder or name of a repository.
+            **kwargs: settings of the image processor, such as `min_pixels` and `max_pixels`; an already loaded `tokenizer` or
+                `image_processor`; `chat_template`; `padding_side`, default "left" (a given `tokenizer` keeps its own);
+                transformers' `cache_dir`, `token`, `revision`, ...
 
-        Raises: TypeError for an argument of another name.
+        Raises:
+            TypeError: unknown argument.
         """
         known = (*SETTINGS, *PARTS, *HUB_ARGUMENTS)
-        # vLLM hands a request's arguments over as well
+        # vLLM also passes the arguments of a request
         of_calls = (
             *CALL_ARGUMENTS,
             *IGNORED_ARGUMENTS,
             *GROUPS,
-            *EDITIONS["preview"].video_kwargs,
-            *EDITIONS["1.5"].video_kwargs,
+            *(name for edition in EDITIONS.values() for name in edition.video_kwargs),
         )
         unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING, *of_calls)]
-        # A pipeline hands the model's arguments to the processor as well
+        # A pipeline also passes the arguments of the model
         if unknown and "_from_pipeline" not in kwargs:
             raise TypeError(
                 f"unexpected keyword arguments {unknown}: from_pretrained of this processor takes {list(known)}"
@@ -96,7 +107,7 @@ class KeyeProcessor(ProcessorMixin):
         tokenizer = kwargs.get("tokenizer")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)
-            # Files often do not say, and answers cannot be generated behind padding
+            # Generation needs left padding, which many checkpoint files do not set
             tokenizer.padding_side = "left"
         if kwargs.get("padding_side") is not None:
             tokenizer.padding_side = kwargs["padding_side"]
@@ -106,20 +117,28 @@ class KeyeProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
-        """As `keye_kernels.KeyeProcessor.__call__`; settings of the image processor may be given for one call.
+        """Prepares the model's inputs, like `keye_kernels.KeyeProcessor.__call__`.
 
-        Rows are padded on the tokenizer's `padding_side` unless the call gives one. Arguments may stand in
-        `text_kwargs`, `images_kwargs`, `videos_kwargs` and `common_kwargs` as well; those given directly come first.
-        Of the arguments that transformers has for tokenizers, those are taken and ignored that change nothing here; a
-        request to truncate is refused.
+        Args:
+            images: the images of all prompts, in order.
+            text: a prompt or a list of prompts.
+            videos: the videos of all prompts, in order.
+            **kwargs: `padding`, `padding_side` (default: that of the tokenizer), `return_tensors`, the video arguments of
+                the edition and settings of the image processor for this call; also in `text_kwargs`, `images_kwargs`,
+                `videos_kwargs` and `common_kwargs`, over which direct arguments take precedence. Arguments of transformers'
+                tokenizers that have no effect here are ignored.
+
+        Raises:
+            ValueError: `truncation` is set, or the inputs do not match.
+            TypeError: unknown argument.
         """
         groups = [kwargs.pop(name, None) or {} for name in GROUPS]
         kwargs = {name: value for group in (*groups, kwargs) for name, value in group.items()}
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         if kwargs.get("truncation"):
             raise ValueError(
-                f"truncation must be False, got {kwargs['truncation']!r}: a prompt that lost placeholders of its pictures "
-                "cannot be answered; pass smaller max_pixels or fewer frames"
+                f"truncation must be False, got {kwargs['truncation']!r}: it could remove placeholders of images; "
+                "pass a smaller max_pixels or fewer frames instead"
             )
         for name in IGNORED_ARGUMENTS:
             kwargs.pop(name, None)
@@ -145,11 +164,20 @@ class KeyeProcessor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """The prompt of a conversation (or of each in a batch); with `tokenize`, the model's inputs.
+        """Renders the prompt of a conversation, or of each conversation of a batch.
 
-        Pictures and videos stand in the parts as in the official scripts, or as transformers writes them (`url`, `path`,
-        `base64`). `processor_kwargs` are for `__call__`; so are those of `variables` that it knows by name. The others
-        are for the template.
+        Args:
+            conversation: messages with images and videos as in the official scripts, or under transformers' keys `url`,
+                `path` and `base64`.
+            chat_template: Jinja template; default: that of the processor.
+            add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: end with the text of the last message, so that the model continues it.
+            tokenize: return the model's inputs instead of the prompt.
+            return_dict: with `tokenize`, return all inputs and not only the ids.
+            return_tensors: "pt".
+            thinking: None, "think", "no_think" or "auto".
+            processor_kwargs: arguments of `__call__`.
+            **variables: arguments of `__call__`; other names are variables of the template.
         """
         messages = _official(conversation)
         known = (*CALL_ARGUMENTS, *EDITIONS[self.edition].video_kwargs, *SETTINGS, *GROUPS)
@@ -170,7 +198,7 @@ class KeyeProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> list[str]:
-        """As everywhere in transformers, and `preprocessor_config.json`, which version 5 leaves out and others read."""
+        """Saves like transformers, and adds `preprocessor_config.json`, which transformers 5 does not write."""
         files = super().save_pretrained(save_directory, **kwargs)
         return [*files, *self.image_processor.save_pretrained(save_directory)]
 
@@ -188,18 +216,18 @@ class KeyeProcessor(ProcessorMixin):
 
 
 class KeyeVL1_5Processor(KeyeProcessor):
-    """That of 1.5: slow and fast frames, their times written between them."""
+    """The processor of 1.5, with slow and fast frames and timestamps in the prompt."""
 
     edition = KeyeVL1_5ImageProcessor.edition
     image_processor_type = KeyeVL1_5ImageProcessor
     frame_token, fast_start, fast_end = FRAME, FAST_START, FAST_END
 
 
-PROCESSORS = {"Keye": KeyeProcessor, "KeyeVL1_5": KeyeVL1_5Processor}
+PROCESSORS = {PREVIEW.model_type: KeyeProcessor, V1_5.model_type: KeyeVL1_5Processor}
 
 
 def _official(conversation: Sequence[Any]) -> Any:
-    """The conversation(s), with pictures and videos under the names that Keye's scripts use."""
+    """The conversation, or the batch, with images and videos under the keys of the official scripts."""
     messages = getattr(conversation, "messages", conversation)
     split_conversations(messages)
     if not isinstance(messages[0], Mapping):
@@ -222,11 +250,13 @@ def _official_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_ending(prompt: str | list[str], messages: Sequence[Any]) -> Any:
-    """The prompt(s) up to the end of the last message's text, so that the model goes on with it."""
+    """The prompt, or the batch, up to the end of the last message's text."""
     if not isinstance(prompt, str):
         return [_without_ending(one, turns) for one, turns in zip(prompt, messages, strict=True)]
     content = messages[-1]["content"]
     text = content if isinstance(content, str) else content[-1].get("text")
     if not text or text.strip() not in prompt:
-        raise ValueError("continue_final_message needs a last message that ends in text, and a template that writes it")
+        raise ValueError(
+            "continue_final_message needs a last message that ends in text, and a template that renders it"
+        )
     return prompt[: prompt.rindex(text.strip()) + len(text.strip())]

@@ -1,4 +1,4 @@
-"""Models and processors for these tests, loaded the way a transformers script does; each once."""
+"""Models and processors, loaded through the Auto classes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def load(path, **options):
-    """A float32 model through the Auto class that existing scripts use."""
+    """A float32 model from an Auto class."""
     return transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **options)
 
 

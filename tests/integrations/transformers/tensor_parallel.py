@@ -1,4 +1,4 @@
-"""One of the processes that `test_tensor_parallel` starts: golden tokens from a model that is split over all of them."""
+"""One rank of `test_tensor_parallel`: checks the golden tokens of a model that is split over all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ import keye_kernels.auto  # noqa: F401
 from tests.helpers.golden import golden, load_case
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-# Of the first process: half of the rows or columns
+# Shapes on one rank: half of the rows or columns
 SPLIT = {
     "model.layers.0.self_attn.q_proj.weight": (256, 256),
     "model.layers.0.mlp.down_proj.weight": (256, 192),

@@ -1,4 +1,4 @@
-"""The recorded numbers of the official code through `AutoModelForImageTextToText`, without `trust_remote_code`."""
+"""Compares `AutoModelForImageTextToText` with recorded results of the official code."""
 
 import pytest
 import torch

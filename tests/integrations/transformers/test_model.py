@@ -1,4 +1,4 @@
-"""The model does what a transformers model does: loading, saving, caches, beams, padding, embeddings, attention."""
+"""The transformers interface: loading, saving, caches, beams, padding, embeddings, attention, errors."""
 
 import copy
 import json
@@ -9,6 +9,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import keye_kernels as kk
+from keye_kernels.editions import EDITIONS
+from keye_kernels.integrations.transformers.modeling import MODELS
 from keye_kernels.integrations.transformers.vision import PatchEmbedding
 from tests.helpers.tiny import CONFIG, prompt, save_checkpoint, tiny_model
 
@@ -17,8 +19,8 @@ from .conftest import load
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
 
-def two_rows():
-    """Two prompts with one and two pictures, alone and as one batch padded at the left."""
+def two_prompts():
+    """Two prompts, with one and two images, each alone and both as a left-padded batch."""
     rows = [prompt([(1, 4, 6)]), prompt([(1, 4, 4), (1, 2, 6)], seed=1)]
     length = max(row["input_ids"].shape[1] for row in rows)
     pads = [length - row["input_ids"].shape[1] for row in rows]
@@ -40,19 +42,19 @@ def new_tokens(model, inputs, **options):
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-def test_auto_classes_give_the_models_class(tiny_folder, auto):
+def test_auto_classes_load_the_model(tiny_folder, auto):
     model = auto.from_pretrained(tiny_folder)
     assert type(model).__name__ == "KeyeForConditionalGeneration"
     assert model.dtype == torch.float32 and not model.training
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_dtype_under_both_names(tiny_folder, name):
+def test_dtype_argument_has_two_names(tiny_folder, name):
     assert AutoModel.from_pretrained(tiny_folder, **{name: torch.bfloat16}).dtype == torch.bfloat16
 
 
 def test_loading_equals_direct_construction(tiny, tiny_folder):
-    """Loading goes through the meta device: what is no parameter must not come back as garbage."""
+    """Loading uses the meta device, which would leave buffers uninitialised."""
     built = type(tiny)(AutoConfig.from_pretrained(tiny_folder)).eval()
     built.load_state_dict(tiny.state_dict())
     assert not list(tiny.buffers())
@@ -60,14 +62,14 @@ def test_loading_equals_direct_construction(tiny, tiny_folder):
     assert torch.equal(built(**inputs).logits, tiny(**inputs).logits)
 
 
-def test_the_logits_are_those_of_the_lean_model(tiny, tiny_folder):
+def test_logits_match_the_lean_model(tiny, tiny_folder):
     inputs = prompt([(1, 4, 6), (2, 4, 4)])
     expected = kk.Keye.from_pretrained(tiny_folder)(**inputs).logits
     torch.testing.assert_close(tiny(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_saving_and_loading_change_no_bit(tmp_path, tied):
+def test_saving_and_loading_is_exact(tmp_path, tied):
     config = {**CONFIG, "tie_word_embeddings": tied}
     drop = {"lm_head.weight": None} if tied else {}
     model = load(save_checkpoint(tiny_model(tie_word_embeddings=tied), tmp_path / "first", config, **drop))
@@ -83,14 +85,14 @@ def test_saving_and_loading_change_no_bit(tmp_path, tied):
     assert torch.equal(lean.generate(**inputs, max_new_tokens=6, eos_token_id=()), model.generate(**inputs, **GREEDY))
 
 
-def test_names_are_those_of_the_checkpoint(tiny, tiny_folder):
+def test_parameter_names_match_the_checkpoint(tiny, tiny_folder):
     from keye_kernels.model.checkpoint import destinations
 
     official = destinations(kk.Keye.from_pretrained(tiny_folder))
     assert {n: list(p.shape) for n, p in tiny.state_dict().items()} == {n: list(v.shape) for n, v in official.items()}
 
 
-def test_device_map_and_offloading_change_nothing(tiny, tiny_folder, tmp_path):
+def test_device_map_and_offloading_keep_the_logits(tiny, tiny_folder, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
     inputs = prompt([(1, 4, 6)])
     expected = tiny(**inputs).logits
@@ -101,30 +103,30 @@ def test_device_map_and_offloading_change_nothing(tiny, tiny_folder, tmp_path):
     torch.testing.assert_close(offloaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_caches_give_the_same_tokens(tiny):
-    _, batch = two_rows()
+def test_tokens_do_not_depend_on_the_cache(tiny):
+    _, batch = two_prompts()
     expected = new_tokens(tiny, batch)
     assert torch.equal(new_tokens(tiny, batch, cache_implementation="static"), expected)
     assert torch.equal(new_tokens(tiny, batch, use_cache=False), expected)
 
 
-def test_left_padding_changes_nothing(tiny):
-    rows, batch = two_rows()
+def test_tokens_do_not_depend_on_left_padding(tiny):
+    rows, batch = two_prompts()
     alone = torch.cat([new_tokens(tiny, row) for row in rows])
     assert torch.equal(new_tokens(tiny, batch), alone)
 
 
-def test_beams_keep_each_rows_pictures(tiny):
-    rows, batch = two_rows()
+def test_beams_use_the_images_of_their_sequence(tiny):
+    rows, batch = two_prompts()
     alone = torch.cat([new_tokens(tiny, row, num_beams=3) for row in rows])
     assert torch.equal(new_tokens(tiny, batch, num_beams=3), alone)
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     assert not torch.equal(new_tokens(tiny, other, num_beams=3), alone)
 
 
-def test_beams_keep_each_rows_videos(tiny):
-    """Two videos of unlike speed; the longest deltas belong to the slower one."""
-    rows, _ = two_rows()
+def test_beams_use_the_videos_of_their_sequence(tiny):
+    """Two videos with different second_per_grid_ts, so that their rope_deltas differ."""
+    rows, _ = two_prompts()
     videos = []
     for row, seconds in zip(rows[:1] * 2, (0.5, 3.0), strict=True):
         ids = row["input_ids"].masked_fill(row["input_ids"] == 115, 116)
@@ -142,14 +144,14 @@ def test_beams_keep_each_rows_videos(tiny):
     assert torch.equal(new_tokens(tiny, batch, num_beams=2), alone)
 
 
-def test_samples_of_one_row_repeat_its_picture(tiny):
+def test_samples_use_the_images_of_their_sequence(tiny):
     torch.manual_seed(0)
-    _, batch = two_rows()
+    _, batch = two_prompts()
     tokens = new_tokens(tiny, batch, do_sample=True, num_return_sequences=3, top_k=1)
     assert torch.equal(tokens, new_tokens(tiny, batch).repeat_interleave(3, dim=0))
 
 
-def test_a_streamer_receives_the_tokens(tiny):
+def test_streamer_receives_the_tokens(tiny):
     class Streamer:
         def __init__(self):
             self.values = []
@@ -165,7 +167,7 @@ def test_a_streamer_receives_the_tokens(tiny):
     assert streamer.ended and torch.equal(torch.cat(streamer.values), tokens[0])
 
 
-def test_embeddings_in_place_of_ids(tiny):
+def test_embeddings_instead_of_ids(tiny):
     inputs = prompt([])
     embeds = tiny.get_input_embeddings()(inputs["input_ids"])
     assert torch.equal(tiny(inputs_embeds=embeds).logits, tiny(**inputs).logits)
@@ -173,7 +175,7 @@ def test_embeddings_in_place_of_ids(tiny):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_embeddings_with_ids_and_pictures(tiny, beams):
+def test_embeddings_with_ids_and_images(tiny, beams):
     inputs = prompt([(1, 4, 6)])
     embeds = tiny.get_input_embeddings()(inputs["input_ids"])
     expected = new_tokens(tiny, inputs, num_beams=beams)
@@ -183,7 +185,7 @@ def test_embeddings_with_ids_and_pictures(tiny, beams):
         tiny.generate(**inputs, inputs_embeds=embeds, **GREEDY)
 
 
-def test_a_second_turn_with_a_picture_goes_on_from_the_cache(tiny):
+def test_second_turn_with_an_image_uses_the_cache(tiny):
     first, second = prompt([(1, 4, 6)]), prompt([(1, 4, 4)], seed=1)
     whole = {name: torch.cat([first[name], second[name]], dim=int(name == "input_ids")) for name in first}
     cache = tiny(**first).past_key_values
@@ -193,7 +195,7 @@ def test_a_second_turn_with_a_picture_goes_on_from_the_cache(tiny):
     assert torch.equal(output.rope_deltas, expected.rope_deltas)
 
 
-def test_generate_goes_on_from_a_kept_cache_with_a_new_picture(tiny):
+def test_generate_with_a_cache_and_a_new_image(tiny):
     first, second = prompt([(1, 4, 6)]), prompt([(1, 4, 4)], seed=1)
     whole = {name: torch.cat([first[name], second[name]], dim=int(name == "input_ids")) for name in first}
     cache = tiny(**first).past_key_values
@@ -201,15 +203,15 @@ def test_generate_goes_on_from_a_kept_cache_with_a_new_picture(tiny):
     assert torch.equal(new_tokens(tiny, new, past_key_values=cache), new_tokens(tiny, whole))
 
 
-def test_guessed_tokens_change_nothing(tiny):
+def test_prompt_lookup_decoding_gives_the_same_tokens(tiny):
     inputs = prompt([(1, 4, 6)])
-    # transformers 4 needs some end token here; this one is not in the vocabulary
+    # transformers 4 requires an end token here; this one is not in the vocabulary
     found = new_tokens(tiny, inputs, prompt_lookup_num_tokens=3, eos_token_id=1000)
     assert torch.equal(found, new_tokens(tiny, inputs))
 
 
-def test_two_conversations_do_not_disturb_each_other(tiny):
-    rows, _ = two_rows()
+def test_two_conversations_are_independent(tiny):
+    rows, _ = two_prompts()
     caches = [tiny(**row).past_key_values for row in rows]
     token = torch.tensor([[5]])
     for row, cache in zip(rows, caches, strict=True):
@@ -219,8 +221,8 @@ def test_two_conversations_do_not_disturb_each_other(tiny):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "keye"])
-def test_attention_by_name_gives_the_same_logits(tiny, tiny_folder, implementation):
-    _, batch = two_rows()
+def test_attention_implementations_give_the_same_logits(tiny, tiny_folder, implementation):
+    _, batch = two_prompts()
     model = load(tiny_folder, attn_implementation=implementation)
     assert model.visual.config._attn_implementation == implementation
     mask = batch["attention_mask"].bool()
@@ -228,7 +230,7 @@ def test_attention_by_name_gives_the_same_logits(tiny, tiny_folder, implementati
     assert torch.equal(new_tokens(model, batch, cache_implementation="static"), new_tokens(tiny, batch))
 
 
-def test_the_tower_runs_the_devices_best_unless_told_otherwise(tiny_folder):
+def test_default_attention_implementations(tiny_folder):
     def names(model):
         return model.config._attn_implementation, model.visual.config._attn_implementation
 
@@ -247,11 +249,11 @@ def test_keye_attention_runs_the_packed_operator(tiny_folder, monkeypatch):
     model, calls = load(tiny_folder, attn_implementation="keye"), []
     real = kk.ops.varlen_attention
     monkeypatch.setattr(kk.ops, "varlen_attention", lambda *a, **k: calls.append(k.get("causal")) or real(*a, **k))
-    model(**two_rows()[1])
+    model(**two_prompts()[1])
     assert calls == [None] * 2 + [True] * 2
 
 
-def test_keye_attention_obeys_a_mask_with_holes(tiny, tiny_folder):
+def test_keye_attention_supports_a_mask_with_holes(tiny, tiny_folder):
     inputs = prompt([])
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 2] = 0
@@ -260,12 +262,12 @@ def test_keye_attention_obeys_a_mask_with_holes(tiny, tiny_folder):
 
 
 @pytest.mark.parametrize("shape", [(1, 12), (3, 1, 12), (4, 1, 12)], ids=str)
-def test_positions_of_the_caller(tiny, shape):
-    """[B, S], [3, B, S], or transformers' four rows, the first of which is that of the text."""
+def test_given_position_ids(tiny, shape):
+    """[B, S], [3, B, S], or [4, B, S] as in transformers, which puts text positions first."""
     ids = torch.arange(24).view(2, 12)
     positions = torch.arange(5, 17).expand(shape)
     moved = tiny(ids, position_ids=positions).logits
-    # Attention sees differences of positions only
+    # Attention depends only on differences of positions
     torch.testing.assert_close(moved, tiny(ids).logits, atol=1e-4, rtol=1e-4)
     cache = tiny(ids[:, :-1], position_ids=positions[..., :-1]).past_key_values
     last = tiny(ids[:, -1:], past_key_values=cache).logits
@@ -283,14 +285,14 @@ def test_eager_attention_returns_its_weights(tiny_folder):
     torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
-def test_flash_attention_that_is_missing_is_named(tiny_folder):
+def test_missing_flash_attention_names_the_alternative(tiny_folder):
     if transformers.utils.is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
     with pytest.raises(ImportError, match=r'FlashAttention2.*; pass attn_implementation="keye", which needs no flash'):
         load(tiny_folder, attn_implementation="flash_attention_2")
 
 
-def test_the_patch_embedding_is_the_convolution():
+def test_patch_embedding_matches_the_convolution():
     layer = PatchEmbedding(3, 8, kernel_size=14, stride=14)
     patches = torch.randn(5, 3, 14, 14)
     torch.testing.assert_close(layer(patches), torch.nn.Conv2d.forward(layer, patches), atol=1e-5, rtol=1e-5)
@@ -305,8 +307,8 @@ def test_pickled_weights_are_refused(tiny_folder, tmp_path, name):
         load(tmp_path)
 
 
-def test_a_repositorys_own_code_is_not_run(tiny, tiny_folder, tmp_path):
-    """With `auto_map` in its files and the files it names absent: anything that followed it would fail."""
+def test_remote_code_is_not_run(tiny, tiny_folder, tmp_path):
+    """The files named in `auto_map` do not exist, so that running them would fail."""
     folder = save_checkpoint(
         tiny_model(),
         tmp_path / "model",
@@ -316,26 +318,26 @@ def test_a_repositorys_own_code_is_not_run(tiny, tiny_folder, tmp_path):
     assert torch.equal(AutoModel.from_pretrained(folder)(**inputs).logits, tiny(**inputs).logits)
 
 
-def test_pixels_that_are_not_normalised_are_refused(tiny):
+def test_integer_pixels_are_refused(tiny):
     inputs = prompt([(1, 4, 6)])
     with pytest.raises(TypeError, match=r"pixel_values must be normalised.*uint8"):
         tiny(**{**inputs, "pixel_values": torch.zeros(24, 3, 14, 14, dtype=torch.uint8)})
 
 
-def test_pictures_that_do_not_fit_the_prompt_are_refused(tiny):
+def test_images_must_match_the_placeholders(tiny):
     inputs = prompt([(1, 4, 6)])
     with pytest.raises(ValueError, match="one image placeholder"):
         tiny(**{**inputs, "image_grid_thw": torch.tensor([[1, 4, 4]])})
 
 
-def test_pixels_and_grids_come_together(tiny):
+def test_pixels_and_grids_must_be_given_together(tiny):
     inputs = prompt([(1, 4, 6)])
     for missing, other in (("image_grid_thw", "pixel_values"), ("pixel_values", "image_grid_thw")):
         with pytest.raises(ValueError, match=f"{other} needs {missing}"):
             tiny(**{name: value for name, value in inputs.items() if name != missing})
 
 
-def test_features_of_pictures_by_the_processors_names(tiny):
+def test_image_features(tiny):
     inputs = prompt([(1, 4, 6)])
     features = tiny.get_image_features(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
     assert features.shape == (6, tiny.config.hidden_size)
@@ -348,8 +350,24 @@ def test_scaled_rope_is_refused():
         AutoConfig.for_model(**config)
 
 
-def test_the_nested_layout_of_a_configuration_means_the_same(tmp_path):
+def test_nested_configuration_is_read(tmp_path):
     text = {name: value for name, value in CONFIG.items() if name not in ("model_type", "vision_config")}
     nested = {"model_type": "Keye", "vision_config": CONFIG["vision_config"], "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert AutoConfig.from_pretrained(tmp_path).lean() == kk.KeyeConfig.from_dict(CONFIG)
+
+
+def test_rope_theta_of_the_tower_is_read_from_the_configuration(tiny, tmp_path):
+    config = {**CONFIG, "vision_config": {**CONFIG["vision_config"], "rope_theta": 10.0}}
+    folder = save_checkpoint(tiny_model(), tmp_path, config)
+    inputs = prompt([(1, 4, 6)])
+    found = load(folder)(**inputs).logits
+    torch.testing.assert_close(found, kk.Keye.from_pretrained(folder)(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert (found - tiny(**inputs).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("edition", EDITIONS.values(), ids=lambda edition: edition.name)
+def test_classes_have_the_names_of_the_edition(edition):
+    config = AutoConfig.for_model(edition.model_type)
+    (model,) = (model for model in MODELS if model.config_class is type(config))
+    assert model.__name__ == edition.architecture and config.lean().edition == edition.name

@@ -1,4 +1,4 @@
-"""The processor through AutoProcessor: the lean processor's tensors under transformers' interface."""
+"""AutoProcessor returns the tensors of the lean processor and supports transformers' arguments."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from transformers import BatchFeature as TransformersBatchFeature
 import keye_kernels as kk
 from keye_kernels.small import SMALL
 
-PICTURE = SMALL.parent / "image.png"
+IMAGE = SMALL.parent / "image.png"
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 
@@ -28,7 +28,7 @@ def conversation(**source):
 
 @pytest.fixture(scope="module")
 def v1_5_folder(tmp_path_factory):
-    """The small checkpoint's processor files, said to be those of a 1.5 model."""
+    """The small checkpoint's processor files with the `model_type` of 1.5."""
     folder = tmp_path_factory.mktemp("small_1_5")
     for file in SMALL.glob("*.json"):
         shutil.copy(file, folder)
@@ -38,8 +38,8 @@ def v1_5_folder(tmp_path_factory):
 
 
 def lean_answer():
-    """Tokens of the lean small model about the picture, and the text of the new ones."""
-    inputs = kk.small_processor().apply_chat_template(conversation(image=Image.open(PICTURE)), tokenize=True)
+    """Tokens of the lean small model about the image, and the text of the new tokens."""
+    inputs = kk.small_processor().apply_chat_template(conversation(image=Image.open(IMAGE)), tokenize=True)
     tokens = kk.small_model(dtype=torch.float32).generate(**inputs, max_new_tokens=24)
     text = kk.small_processor().decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert " at " in text
@@ -51,9 +51,9 @@ def assert_same(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_small_model_answers_as_the_lean_one(small):
+def test_small_model_matches_the_lean_one(small):
     model, processor = small
-    messages = conversation(image=Image.open(PICTURE))
+    messages = conversation(image=Image.open(IMAGE))
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     assert isinstance(inputs, TransformersBatchFeature)
     tokens = model.generate(**inputs, **GREEDY)
@@ -62,9 +62,9 @@ def test_the_small_model_answers_as_the_lean_one(small):
     assert processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == [text]
 
 
-def test_the_official_calls_give_the_same_tensors(small):
+def test_official_calls_give_the_same_tensors(small):
     processor = small[1]
-    messages = [conversation(image=Image.open(PICTURE)), [{"role": "user", "content": "hello"}]]
+    messages = [conversation(image=Image.open(IMAGE)), [{"role": "user", "content": "hello"}]]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     images, videos = kk.process_vision_info(messages)
     inputs = processor(text=text, images=images, videos=videos, padding=True, return_tensors="pt")
@@ -73,15 +73,15 @@ def test_the_official_calls_give_the_same_tensors(small):
 
 
 @pytest.mark.parametrize("key", ["url", "path", "base64"])
-def test_pictures_as_transformers_writes_them(small, key):
-    value = base64.b64encode(PICTURE.read_bytes()).decode() if key == "base64" else str(PICTURE)
+def test_image_keys_of_transformers(small, key):
+    value = base64.b64encode(IMAGE.read_bytes()).decode() if key == "base64" else str(IMAGE)
     template = {"tokenize": True, "return_dict": True}
     found = small[1].apply_chat_template(conversation(**{key: value}), **template)
-    assert_same(found, small[1].apply_chat_template(conversation(image=Image.open(PICTURE)), **template))
+    assert_same(found, small[1].apply_chat_template(conversation(image=Image.open(IMAGE)), **template))
 
 
-def test_limits_of_a_picture_by_loading_by_call_and_by_attribute(small):
-    messages, limit = conversation(image=Image.open(PICTURE)), 16 * 784
+def test_pixel_limits_when_loading_per_call_and_as_attribute(small):
+    messages, limit = conversation(image=Image.open(IMAGE)), 16 * 784
     template = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     expected = kk.small_processor(max_pixels=limit).apply_chat_template(messages, tokenize=True)
     assert len(expected["pixel_values"]) < len(small[1].apply_chat_template(messages, **template)["pixel_values"])
@@ -94,7 +94,7 @@ def test_limits_of_a_picture_by_loading_by_call_and_by_attribute(small):
     assert_same(changed.apply_chat_template(messages, **template), expected)
 
 
-def test_padding_is_on_the_tokenizers_side_unless_the_call_says_otherwise():
+def test_padding_side():
     def side(processor, **options):
         mask = processor(text=["a", "a long text"], **options)["attention_mask"]
         return {(0, 1): "left", (1, 0): "right"}[tuple(mask[0, [0, -1]].tolist())]
@@ -106,28 +106,28 @@ def test_padding_is_on_the_tokenizers_side_unless_the_call_says_otherwise():
     assert side(AutoProcessor.from_pretrained(SMALL, padding_side="right")) == "right"
 
 
-def test_arguments_by_kind_are_arguments(small):
-    picture, limit = Image.open(PICTURE), 16 * 784
+def test_grouped_arguments(small):
+    image, limit = Image.open(IMAGE), 16 * 784
     found = small[1](
         text=["<|image_pad|>", "two words"],
-        images=[picture],
+        images=[image],
         images_kwargs={"max_pixels": limit},
         text_kwargs={"padding_side": "right", "return_token_type_ids": False, "return_attention_mask": True},
         videos_kwargs={},
         common_kwargs={"return_tensors": "pt"},
     )
     flat = {"max_pixels": limit, "padding_side": "right"}
-    assert_same(found, small[1](text=["<|image_pad|>", "two words"], images=[picture], **flat))
+    assert_same(found, small[1](text=["<|image_pad|>", "two words"], images=[image], **flat))
 
 
-def test_loading_names_an_argument_it_does_not_know():
+def test_loading_refuses_unknown_arguments():
     with pytest.raises(TypeError, match=r"\['max_pixel'\].*'max_pixels'"):
         AutoProcessor.from_pretrained(SMALL, max_pixel=5)
     AutoProcessor.from_pretrained(SMALL, use_fast=True, trust_remote_code=False, revision="main", force_download=False)
 
 
 @pytest.mark.parametrize("edition", ["preview", "1.5"])
-def test_what_is_saved_loads_everywhere(edition, v1_5_folder, tmp_path):
+def test_saved_processor_can_be_loaded(edition, v1_5_folder, tmp_path):
     folder = v1_5_folder if edition == "1.5" else SMALL
     AutoProcessor.from_pretrained(folder, max_pixels=15680).save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
@@ -138,7 +138,7 @@ def test_what_is_saved_loads_everywhere(edition, v1_5_folder, tmp_path):
     assert lean.edition == edition and lean.patch_config == again.image_processor.patch_config()
 
 
-def test_the_edition_is_the_configurations_whatever_the_file_calls_the_class(v1_5_folder):
+def test_edition_is_read_from_the_configuration(v1_5_folder):
     processor = AutoProcessor.from_pretrained(v1_5_folder)
     assert json.loads((v1_5_folder / "preprocessor_config.json").read_text())["processor_class"] == "KeyeProcessor"
     assert type(processor).__name__ == "KeyeVL1_5Processor" and processor.edition == "1.5"
@@ -161,27 +161,27 @@ def test_slow_and_fast_frames(v1_5_folder):
     assert found["num_frames"].tolist() == [3] and found["video_grid_thw"].tolist() == [[1, 6, 8], [1, 4, 4], [1, 6, 8]]
 
 
-def test_the_image_processor_alone(small):
+def test_image_processor_alone(small):
     if transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4 takes its own class of the same name; use AutoProcessor's image_processor")
+        pytest.skip("transformers 4 uses its own class of the same name")
     alone = AutoImageProcessor.from_pretrained(SMALL)
-    picture = np.asarray(Image.open(PICTURE))
-    expected = small[1](text="<|image_pad|>", images=[picture])
-    found = alone(picture, return_tensors="pt")
+    image = np.asarray(Image.open(IMAGE))
+    expected = small[1](text="<|image_pad|>", images=[image])
+    found = alone(image, return_tensors="pt")
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
     assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
 
 
 @pytest.mark.parametrize("edition, grey", [("preview", 1.0), ("1.5", -1.0)])
-def test_transparency_follows_the_edition(edition, grey, v1_5_folder):
-    """Black and fully transparent: white where it is composited, black where transparency is dropped."""
+def test_transparency_depends_on_the_edition(edition, grey, v1_5_folder):
+    """A black, transparent image becomes white if it is blended and stays black if alpha is dropped."""
     processor = AutoProcessor.from_pretrained(v1_5_folder if edition == "1.5" else SMALL)
     pixels = processor(text="<|image_pad|>", images=[Image.new("RGBA", (56, 56))])["pixel_values"]
     assert (pixels == grey).all()
 
 
-def test_going_on_with_the_last_message(small):
-    messages = [*conversation(image=Image.open(PICTURE)), {"role": "assistant", "content": "a large red "}]
+def test_continue_final_message(small):
+    messages = [*conversation(image=Image.open(IMAGE)), {"role": "assistant", "content": "a large red "}]
     prompt = small[1].apply_chat_template(messages, continue_final_message=True)
     assert prompt.endswith("<|im_start|>assistant\na large red")
 
@@ -193,14 +193,14 @@ def test_going_on_with_the_last_message(small):
         ({"frame_types": [[0]]}, "unexpected keyword arguments"),
         ({"return_tensors": "np"}, "return_tensors must be 'pt'"),
     ],
-    ids=["truncation", "other edition's", "numpy"],
+    ids=["truncation", "other edition", "numpy"],
 )
-def test_arguments_that_would_be_ignored_are_refused(small, options, message):
+def test_unsupported_arguments_are_refused(small, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         small[1](text="hello", **options)
 
 
-def test_a_tokenizer_that_wants_remote_code_is_refused(tmp_path):
+def test_tokenizer_code_of_a_repository_is_not_run(tmp_path):
     for file in SMALL.glob("*.json"):
         shutil.copy(file, tmp_path)
     remote = {
@@ -217,19 +217,19 @@ def test_a_tokenizer_that_wants_remote_code_is_refused(tmp_path):
         assert type(processor.tokenizer).__module__.startswith("transformers.")
 
 
-def test_the_pipeline_answers_a_chat_with_a_picture(small):
+def test_pipeline_answers_a_question_about_an_image(small):
     model, processor = small
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    for messages in (conversation(image=Image.open(PICTURE)), conversation(url=str(PICTURE))):
+    for messages in (conversation(image=Image.open(IMAGE)), conversation(url=str(IMAGE))):
         answer = pipe(text=messages, return_full_text=False, max_new_tokens=24)[0]["generated_text"]
         assert answer == lean_answer()[1]
 
 
-def test_a_folder_written_by_both_runs_again(small, tmp_path):
+def test_saved_model_and_processor_run_again(small, tmp_path):
     model, processor = small
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    messages = conversation(image=Image.open(io.BytesIO(PICTURE.read_bytes())))
+    messages = conversation(image=Image.open(io.BytesIO(IMAGE.read_bytes())))
     again = AutoModel.from_pretrained(tmp_path)
     inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True
@@ -240,7 +240,7 @@ def test_a_folder_written_by_both_runs_again(small, tmp_path):
     assert torch.equal(again.generate(**inputs, **GREEDY), lean)
 
 
-def test_loading_takes_a_requests_arguments_as_vllm_passes_them():
+def test_loading_accepts_the_arguments_that_vllm_passes():
     request = {
         "frame_types": [torch.tensor([0, 1])],
         "timestamps": [torch.tensor([0.0, 0.5])],

@@ -1,4 +1,4 @@
-"""`torchrun` with two processes on a CPU: each holds half of every layer, and together they give the golden tokens."""
+"""Tensor parallelism with two CPU processes."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_two_processes_give_the_golden_tokens():
+def test_two_ranks_match_the_golden_tokens():
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4 has no DistributedConfig")

@@ -1,4 +1,4 @@
-"""Losses and gradients: labels, gradient checkpointing, and LoRA through peft."""
+"""Loss, gradients, gradient checkpointing and LoRA."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_the_loss_is_the_cross_entropy_of_the_next_token(tiny):
+def test_loss_is_next_token_cross_entropy(tiny):
     inputs, labels = batch()
     output = tiny(**inputs, labels=labels)
     expected = F.cross_entropy(output.logits[0, :-1], labels[0, 1:], ignore_index=-100)
@@ -32,9 +32,9 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(tiny):
 def test_every_parameter_gets_a_gradient(tiny, implementation):
     tiny.set_attn_implementation(implementation)
     found = gradients(tiny)
-    silent = [name for name, grad in found.items() if grad is None or not grad.any()]
-    # A bias of all keys shifts every score of a row alike
-    assert all(name.endswith("k_proj.bias") for name in silent), silent
+    without_gradient = [name for name, grad in found.items() if grad is None or not grad.any()]
+    # The bias of k adds the same value to all scores of a query, which softmax ignores
+    assert all(name.endswith("k_proj.bias") for name in without_gradient), without_gradient
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -47,15 +47,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, reentrant):
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
     found = gradients(tiny)
     handle.remove()
-    assert len(calls) == 2, "the layer must run again in the backward pass"
+    assert len(calls) == 2, "the layer must be recomputed in the backward pass"
     for name, gradient in expected.items():
-        # The reentrant kind needs an input that asks for a gradient, which pixels do not
+        # Reentrant checkpointing needs an input that requires a gradient; pixels do not
         if reentrant and name.startswith("visual."):
             continue
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_lora_trains_its_adapters_and_nothing_else(tiny):
+def test_lora_trains_only_its_adapters(tiny):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     inputs, labels = batch()
     before = tiny(**inputs).logits
@@ -68,7 +68,7 @@ def test_lora_trains_its_adapters_and_nothing_else(tiny):
     first.backward()
     optimizer.step()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, old[name])}
-    # B starts at zero, so that A moves from the second step on
+    # B starts at zero, so A changes only from the second step
     assert changed == {name for name in old if "lora_B" in name}
     assert {name.split(".lora_B")[0].rpartition(".")[2] for name in changed} == set(names)
     assert model(**inputs, labels=labels).loss < first

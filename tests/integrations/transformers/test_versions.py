@@ -1,4 +1,4 @@
-"""Registering is cheap, may be repeated, and says what is missing."""
+"""Registration with the Auto classes, and the supported versions of transformers."""
 
 import importlib.metadata
 import subprocess
@@ -25,33 +25,33 @@ import keye_kernels.auto
 """
 
 
-def test_registering_again_changes_nothing():
+def test_registration_can_be_repeated():
     register()
     register_processors()
 
 
-def test_without_transformers_one_sentence_says_what_to_install():
+def test_missing_transformers_names_the_command():
     result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120, check=False)
     expected = 'keye_kernels.auto needs transformers, which is not installed: pip install "transformers>=4.57"'
     assert result.stderr.strip().splitlines()[-1] == f"ImportError: {expected}"
 
 
 @pytest.mark.parametrize("version", ["4.51.3", "4.9", "4.56.0.dev0"])
-def test_an_old_transformers_is_named(monkeypatch, version):
+def test_old_transformers_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(ImportError, match=rf"needs transformers 4.57 or newer, found {version}: pip install"):
         require_transformers()
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0rc1", "5.23.0", "6.0.dev1"])
-def test_newer_ones_pass(monkeypatch, version):
+def test_newer_transformers_is_accepted(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     require_transformers()
 
 
-def test_processors_need_none_of_the_models_files():
-    """A server with models of its own, such as vLLM, registers config and processors in every process."""
+def test_processors_do_not_import_the_model():
+    """vLLM registers configurations and processors in each of its processes."""
     for name in ("config", "image_processing", "processing", "versions"):
         imported = imported_modules(Path(integration.__file__).with_name(f"{name}.py"))
-        for models in ("attention", "generation", "modeling", "pretrained", "text", "vision"):
-            assert f"{integration.__name__}.{models}" not in imported, (name, models)
+        for model in ("attention", "generation", "modeling", "pretrained", "text", "vision"):
+            assert f"{integration.__name__}.{model}" not in imported, (name, model)

@@ -1,8 +1,9 @@
-"""vLLM's answers to fixed prompts, as JSON: python -m tests.integrations.vllm.answers OUTPUT TENSOR_PARALLEL FOLDER...
+"""Writes vLLM's answers to fixed prompts as JSON: python -m tests.integrations.vllm.answers OUTPUT TENSOR_PARALLEL FOLDER...
 
-A program of its own, because which classes vLLM takes is settled once a process. With VLLM_PLUGINS=none it is stock vLLM, which
-then gets the configurations and processors by hand (checkpoints carry no code). For each checkpoint: the class that ran, the
-tokens of each prompt with their log probabilities, and how often each of this package's operators was called.
+This is a separate program because vLLM chooses its model classes once per process. With VLLM_PLUGINS=none it runs stock vLLM;
+configurations and processors are then registered here, because the checkpoints contain no code. The result has, for each
+checkpoint, the model class, the tokens of each prompt with their log probabilities, and the number of calls of each operator
+of this package.
 """
 
 import json
@@ -29,19 +30,19 @@ def noise(seed: int, *shape: int) -> np.ndarray:
 
 
 def prompts(model_type: str) -> list[dict]:
-    """Ten: text, one picture, two pictures of different sizes, a video (for 1.5 with slow and fast frames)."""
+    """Ten prompts: text, one image, two images of different sizes, a video (for 1.5 with slow and fast frames)."""
     sizes = [(56, 84), (84, 56), (112, 112), (140, 84), (56, 168), (168, 112)]
-    pictures = [Image.fromarray(noise(seed, *size, 3)) for seed, size in enumerate(sizes)]
+    images = [Image.fromarray(noise(seed, *size, 3)) for seed, size in enumerate(sizes)]
     chosen = [[0], [1], [2], [3, 4], [4, 5], [5, 3], [0, 1]]
     found = [{"prompt": TURN.format(text)} for text in ("hello", "what is in the picture?")]
     for indices in chosen:
-        images = [pictures[index] for index in indices]
-        text = IMAGE * len(images) + "what is in the picture?"
-        found.append({"prompt": TURN.format(text), "multi_modal_data": {"image": images}})
+        text = IMAGE * len(indices) + "what is in the picture?"
+        data = {"image": [images[index] for index in indices]}
+        found.append({"prompt": TURN.format(text), "multi_modal_data": data})
     video = {"prompt": TURN.format(VIDEO + "which way?"), "multi_modal_data": {"video": noise(9, 4, 112, 84, 3)}}
     if model_type == "KeyeVL1_5":
         video["mm_processor_kwargs"] = {
-            # tensors, as process_vision_info gives them: vLLM cannot hash a list in a list
+            # Tensors, as from process_vision_info: vLLM cannot hash nested lists
             "frame_types": [torch.tensor([0, 1, 1, 0], dtype=torch.int32)],
             "timestamps": [torch.tensor([0.0, 0.5, 1.0, 1.5])],
             **{"height": [112], "width": [84], "fast_height": [56], "fast_width": [56]},

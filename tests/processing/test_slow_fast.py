@@ -1,4 +1,4 @@
-"""Keye-VL-1.5's choice of frames, slow and fast types and sizes, against the tables of the official package."""
+"""Sampling, slow and fast frames and their sizes in Keye-VL-1.5, compared with the tables of the official package."""
 
 import json
 import math
@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from keye_kernels.processing import process_vision_info
-from keye_kernels.processing.resize import smart_resize
 from keye_kernels.processing.sampling import sample_indices, slow_fast_frame_count, slow_fast_sizes
 from keye_kernels.processing.slow_fast import FAST, SLOW, SlowFastClassifier, block_similarity, hsv_blocks, rgb_to_hsv
 from tests.helpers.golden import golden
+from tests.helpers.messages import user_videos
 from tests.helpers.video_clips import encode_clip
 
-# Tolerance of the golden README for similarities.
+# Tolerance of similarities in the golden README
 SIMILARITY_ATOL = 0.02
 
 
@@ -30,10 +30,6 @@ def video_frames(name):
 
 def file_cases(mode):
     return [case for case in table("video_cases") if case["mode"] == mode]
-
-
-def user(part):
-    return [{"role": "user", "content": [{"type": "video", **part}]}]
 
 
 def expected_kwargs(case):
@@ -58,7 +54,7 @@ def test_frame_counts_and_indices_equal_the_official_ones():
         assert sum(indices) == case["index_sum"], case
 
 
-def test_sizes_within_the_budget_equal_the_official_ones():
+def test_sizes_equal_the_official_ones():
     for case in table("budget_cases"):
         slow, fast = slow_fast_sizes(
             case["options"], case["frame_height"], case["frame_width"], case["slow_frames"], case["fast_frames"]
@@ -66,15 +62,6 @@ def test_sizes_within_the_budget_equal_the_official_ones():
         assert (*slow, *fast) == (case["height"], case["width"], case["fast_height"], case["fast_width"]), case
         tokens = case["slow_frames"] * math.prod(slow) + case["fast_frames"] * math.prod(fast)
         assert tokens == 784 * case["tokens_total"], case
-
-
-def test_smart_resize_equals_the_official_one():
-    for height, width, min_pixels, max_pixels, expected in table("smart_resize_cases"):
-        if expected == "ValueError":
-            with pytest.raises(ValueError, match="200 times"):
-                smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-        else:
-            assert list(smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)) == expected
 
 
 def test_frame_types_and_similarities_equal_the_official_ones():
@@ -97,7 +84,7 @@ def test_frame_types_and_similarities_equal_the_official_ones():
             key = patches if kind == SLOW else key
 
 
-def test_lossless_files_give_the_official_types_times_and_sizes():
+def test_lossless_files_have_the_official_types_times_and_sizes():
     for case in file_cases("file"):
         frames = video_frames(case["video"])
         clip = encode_clip(
@@ -110,24 +97,24 @@ def test_lossless_files_give_the_official_types_times_and_sizes():
             pix_fmt="bgr0",
             draw=lambda index, height, width, frames=frames: frames[index],
         )
-        _, videos, kwargs = process_vision_info(user({"video": clip, **case["options"]}), edition="1.5")
+        _, videos, kwargs = process_vision_info(user_videos({"video": clip, **case["options"]}), edition="1.5")
         assert plain_kwargs(kwargs) == expected_kwargs(case), case
         assert len(videos[0]) == case["num_frames"]
 
 
-def test_lists_of_pictures_give_the_official_types_times_and_sizes():
+def test_lists_of_images_have_the_official_types_times_and_sizes():
     for case in file_cases("image_list"):
         frames = video_frames(case["video"])
-        as_pictures = [Image.fromarray(frame) for frame in frames]
+        as_images = [Image.fromarray(frame) for frame in frames]
         as_tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        for video in (as_pictures, frames, as_tensor):
-            _, videos, kwargs = process_vision_info(user({"video": video, **case["options"]}), edition="1.5")
+        for video in (as_images, frames, as_tensor):
+            _, videos, kwargs = process_vision_info(user_videos({"video": video, **case["options"]}), edition="1.5")
             assert plain_kwargs(kwargs) == expected_kwargs(case), case
             assert videos[0].shape == (case["num_frames"], 3, case["frame_height"], case["frame_width"])
 
 
 def test_hsv_equals_opencv():
-    # What cv2.cvtColor(..., COLOR_RGB2HSV) gives, among others where the hue wraps around.
+    # Results of cv2.cvtColor(..., COLOR_RGB2HSV); in some of them the hue wraps around.
     expected = {
         (255, 0, 0): (0, 255, 255),
         (0, 255, 0): (60, 255, 255),
@@ -146,7 +133,7 @@ def test_hsv_equals_opencv():
     assert [tuple(colour) for colour in rgb_to_hsv(colours)[:, 0].T.tolist()] == list(expected.values())
 
 
-def test_a_video_one_patch_high_or_wide_is_classified():
+def test_a_video_one_block_high_or_wide_is_classified():
     for height, width in ((10, 1900), (1900, 10)):
         classify = SlowFastClassifier(height, width)
         assert 28 in classify.size
@@ -155,7 +142,7 @@ def test_a_video_one_patch_high_or_wide_is_classified():
         assert [classify(frame) for frame in (grey, grey, blue, blue)] == [SLOW, FAST, SLOW, FAST]
 
 
-def test_patches_black_in_both_frames_do_not_count():
+def test_blocks_that_are_black_in_both_frames_do_not_count():
     black, grey, blue = ((0, 0, 0), (128, 128, 128), (0, 0, 255))
     a, b = torch.zeros(2, 3, 28, 84, dtype=torch.uint8)
     for image, colours in ((a, (black, grey, grey)), (b, (black, grey, blue))):
@@ -166,7 +153,7 @@ def test_patches_black_in_both_frames_do_not_count():
 
 
 def test_a_similarity_equal_to_the_threshold_in_float32_is_slow_as_in_the_official_package():
-    # 9 of 10 patches in float32 is less than the double 0.9.
+    # 9 of 10 blocks in float32 is less than 0.9 in float64.
     grey = torch.full((3, 56, 140), 128, dtype=torch.uint8)
     other = grey.clone()
     other[:, :28, :28] = torch.tensor([0, 0, 255]).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""Sizes of resized pictures, against the tables of the official packages."""
+"""Sizes of resized images, compared with the tables of the official packages."""
 
 import json
 from functools import lru_cache
@@ -62,19 +62,19 @@ def test_sizes_equal_those_of_keye_vl_utils_1_5():
 
 @pytest.mark.parametrize("resize", [smart_resize, smart_resize_processor])
 @pytest.mark.parametrize(("height", "width"), [(0, 10), (10, 0), (-28, 28)])
-def test_a_size_that_is_not_positive_is_refused(resize, height, width):
+def test_a_size_that_is_not_positive_is_rejected(resize, height, width):
     with pytest.raises(ValueError, match="height and width must be positive"):
         resize(height, width, min_pixels=3136, max_pixels=12544)
 
 
 @pytest.mark.parametrize("resize", [smart_resize, smart_resize_processor])
 @pytest.mark.parametrize("limits", [(0, 12544), (3136, 0), (3136, -1)])
-def test_a_limit_that_is_not_positive_is_refused(resize, limits):
+def test_a_limit_that_is_not_positive_is_rejected(resize, limits):
     with pytest.raises(ValueError, match="min_pixels and max_pixels must be positive"):
         resize(100, 100, min_pixels=limits[0], max_pixels=limits[1])
 
 
-def test_the_processor_lifts_short_sides_and_the_helper_package_does_not():
+def test_the_processor_enlarges_short_sides_first_and_keye_vl_utils_does_not():
     limits = {"min_pixels": 3136, "max_pixels": 1003520}
     assert smart_resize_processor(100, 20, **limits) == (140, 28)
     assert smart_resize(100, 20, **limits) == (112, 28)

@@ -1,24 +1,20 @@
-"""Videos and options that cannot be used: one clear error each, and nothing left over."""
+"""The errors for videos that cannot be read and for invalid video options."""
 
 import io
 import sys
-import threading
-import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from keye_kernels.editions import EDITIONS
 from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.truncation import declared_size
 from keye_kernels.processing.videos import fetch_video
-from tests.helpers.http_answers import answer
+from tests.helpers.http_answers import answer, answer_endlessly
+from tests.helpers.messages import user_videos
 from tests.helpers.video_clips import encode_clip
-
-EDITIONS = ["preview", "1.5"]
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +22,14 @@ def clip():
     return encode_clip(40, fps=10)
 
 
-@contextmanager
-def serving(respond):
-    """The address of a server whose every answer ``respond(handler)`` writes."""
-    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": respond, "log_message": lambda *_: None})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/clip.mp4"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
 @pytest.mark.parametrize("edition", EDITIONS)
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x18ftypmp42", b"#EXTM3U\nfile:///etc/hostname\n"])
-def test_what_is_no_video_is_refused(edition, content):
+def test_bytes_that_are_not_a_video_are_rejected(edition, content):
     with pytest.raises(ValueError, match=f"<{len(content)} bytes> cannot be opened"):
         fetch_video({"video": content}, edition=edition)
 
 
-def test_text_files_are_not_drawn_as_a_terminal(tmp_path):
+def test_text_files_are_rejected(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("hello\n" * 200)
     with pytest.raises(ValueError, match=r"notes\.txt"):
@@ -70,20 +49,20 @@ def test_playlists_cannot_open_other_files(tmp_path, clip):
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "avi", "webm"])
 @pytest.mark.parametrize("share", [0.5, 0.97])
-def test_truncated_files_are_refused(container, share):
+def test_truncated_files_are_rejected(container, share):
     content = encode_clip(40, codec="libvpx-vp9" if container == "webm" else "libx264", container=container)
     with pytest.raises(ValueError, match="truncated"):
         fetch_video({"video": content[: int(len(content) * share)]})
 
 
-def test_a_truncated_file_that_begins_with_its_index_is_refused():
+def test_a_truncated_file_with_its_index_at_the_start_is_rejected():
     content = encode_clip(40, movflags="faststart")
     with pytest.raises(ValueError, match="truncated"):
         fetch_video({"video": content[: len(content) * 3 // 4]})
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_noise_inside_a_file_is_refused(codec):
+def test_noise_within_a_file_is_rejected(codec):
     content = bytearray(encode_clip(40, codec=codec, height=128, width=160, draw=_busy_frame))
     quarter = len(content) // 4
     content[quarter : 2 * quarter] = np.random.default_rng(0).bytes(quarter)
@@ -92,8 +71,8 @@ def test_noise_inside_a_file_is_refused(codec):
             fetch_video({"video": bytes(content), "fps": 10}, edition=edition)
 
 
-def test_noise_inside_one_frame_is_refused():
-    # FFmpeg would paint over it, and the frames chosen here, 0, 13, 26 and 39, would inherit that.
+def test_noise_within_one_frame_is_rejected():
+    # By default FFmpeg conceals the damage, and later frames, also those sampled here (0, 13, 26 and 39), inherit it.
     content = bytearray(encode_clip(40, height=128, width=160, draw=_busy_frame))
     position, size = _packets(content)[20]
     content[position + size // 4 : position + size // 2] = np.random.default_rng(0).bytes(size // 2 - size // 4)
@@ -101,7 +80,7 @@ def test_noise_inside_one_frame_is_refused():
         fetch_video({"video": bytes(content), "fps": 1}, edition="1.5")
 
 
-def test_a_file_cut_off_between_two_frames_is_refused():
+def test_a_file_truncated_between_two_frames_is_rejected():
     content = encode_clip(40, movflags="faststart")
     position, _ = _packets(content)[35]
     with pytest.raises(ValueError, match="it has 35 of 40 frames"):
@@ -118,18 +97,18 @@ def _busy_frame(index, height, width):
     return np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_declared_sizes_are_those_of_whole_files():
+def test_declared_size_is_the_size_of_a_complete_file():
     for container, codec in (("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")):
         content = encode_clip(5, codec=codec, container=container)
         assert declared_size(io.BytesIO(content)) == len(content)
-    # A recorder that cannot go back writes "unknown".
+    # A live recording has the size "unknown".
     head = bytes.fromhex("1a45dfa3 80 18538067 01ffffffffffffff")
     assert declared_size(io.BytesIO(head)) is None
     for content in (b"", b"RIFF", b"\x1a\x45\xdf\xa3", b"\x00" * 20, encode_clip(5)):
         assert declared_size(io.BytesIO(content)) is None
 
 
-def test_audio_alone_is_refused_and_named(tmp_path):
+def test_a_file_without_video_is_rejected_and_its_streams_named(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "sound.wav"
     with av.open(str(path), "w") as output:
@@ -143,7 +122,7 @@ def test_audio_alone_is_refused_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
-def test_frames_100000_wide_and_2_high_are_refused(edition):
+def test_frames_100000_wide_and_2_high_are_rejected(edition):
     with pytest.raises(ValueError, match="200 times"):
         fetch_video({"video": [Image.new("RGB", (100_000, 2))] * 2}, edition=edition)
     strip = encode_clip(4, height=2, width=2000, codec="ffv1", container="mkv")
@@ -152,7 +131,7 @@ def test_frames_100000_wide_and_2_high_are_refused(edition):
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
-def test_frames_beyond_pillows_limit_are_refused(monkeypatch, clip, edition):
+def test_frames_beyond_pillows_limit_are_rejected(monkeypatch, clip, edition):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 96 // 2 - 1)
     with pytest.raises(ValueError, match=r"decompression bomb.*PIL\.Image\.MAX_IMAGE_PIXELS"):
         fetch_video({"video": clip}, edition=edition)
@@ -160,13 +139,10 @@ def test_frames_beyond_pillows_limit_are_refused(monkeypatch, clip, edition):
     fetch_video({"video": clip}, edition=edition)
 
 
-def test_a_missing_pyav_is_named_with_the_command_that_installs_it(monkeypatch, clip):
+def test_without_pyav_the_error_shows_the_install_command(monkeypatch, clip):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match="pip install av"):
         fetch_video({"video": clip})
-
-
-# ------------------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
@@ -190,13 +166,13 @@ def test_options_out_of_range_are_named(edition, options, clip):
             fetch_video({"video": video, **options}, edition=edition)
 
 
-def test_fps_and_nframes_exclude_each_other(clip):
+def test_fps_and_nframes_together_are_rejected(clip):
     with pytest.raises(ValueError, match="fps and nframes"):
         fetch_video({"video": clip, "fps": 1, "nframes": 4})
 
 
 @pytest.mark.parametrize("nframes", [1, 0.4, 42])
-def test_a_number_of_frames_that_the_clip_cannot_give_is_refused(clip, nframes):
+def test_an_impossible_number_of_frames_is_rejected(clip, nframes):
     with pytest.raises(ValueError, match="from 2 to the 40 frames"):
         fetch_video({"video": clip, "nframes": nframes})
 
@@ -204,12 +180,12 @@ def test_a_number_of_frames_that_the_clip_cannot_give_is_refused(clip, nframes):
 @pytest.mark.parametrize("edition", EDITIONS)
 @pytest.mark.parametrize("start_and_end", [(9, None), (3, 1), (None, -1)], ids=str)
 @pytest.mark.parametrize("rate", ["constant", "variable"])
-def test_a_range_without_frames_is_refused(edition, start_and_end, rate, clip):
+def test_a_range_without_frames_is_rejected(edition, start_and_end, rate, clip):
     options = dict(zip(("video_start", "video_end"), start_and_end, strict=True))
     if rate == "variable":
         clip = encode_clip(4, pts=[0, 100, 1700, 4000])
     if start_and_end[1] == -1 and rate == "constant":
-        # Times are cut to the clip, as in the official package, so that frame 0 is left.
+        # Times are clamped to the clip, as in the official package, so frame 0 remains.
         assert len(fetch_video({"video": clip, **options}, edition="1.5").frames) == 1
         return
     with pytest.raises(ValueError, match="holds no frame; the video lasts"):
@@ -227,21 +203,18 @@ def test_a_range_without_frames_is_refused(edition, start_and_end, rate, clip):
         ("nowhere.mp4", FileNotFoundError, "does not exist"),
         ("data:video/mp4;base64", ValueError, "base64"),
         (["nowhere.png"], FileNotFoundError, "does not exist"),
-        ([b"no picture"], ValueError, "Pillow"),
+        ([b"no image"], ValueError, "Pillow"),
     ],
 )
-def test_other_sources_are_refused(video, error, message):
+def test_unsupported_sources_are_rejected(video, error, message):
     for edition in EDITIONS:
         with pytest.raises(error, match=message):
-            process_vision_info([{"role": "user", "content": [{"type": "video", "video": video}]}], edition=edition)
+            process_vision_info(user_videos({"video": video}), edition=edition)
 
 
-# ---------------------------------------------------------------------------------------------------------- downloads
-
-
-def test_a_clip_behind_an_address_is_read(clip):
-    with serving(answer(clip)) as address:
-        downloaded = fetch_video({"video": address})
+def test_a_clip_is_downloaded(server, clip):
+    server.routes["/clip.mp4"] = answer(clip)
+    downloaded = fetch_video({"video": server.address + "/clip.mp4"})
     assert torch.equal(downloaded.frames, fetch_video({"video": clip}).frames)
 
 
@@ -256,21 +229,14 @@ def test_a_clip_behind_an_address_is_read(clip):
     ],
     ids=["page", "missing", "redirect-to-file", "cut-off", "too-large"],
 )
-def test_downloads_that_are_no_clip_are_refused(respond, message):
-    with serving(respond) as address, pytest.raises(ValueError, match=message):
-        fetch_video({"video": address}, max_bytes=4000)
+def test_downloads_that_are_not_a_clip_are_rejected(server, respond, message):
+    server.routes["/clip.mp4"] = respond
+    with pytest.raises(ValueError, match=message):
+        fetch_video({"video": server.address + "/clip.mp4"}, max_bytes=4000)
 
 
-def test_a_download_that_never_ends_meets_the_time_limit():
-    def drip(handler):
-        handler.send_response(200)
-        handler.end_headers()
-        try:
-            while True:
-                handler.wfile.write(b"x")
-                time.sleep(0.05)
-        except OSError:
-            pass
-
-    with serving(drip) as address, pytest.raises(ValueError, match=r"within timeout=0\.3 seconds"):
-        process_vision_info([{"role": "user", "content": [{"type": "video", "video": address}]}], timeout=0.3)
+def test_the_time_limit_stops_an_endless_slow_download(server):
+    server.routes["/clip.mp4"] = answer_endlessly(b"x", pause=0.05)
+    messages = user_videos({"video": server.address + "/clip.mp4"})
+    with pytest.raises(ValueError, match=r"within timeout=0\.3 seconds"):
+        process_vision_info(messages, timeout=0.3)

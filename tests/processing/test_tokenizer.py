@@ -1,0 +1,28 @@
+"""The tokenizer of a checkpoint and the byte tokenizer."""
+
+import torch
+
+from keye_kernels.processing.tokenizer import SPECIAL_TOKENS, KeyeTokenizer, build_byte_tokenizer
+
+
+def test_the_byte_tokenizer_round_trips_any_text_and_has_every_special_token():
+    tokenizer = KeyeTokenizer(build_byte_tokenizer(["<extra>"]), eos_token="<|im_end|>")
+    text = "Größe 图片 🙂\n\t \x00 'S  end" + "".join(chr(code) for code in range(32, 300))
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("".join(SPECIAL_TOKENS)) == list(range(256, 256 + len(SPECIAL_TOKENS)))
+    assert len(tokenizer) == 256 + len(SPECIAL_TOKENS) + 1
+
+
+def test_skip_special_tokens_keeps_the_thinking_tags(processor):
+    ids = processor.tokenizer.encode("<think>a</think>b<|im_end|>")
+    assert processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == "<think>a</think>b"
+    assert processor.decode(torch.tensor(ids), skip_special_tokens=True) == "<think>a</think>b"
+    assert processor.decode(ids[-1]) == "<|im_end|>"
+
+
+def test_end_and_padding_tokens_are_read_by_name(processor):
+    tokenizer = processor.tokenizer
+    assert tokenizer.decode(tokenizer.eos_token_id) == "<|im_end|>"
+    assert tokenizer.decode(tokenizer.pad_token_id) == "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""The small trained Keye that comes with the package: a world of coloured shapes, in the layout of the released models."""
+"""The small trained Keye model that is part of the package. It has the layout of the released models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,14 +7,21 @@ if TYPE_CHECKING:
     from .model import Keye
     from .processing import KeyeProcessor
 
-SMALL = Path(__file__).parent / "assets" / "small"
+ASSETS = Path(__file__).parent / "assets"
+SMALL = ASSETS / "small"
 
 
 def small_model(**options: Any) -> "Keye":
-    """The small Keye (Preview edition, about 2 million parameters), loaded as `Keye.from_pretrained(folder, **options)` does.
+    """Loads the small Keye model (Preview edition, about 2 million parameters).
 
-    It answers questions such as "what is in the picture?" about pictures of one to three coloured shapes, and "which way does
-    it move?" about clips of one; `examples/train_small` describes its world and trains it.
+    It was trained on images of one to three coloured shapes ("what is in the picture?") and on clips of one moving shape
+    ("which way does it move?"). `examples/train_small` contains its data and training.
+
+    Args:
+        **options: keyword arguments of `Keye.from_pretrained`.
+
+    Returns:
+        The model.
     """
     from .model import Keye
 
@@ -22,7 +29,14 @@ def small_model(**options: Any) -> "Keye":
 
 
 def small_processor(**options: Any) -> "KeyeProcessor":
-    """The processor of `small_model`, loaded as `KeyeProcessor.from_pretrained(folder, **options)` does."""
+    """Loads the processor of the small Keye model.
+
+    Args:
+        **options: keyword arguments of `KeyeProcessor.from_pretrained`.
+
+    Returns:
+        The processor.
+    """
     from .processing import KeyeProcessor
 
     return KeyeProcessor.from_pretrained(SMALL, **options)

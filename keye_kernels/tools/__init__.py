@@ -1,1 +1,1 @@
-"""The commands of `keye-kernels`, one module or folder each."""
+"""What the commands of `keye-kernels` do, one module or package per command."""

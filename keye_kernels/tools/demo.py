@@ -1,4 +1,4 @@
-"""The small Keye, asked about a bundled picture and a bundled clip."""
+"""Command `demo`: asks the small model about the bundled image and the bundled clip."""
 
 import argparse
 import json
@@ -12,21 +12,20 @@ from torch import Tensor
 from keye_kernels.model import Keye
 from keye_kernels.ops.implementation import resolve
 from keye_kernels.processing import KeyeProcessor
-from keye_kernels.small import small_model, small_processor
+from keye_kernels.small import ASSETS, small_model, small_processor
 
-ASSETS = Path(__file__).parents[1] / "assets"
-KINDS = {".png": "image", ".mp4": "video"}
-LONGEST_ANSWER = 32
+MODALITY_BY_SUFFIX = {".png": "image", ".mp4": "video"}
+MAX_NEW_TOKENS = 32
 
 
-class Clock:
-    """A streamer that notes when tokens arrive: the prompt first, then each new one."""
+class TokenTimer:
+    """A streamer that records when the prompt and each new token arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
-        tokens.cpu()  # waits for the device
+        tokens.cpu()  # synchronizes with the device
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -34,43 +33,53 @@ class Clock:
 
 
 def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tuple[str, float, list[float]]:
-    """The answer, the seconds from the question (file unread) to the first token, and those each later token took."""
-    kind, start, clock = KINDS[file.suffix], time.perf_counter(), Clock()
-    content = [{"type": kind, kind: str(file)}, {"type": "text", "text": question}]
+    """Asks one question about an image or a clip.
+
+    Returns:
+        The answer, the seconds to the first token (reading the file included), and the seconds of each later token.
+    """
+    modality, start, timer = MODALITY_BY_SUFFIX[file.suffix], time.perf_counter(), TokenTimer()
+    content = [{"type": modality, modality: str(file)}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
-    tokens = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST_ANSWER, streamer=clock)
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, streamer=timer)
     answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    first, *later = clock.times[1:]
+    first, *later = timer.times[1:]
     return answer, first - start, [end - begin for begin, end in zip([first, *later], later, strict=False)]
 
 
-def run_demo(options: argparse.Namespace) -> None:
-    """Asks every bundled question and prints the answers, whether they are right, and how long they took."""
+def run(options: argparse.Namespace) -> None:
+    """Asks all bundled questions, and prints the answers, whether they are right, and the speed."""
     device = torch.device(options.device or torch.get_default_device())
-    interpreted = resolve(options.impl, "rope_2d", device) == "triton" and device.type == "cpu"
-    if interpreted and options.dtype not in (None, "float32", "float16"):
+    is_interpreted = resolve(options.impl, "rope_2d", device) == "triton" and device.type == "cpu"
+    if is_interpreted and options.dtype not in (None, "float32", "float16"):
         raise ValueError(
-            f"dtype must be float32 or float16 in Triton's interpreter, whose bf16 is wrong, got {options.dtype}"
+            "dtype must be float32 or float16 in Triton's interpreter, which computes bf16 matmuls wrongly, "
+            f"got {options.dtype}"
         )
-    model = small_model(dtype=options.dtype or ("float32" if interpreted else None), device=device, impl=options.impl)
-    processor, firsts, steps, hits = small_processor(), [], [], []
-    size = sum(parameter.numel() for parameter in model.parameters())
+    dtype = options.dtype or ("float32" if is_interpreted else None)
+    model, processor = small_model(dtype=dtype, device=device, impl=options.impl), small_processor()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"The small Keye, {size / 1e6:.1f} million parameters, {model.dtype} on {model.device}, impl {options.impl!r}"
+        f"Small Keye model, {parameters / 1e6:.1f} million parameters, {model.dtype}, device {model.device}, "
+        f"impl {options.impl!r}"
     )
+    is_right: list[bool] = []
+    first_token_seconds: list[float] = []
+    later_token_seconds: list[float] = []
     for name, questions in json.loads((ASSETS / "questions.json").read_text(encoding="utf-8")).items():
         print(f"\n{ASSETS / name}")
-        for question, right in questions:
+        for question, expected in questions:
             answer, first, later = ask(model, processor, ASSETS / name, question)
-            hits.append(answer == right)
-            firsts.append(first)
-            steps += later
-            print(f"  {question:34} {answer}   [{'right' if hits[-1] else f'wrong: {right}'}]", flush=True)
-    print(f"\n{sum(hits)} of {len(hits)} right.")
-    if interpreted:
-        print("Triton's interpreter ran the kernels: it shows that they are right and nothing about their speed.")
+            is_right.append(answer == expected)
+            first_token_seconds.append(first)
+            later_token_seconds += later
+            verdict = "right" if is_right[-1] else f"wrong, expected: {expected}"
+            print(f"  {question:34} {answer}   [{verdict}]", flush=True)
+    print(f"\n{sum(is_right)} of {len(is_right)} right.")
+    if is_interpreted:
+        print("The kernels ran in Triton's interpreter, which checks the results but says nothing about the speed.")
     else:
         print(
-            f"Time to first token (median, reading and resizing included): {1000 * statistics.median(firsts):.0f} ms; "
-            f"after it {1 / statistics.median(steps):.0f} tokens a second."
+            f"Median time to first token, preprocessing included: {1000 * statistics.median(first_token_seconds):.0f} ms; "
+            f"then {1 / statistics.median(later_token_seconds):.0f} tokens per second."
         )

@@ -1,4 +1,4 @@
-"""The commands, in processes of their own: what they print and how they fail."""
+"""The output and the errors of the commands demo, generate and inspect."""
 
 import json
 import subprocess
@@ -10,11 +10,12 @@ from PIL import Image
 
 import keye_kernels as kk
 from keye_kernels.cli import main
-from keye_kernels.tools.demo import ASSETS, ask
+from keye_kernels.small import ASSETS
+from keye_kernels.tools.demo import ask
 from tests.helpers.random_checkpoint import write_random_checkpoint
 from tests.helpers.video_clips import encode_clip
 
-PICTURE = ASSETS / "image.png"
+IMAGE = ASSETS / "image.png"
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,13 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*arguments):
+    """Runs a command in a process of its own."""
     command = [sys.executable, "-m", "keye_kernels", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def call(capsys, *arguments):
-    """The same in this process: exit code, standard output and standard error."""
+    """Runs a command in this process. Returns the exit code, stdout and stderr."""
     code = main(list(map(str, arguments)))
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -42,45 +44,44 @@ def test_demo_answers_every_bundled_question_and_says_which_are_right():
     asked = json.loads((ASSETS / "questions.json").read_text(encoding="utf-8"))
     assert {"image.png", "clip.mp4"} == asked.keys()
     model, processor = kk.small_model(dtype="float32"), kk.small_processor()
-    hits = []
+    is_right = []
     for name, questions in asked.items():
-        for question, right in questions:
+        for question, expected in questions:
             answer, *_ = ask(model, processor, ASSETS / name, question)
-            hits.append(answer == right)
-            verdict = "[right]" if hits[-1] else f"[wrong: {right}]"
+            is_right.append(answer == expected)
+            verdict = "[right]" if is_right[-1] else f"[wrong, expected: {expected}]"
             assert f"  {question:34} {answer}   {verdict}" in result.stdout.splitlines()
-    assert f"{sum(hits)} of {len(hits)} right" in result.stdout and sum(hits) >= len(hits) - 1
-    assert "tokens a second" in result.stdout
+    assert f"{sum(is_right)} of {len(is_right)} right" in result.stdout and sum(is_right) >= len(is_right) - 1
+    assert "tokens per second" in result.stdout
 
 
-def test_demo_refuses_the_interpreters_bf16(capsys, monkeypatch):
+def test_demo_rejects_bf16_in_the_interpreter(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code, out, err = call(capsys, "demo", "--impl", "triton", "--dtype", "bfloat16")
-    assert code == 2 and out == "" and "bf16 is wrong" in err
+    assert code == 2 and out == "" and "dtype must be float32 or float16" in err
 
 
 def test_generate_json_stream_and_plain_agree(checkpoint, capsys):
-    common = ("generate", "--model", checkpoint, "--image", PICTURE, "--max-new-tokens", 12, "what is it?")
+    common = ("generate", "--model", checkpoint, "--image", IMAGE, "--max-new-tokens", 12, "what is it?")
     answer = json.loads(call(capsys, *common, "--json")[1])
     assert answer["new_tokens"] == 12 and answer["prompt_tokens"] > 80
     assert call(capsys, *common) == (0, answer["answer"] + "\n", "")
     assert call(capsys, *common, "--stream") == (0, answer["answer"] + "\n", "")
 
 
-def test_generate_takes_text_alone_and_several_pictures(checkpoint, capsys):
+def test_generate_accepts_no_image_and_several_images(checkpoint, capsys):
     def tokens(*arguments):
         common = ("generate", "--model", checkpoint, "--max-new-tokens", 2, "--json", "hello")
         return json.loads(call(capsys, *common, *arguments)[1])["prompt_tokens"]
 
-    alone, one, both = tokens(), tokens("--image", PICTURE), tokens("--image", PICTURE, "--image", PICTURE)
-    assert both - one == one - alone > 30
-    assert alone < tokens("--image", PICTURE, "--max-pixels", 56 * 56) < one
+    text_only, one, both = tokens(), tokens("--image", IMAGE), tokens("--image", IMAGE, "--image", IMAGE)
+    assert both - one == one - text_only > 30
+    assert text_only < tokens("--image", IMAGE, "--max-pixels", 56 * 56) < one
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(checkpoint, tmp_path, capsys, monkeypatch):
-    Image.new("RGB", (60, 60)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no picture")
+def test_bad_input_prints_one_line_and_returns_2(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "cut.png").write_bytes(IMAGE.read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no image")
     other = tmp_path / "other"
     write_random_checkpoint(other)
     config = json.loads((other / "config.json").read_text()) | {"model_type": "Llama"}
@@ -99,7 +100,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(checkpoint, tmp_path, capsys,
         ((*model, "--dtype", "int8", "hi"), "dtype must be"),
         ((*model, "--device", "nonsense", "hi"), "device"),
         ((*model, "--sample", "--temperature", "-1", "hi"), "temperature must be above 0"),
-        ((*model, "--image", PICTURE, "--max-pixels", 3, "hi"), "max_pixels"),
+        ((*model, "--image", IMAGE, "--max-pixels", 3, "hi"), "max_pixels"),
     ]
     if not torch.cuda.is_available():
         cases.append(((*model, "--device", "cuda", "hi"), "torch finds no CUDA"))
@@ -119,13 +120,13 @@ def test_video_in_both_editions(tmp_path, capsys):
     for model_type in ("Keye", "KeyeVL1_5"):
         write_random_checkpoint(tmp_path / model_type, model_type=model_type)
         common = ("generate", "--model", tmp_path / model_type, "--max-new-tokens", 2, "--json", "what happens?")
-        alone = json.loads(call(capsys, *common)[1])["prompt_tokens"]
+        text_only = json.loads(call(capsys, *common)[1])["prompt_tokens"]
         code, out, err = call(capsys, *common, "--video", clip, "--fps", 2)
         assert code == 0, err
-        assert json.loads(out)["prompt_tokens"] > alone + 100
+        assert json.loads(out)["prompt_tokens"] > text_only + 100
 
 
-def test_inspect_counts_and_draws(tmp_path, capsys):
+def test_inspect_counts_and_plots(tmp_path, capsys):
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(encode_clip())
     for edition in ("preview", "1.5"):
@@ -136,11 +137,11 @@ def test_inspect_counts_and_draws(tmp_path, capsys):
     assert call(capsys, "inspect", "--video", tmp_path / "none.mp4")[0] == 2
 
 
-def test_unknown_command_exits_2():
+def test_an_unknown_command_exits_with_2():
     assert run("fly").returncode == 2
     assert run().returncode == 2
 
 
-def test_demo_checkpoint_overwrites_nothing(checkpoint):
+def test_a_random_checkpoint_does_not_overwrite_a_folder(checkpoint):
     with pytest.raises(ValueError, match="is not empty"):
         write_random_checkpoint(checkpoint)

@@ -1,0 +1,82 @@
+"""Command `generate`: answers a question about images and videos with a checkpoint."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from keye_kernels.model import Keye, TextStreamer
+from keye_kernels.processing import KeyeProcessor
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers the question and prints the answer, all at once, as a stream or as JSON."""
+    video_options = {} if options.fps is None else {"fps": options.fps}
+    content: list[dict[str, Any]] = [{"type": "image", "image": file} for file in options.image]
+    content += [{"type": "video", "video": file, **video_options} for file in options.video]
+    content.append({"type": "text", "text": options.question})
+    is_streaming = options.stream and not options.json
+    answer = answer_question(content, options, _write if is_streaming else None)
+    if options.json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        print("" if is_streaming else answer["answer"])
+
+
+def answer_question(
+    content: list[dict[str, Any]], options: argparse.Namespace, write: Callable[[str], object] | None
+) -> dict[str, Any]:
+    """Loads the checkpoint and answers one turn.
+
+    Args:
+        content: the parts of the user's turn.
+        options: options of the command.
+        write: receives each new part of the answer during generation.
+
+    Returns:
+        `answer`, `prompt_tokens`, `new_tokens`, and `seconds` of the generation.
+    """
+    if not options.question.strip():
+        raise ValueError("question must not be empty")
+    # Before the model is loaded, which takes long, so that an unreadable image is reported at once
+    processor = KeyeProcessor.from_pretrained(
+        options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels
+    )
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(messages, thinking=options.thinking, tokenize=True)
+    model = Keye.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        impl=options.impl,
+        progress=sys.stderr.isatty() and not options.json,
+    )
+    streamer = None
+    if write is not None:
+        streamer = TextStreamer(lambda ids: processor.decode(ids, skip_special_tokens=True), write)
+    start = time.perf_counter()
+    tokens = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        streamer=streamer,
+    )
+    seconds = time.perf_counter() - start
+    prompt_tokens = inputs["input_ids"].shape[1]
+    new_ids = tokens[0, prompt_tokens:]
+    return {
+        "answer": processor.decode(new_ids, skip_special_tokens=True),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new_ids),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

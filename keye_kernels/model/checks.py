@@ -57,10 +57,15 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         expected = [batch_size, length]
         raise ValueError(f"attention_mask must have shape {expected}, got {list(attention_mask.shape)}")
     mask = attention_mask[:, -length:]
-    starts = F.pad(mask.bool().int(), (1, 0)).diff(dim=1) > 0
-    if not torch.compiler.is_compiling() and (starts.sum(1) > 1).any():
+    if not torch.compiler.is_compiling() and has_inner_padding(mask).any():
         raise ValueError("attention_mask must be 0 only at the ends of a sequence, got padding between its tokens")
     return mask
+
+
+def has_inner_padding(attention_mask: Tensor) -> Tensor:
+    """[B] bool: which sequences of `attention_mask` [B, S] have padding between their tokens."""
+    starts = F.pad(attention_mask.bool().int(), (1, 0)).diff(dim=1) > 0
+    return starts.sum(1) > 1
 
 
 def check_generation(

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels import ops
 from keye_kernels.integrations.plain import is_plain
+from keye_kernels.model.checks import has_inner_padding
 from keye_kernels.model.decoder import prompt_segments
 from keye_kernels.model.positions import inverse_frequencies
 
@@ -182,5 +183,4 @@ def _is_contiguous(attention_mask: Any) -> bool:
     """Whether this is a mask [B, S] without padding between tokens. Reads its values, once per prompt."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return False
-    starts = F.pad(attention_mask.bool().int(), (1, 0)).diff(dim=1) > 0
-    return bool((starts.sum(1) <= 1).all())
+    return not has_inner_padding(attention_mask).any()

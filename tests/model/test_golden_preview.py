@@ -8,6 +8,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.model.positions import rope_index
+from keye_kernels.segments import Segments
 from tests.helpers.golden import PREVIEW_CASES, golden, load_case, load_golden, token_mask
 from tests.helpers.stages import record_stages
 
@@ -102,11 +103,10 @@ def test_window_attention_of_the_official_tower(model):
     order, offsets = case["window_index"], case["cu_seqlens_window"]
     tower, patches = model.visual, case["pixel_values"]
     raster = VisionBatch.build(case["image_grid_thw"], len(patches), table_side=tower.config.table_side, order="raster")
-    assert torch.equal(raster.cu_seqlens, case["cu_seqlens"])
+    assert torch.equal(raster.segments.cu_seqlens, case["cu_seqlens"])
     windows = dataclasses.replace(
         raster,
-        cu_seqlens=offsets,
-        max_seqlen=int(offsets.diff().max()),
+        segments=Segments.from_lengths(offsets.diff().tolist(), offsets.device),
         position_ids=raster.position_ids[:, order],
         corner_index=raster.corner_index[order],
         corner_weight=raster.corner_weight[order],

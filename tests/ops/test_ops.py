@@ -1,5 +1,7 @@
 """The public operators on the reference implementation: exact properties, gradients, registration, errors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,16 +164,14 @@ def test_use_impl_and_the_environment_choose_the_implementation(monkeypatch):
     (q, k, *rest), _ = rope_3d_arguments()
     expected = kk.ops.rope_3d(q, k, *rest, impl="reference")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    for enter in (
-        lambda: kk.use_impl("triton"),
-        lambda: pytest.MonkeyPatch.context(),
-    ):
-        with enter() as patch:
-            if patch is not None:
-                patch.setenv("KEYE_KERNELS_IMPL", "triton")
-            with pytest.raises(ValueError, match=r"impl='triton' of rope .*TRITON_INTERPRET=1"):
+    for chosen_by in ("use_impl", "environment"):
+        if chosen_by == "environment":
+            monkeypatch.setenv("KEYE_KERNELS_IMPL", "triton")
+        with kk.use_impl("triton") if chosen_by == "use_impl" else nullcontext():
+            with pytest.raises(ValueError, match=r"impl='triton' of rope_3d .*TRITON_INTERPRET=1"):
                 kk.ops.rope_3d(q, k, *rest)
             torch.testing.assert_close(kk.ops.rope_3d(q, k, *rest, impl="reference"), expected)
+    monkeypatch.delenv("KEYE_KERNELS_IMPL")
     torch.testing.assert_close(kk.ops.rope_3d(q, k, *rest), expected)
     monkeypatch.setenv("KEYE_KERNELS_IMPL", "fastest")
     with pytest.raises(ValueError, match="KEYE_KERNELS_IMPL must be one of"):
@@ -183,12 +183,12 @@ def test_use_impl_and_the_environment_choose_the_implementation(monkeypatch):
 def test_auto_logs_its_choice_once(caplog):
     from keye_kernels.ops import implementation
 
-    implementation._logged.clear()
+    implementation.log_choice.cache_clear()
     (q, k, *rest), _ = rope_3d_arguments()
     with caplog.at_level("INFO", logger="keye_kernels"):
         kk.ops.rope_3d(q, k, *rest)
         kk.ops.rope_3d(q, k, *rest)
-    assert [record.getMessage() for record in caplog.records] == ["rope on cpu runs the reference implementation"]
+    assert [record.getMessage() for record in caplog.records] == ["rope_3d on cpu runs impl='reference'"]
 
 
 def test_flash_attn_raises_with_the_reason():

@@ -4,7 +4,7 @@
     python examples/gradio_app.py
     python examples/gradio_app.py --model Keye-VL-1_5-8B --port 7860
 
-The answer appears while it is generated. The model's thinking is shown apart from the answer. For a clip the page also
+The answer appears while it is generated, and the model's thinking appears in its own panel. For a clip the page also
 shows the sampled frames on a time line, with slow and fast frames marked. Requests run one at a time.
 """
 
@@ -120,7 +120,7 @@ def build_page(model: kk.Keye, processor: kk.KeyeProcessor) -> gr.Blocks:
             except (ValueError, OSError) as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
-        # The page shows one of the two: a new image removes the clip, a new clip the image.
+        # A question is about one file: a new image removes the clip, and a new clip removes the image.
         image.upload(lambda: None, outputs=clip)
         clip.upload(lambda: None, outputs=image)
         running = gr.on(

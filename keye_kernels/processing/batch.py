@@ -1,7 +1,8 @@
-"""The dictionary of tensors that the processor returns."""
+"""The dictionary of tensors that the processor returns, and the padding of its token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,3 +41,43 @@ class BatchFeature(dict):
                 target_dtype = dtype if value.is_floating_point() else None
                 self[name] = value.to(device=device, dtype=target_dtype, non_blocking=non_blocking)
         return self
+
+
+def check_padding(padding: bool | str, padding_side: str) -> None:
+    """Raises ValueError for an unknown value of `padding` or `padding_side`."""
+    if padding not in (True, False, "longest"):
+        raise ValueError(f"padding must be True, 'longest' or False, got {padding!r}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+
+
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], pad_token_id: int | None, *, padding: bool | str, padding_side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads sequences of token ids to the length of the longest one.
+
+    Args:
+        sequences: B sequences of ids.
+        pad_token_id: fills the padding.
+        padding: True or "longest"; False requires sequences of equal length.
+        padding_side: "left" or "right".
+
+    Returns:
+        `(input_ids, attention_mask)`, int64 `[B, S]`.
+
+    Raises:
+        ValueError: the sequences have different lengths, and `padding` is False or there is no `pad_token_id`.
+    """
+    lengths = [len(ids) for ids in sequences]
+    if len(set(lengths)) > 1:
+        if not padding:
+            raise ValueError(f"padding=False needs prompts of equal length, got {lengths} tokens; use padding=True")
+        if pad_token_id is None:
+            raise ValueError("padding needs pad_token or eos_token in tokenizer_config.json, and there is neither")
+    input_ids = torch.full((len(sequences), max(lengths)), pad_token_id or 0, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, ids in enumerate(sequences):
+        slots = slice(-len(ids), None) if padding_side == "left" else slice(len(ids))
+        input_ids[index, slots] = torch.tensor(ids)
+        attention_mask[index, slots] = 1
+    return input_ids, attention_mask

@@ -6,15 +6,22 @@ Symbols: N frames, P patches, h and w rows and columns of patches. Agrees with t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
+from keye_kernels.editions import V1_5
+
+from .arguments import align_timestamps, frame_size, per_video
 from .patches import PatchConfig
 from .slow_fast import FAST, SLOW
 from .tokenizer import FAST_END, FAST_START, FRAME, VIDEO_PAD
+
+# Video arguments with one entry per frame
+PER_FRAME_KWARGS = ("timestamps", "frame_types")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,41 @@ class PackedVideo:
     grid_thw: list[tuple[int, int, int]]
     tokens: list[int]
     prompt: str
+
+
+def pack_videos(
+    videos: Sequence[Sequence[torch.Tensor]], config: PatchConfig, video_kwargs: Mapping[str, Any]
+) -> list[PackedVideo]:
+    """Packs the videos of a batch.
+
+    Args:
+        videos: the frames of each video, uint8 `[3, H, W]`.
+        config: settings of the image processor.
+        video_kwargs: the processor's keyword arguments, each a list with one entry per video, or missing.
+
+    Raises:
+        ValueError: an argument does not match the videos.
+    """
+    timestamps = align_timestamps(video_kwargs.get("timestamps"), [len(frames) for frames in videos])
+    given = {**video_kwargs, "timestamps": timestamps}
+    values = {
+        name: per_video(name, given.get(name), len(videos), nested=name in PER_FRAME_KWARGS)
+        for name in V1_5.video_kwargs
+    }
+    packed = []
+    for index, frames in enumerate(videos):
+        options = {name: value[index] for name, value in values.items()}
+        packed.append(
+            pack_video(
+                frames,
+                config,
+                slow_size=frame_size("height", "width", options),
+                fast_size=frame_size("fast_height", "fast_width", options),
+                frame_types=options["frame_types"],
+                timestamps=options["timestamps"],
+            )
+        )
+    return packed
 
 
 def pack_video(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -13,26 +13,20 @@ import torch
 from keye_kernels.editions import EDITIONS, EditionName, edition_of
 
 from .arguments import (
-    align_timestamps,
     check_placeholders,
-    frame_size,
     list_images,
     list_prompts,
     list_videos,
-    per_video,
     repeat_ids,
     replace_placeholders,
     seconds_per_grid,
 )
-from .batch import BatchFeature
-from .packing import PackedVideo, pack_video
+from .batch import BatchFeature, check_padding, pad_sequences
+from .packing import PackedVideo, pack_videos
 from .patches import PatchConfig, to_frame_array, to_frame_tensors
 from .prompts import load_chat_template, render_chat_template
 from .tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer, read_json
 from .vision_info import Messages, process_vision_info, split_conversations
-
-# Video arguments with one entry per frame
-PER_FRAME_KWARGS = ("timestamps", "frame_types")
 
 
 class KeyeProcessor:
@@ -208,8 +202,7 @@ class KeyeProcessor:
                 f"unexpected keyword arguments {unknown}: a checkpoint of edition {self.edition!r} takes "
                 f"{edition.video_kwargs}; call process_vision_info with edition={self.edition!r}"
             )
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        check_padding(padding, padding_side)
         concatenate = self._concatenate_as(pixel_dtype)
         outputs = BatchFeature(input_ids=None, attention_mask=None)
         merged_patches = self.patch_config.merge_size**2
@@ -243,16 +236,40 @@ class KeyeProcessor:
 
         repeats = {self.image_token_id: iter(image_tokens), self.video_token_id: iter(video_tokens)}
         sequences = [repeat_ids(self.tokenizer.encode(prompt), repeats) for prompt in prompts]
-        outputs["input_ids"], outputs["attention_mask"] = self._pad(sequences, padding, padding_side)
+        outputs["input_ids"], outputs["attention_mask"] = pad_sequences(
+            sequences, self.tokenizer.pad_token_id, padding=padding, padding_side=padding_side
+        )
         return outputs
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Converts the ids of one sequence to text; arguments as for `KeyeTokenizer.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
+    def decode(
+        self,
+        token_ids: int | Sequence[int] | torch.Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Converts token ids to text.
 
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Converts the ids of several sequences to texts; arguments as for `KeyeTokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        Args:
+            token_ids: one id, or `[S]` ids.
+            skip_special_tokens: leave special tokens out. Tags such as `<think>` are kept.
+            clean_up_tokenization_spaces: must be False, as in Keye's tokenizer configuration.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: `clean_up_tokenization_spaces` is True.
+        """
+        return self.tokenizer.decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Sequence[int] | torch.Tensor],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> list[str]:
+        """Converts `[B, S]` token ids, or a list of B sequences of ids, to B texts; other arguments as for `decode`."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
 
     def _pack_preview_video(self, video: Any) -> tuple[torch.Tensor, tuple[int, int, int]]:
         frames = to_frame_tensors(video, self.edition)
@@ -263,26 +280,7 @@ class KeyeProcessor:
         for token in (FRAME, FAST_START, FAST_END):
             self.tokenizer.token_to_id(token)
         frames = [to_frame_tensors(video, self.edition) for video in videos]
-        timestamps = align_timestamps(video_kwargs.get("timestamps"), [len(video) for video in frames])
-        given = {**video_kwargs, "timestamps": timestamps}
-        values = {
-            name: per_video(name, given.get(name), len(videos), nested=name in PER_FRAME_KWARGS)
-            for name in EDITIONS[self.edition].video_kwargs
-        }
-        packed = []
-        for index, video in enumerate(frames):
-            options = {name: value[index] for name, value in values.items()}
-            packed.append(
-                pack_video(
-                    video,
-                    self.patch_config,
-                    slow_size=frame_size("height", "width", options),
-                    fast_size=frame_size("fast_height", "fast_width", options),
-                    frame_types=options["frame_types"],
-                    timestamps=options["timestamps"],
-                )
-            )
-        return packed
+        return pack_videos(frames, self.patch_config, video_kwargs)
 
     def _concatenate_as(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
         """Returns the function that concatenates uint8 patches and converts them to `pixel_dtype`."""
@@ -292,20 +290,3 @@ class KeyeProcessor:
         if name == "uint8":
             return torch.cat
         return lambda patches: self.patch_config.normalize(torch.cat(patches))
-
-    def _pad(self, sequences: list[list[int]], padding: bool | str, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if padding not in (True, False, "longest"):
-            raise ValueError(f"padding must be True, 'longest' or False, got {padding!r}")
-        lengths = [len(ids) for ids in sequences]
-        if len(set(lengths)) > 1:
-            if not padding:
-                raise ValueError(f"padding=False needs prompts of equal length, got {lengths} tokens; use padding=True")
-            if self.tokenizer.pad_token_id is None:
-                raise ValueError("padding needs pad_token or eos_token in tokenizer_config.json, and there is neither")
-        input_ids = torch.full((len(sequences), max(lengths)), self.tokenizer.pad_token_id or 0, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(sequences):
-            slots = slice(-len(ids), None) if side == "left" else slice(len(ids))
-            input_ids[index, slots] = torch.tensor(ids)
-            attention_mask[index, slots] = 1
-        return input_ids, attention_mask

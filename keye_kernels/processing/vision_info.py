@@ -67,7 +67,8 @@ def process_vision_info(
     has None for a video without times, so that all lists have one entry per video.
 
     Args:
-        messages: one conversation or a list of conversations.
+        messages: one conversation or a list of conversations. The options of images and videos, such as `max_pixels` and
+            `fps`, are entries of their message parts; docs/video.md lists them.
         return_video_kwargs: for "preview", also return the processor's keyword arguments. "1.5" always returns them.
         edition: "preview" or "1.5"; pass `KeyeProcessor.edition` of the checkpoint.
         original_size: for "1.5", keep the frames of video files at their original size, as the official package does. Only

@@ -21,7 +21,7 @@ from .geometry import check_grid_thw
 from .model import Keye
 from .model.decoder import Decoder
 from .model.vision import VisionTower
-from .ops.implementation import resolve
+from .ops.implementation import impl_for, resolve
 
 Grid = tuple[int, int, int]
 M = TypeVar("M", bound=nn.Module)
@@ -120,7 +120,8 @@ def _check_lengths(prompt_lengths: Sequence[int], max_tokens: int) -> list[int]:
 
 
 def _nothing_to_compile(model: Keye) -> str | None:
-    chosen = {resolve(model.mlp_AR.impl, operator, model.device) for operator in OPERATORS}
+    impl = model.visual.impl
+    chosen = {resolve(impl_for(operator, impl), operator, model.device) for operator in OPERATORS}
     if "triton" not in chosen:
         return f"nothing to compile: no operator runs as a Triton kernel on {model.device}"
     if os.environ.get("TRITON_INTERPRET") == "1":

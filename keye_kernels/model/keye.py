@@ -7,13 +7,13 @@ Symbols: B sequences, S tokens per sequence (padding included), T patches, V voc
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from keye_kernels.editions import edition_of
-from keye_kernels.ops.implementation import check_impl, impl_outside_attention
+from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
 from .cache import KVCache
@@ -59,7 +59,7 @@ class Keye(nn.Module):
         self.config = config
         self.generation_config: dict = {}
         self.visual = VisionTower(config.vision_config, edition_of(config.model_type).segment_by_frame, impl)
-        self.mlp_AR = Projector(config, impl_outside_attention(impl))
+        self.mlp_AR = Projector(config, impl_for("patch_merge_projection", impl))
         self.model = Decoder(config, impl)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie_embeddings()
@@ -99,7 +99,8 @@ class Keye(nn.Module):
                 preprocessor_config.json are used if present.
             dtype: dtype of the parameters. Default: the one in config.json, else the dtype of the stored weights.
             device: device of the parameters. Default: torch's default device.
-            impl: "auto", "reference", "triton" or "flash_attn" (attention only), for every operator of the model.
+            impl: "auto", "reference", "triton", "torch" or "flash_attn", for every operator that has this implementation; the
+                other operators choose as with "auto".
             progress: show a progress bar.
 
         Returns:
@@ -239,7 +240,7 @@ class Keye(nn.Module):
             (self.config.image_token_id, pixel_values, image_grid_thw),
             (self.config.video_token_id, pixel_values_videos, video_grid_thw),
         ):
-            if pixels is not None:
+            if pixels is not None and grid_thw is not None:
                 features = self.get_image_features(pixels, grid_thw).to(embeds.dtype)
                 embeds = embeds.masked_scatter((input_ids == token)[..., None], features)
         hidden = self.model(embeds, computed if position_ids is None else position_ids, mask, cache)
@@ -288,7 +289,7 @@ class Keye(nn.Module):
         """
         check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
         defaults = self.generation_config
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = {name: defaults.get(name) if value is None else value for name, value in sampling.items()}
         sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
         ends = end_token_ids(eos_token_id, defaults.get("eos_token_id"))

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from keye_kernels.ops.implementation import impl_outside_attention, resolve
+from keye_kernels.ops.implementation import impl_for, resolve
 
 from .cache import KVCache
 
@@ -48,8 +48,8 @@ def _can_record(model: "Keye") -> bool:
     """Whether a replay does everything that a forward does."""
     modules = list(model.modules())
     has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
-    impls = {impl_outside_attention(getattr(module, "impl", "auto")) for module in modules}
-    runs_triton = all(resolve(impl, "rope", model.device) == "triton" for impl in impls)
+    impls = {impl_for("rope_3d", getattr(module, "impl", "auto")) for module in modules}
+    runs_triton = all(resolve(impl, "rope_3d", model.device) == "triton" for impl in impls)
     return not has_hooks and runs_triton and not torch.is_autocast_enabled("cuda")
 
 

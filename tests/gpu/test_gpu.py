@@ -10,17 +10,16 @@ import pytest
 import torch
 
 import keye_kernels as kk
+from keye_kernels import reference
 from keye_kernels.model import step_graph
 from keye_kernels.model.cache import KVCache
 from keye_kernels.tools.autotune.candidates import candidates
 from keye_kernels.tools.autotune.checking import Checker
-from keye_kernels.tools.autotune.kernels import DTYPES, arch_of
-from keye_kernels.tools.autotune.problems import make_problem
-from keye_kernels.tools.autotune.shapes import Shape
 from keye_kernels.tools.autotune.sweep import on_this_gpu, sweep
-from keye_kernels.triton import tiles
-from keye_kernels.triton.descriptors import loads_of
-from keye_kernels.triton.tiles import target_name
+from keye_kernels.triton import launch_config
+from keye_kernels.triton.device import device_arch
+from keye_kernels.triton.registry import kernel_spec
+from keye_kernels.triton.spec import TORCH_DTYPES, TuningShape
 from tests.helpers.golden import CASES, LOGITS_TOLERANCE, golden, load_case, token_mask
 from tests.helpers.tiny import prompt, tiny_model
 
@@ -48,21 +47,21 @@ def test_logits_and_tokens_match_the_official_code(edition, name):
     assert torch.equal(generated.cpu(), outputs["generated"])
 
 
-@pytest.mark.parametrize("kernel", ["varlen_attention", "linear", "patch_merge"])
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [("varlen_attention", "vision"), ("varlen_attention", "text"), ("linear", "linear_1"), ("linear", "linear_2")],
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_backend_of_a_kernel_matches_the_reference(kernel, dtype):
+def test_every_backend_of_a_kernel_matches_the_reference(kernel, part, dtype):
     """With pointers and, on GPUs that have TMA, with tensor descriptors."""
-    target = target_name(CUDA)
-    parts = {"varlen_attention": ("vision", "text"), "patch_merge": ("block", "raster")}
-    for part in parts.get(kernel, ("block",)):
-        shape = Shape(kernel, part, 3, 300)
-        problem = make_problem(shape, DTYPES[dtype], CUDA)
-        checker = Checker(problem, DTYPES[dtype])
-        first, *others = candidates(shape, dtype, target, 132, timed=True)
-        tile = first | {"num_warps": 4, "num_stages": 2, "BLOCK_M": 64, "BLOCK_N": 64}
-        for path in sorted({config["path"] for config in (first, *others)}):
-            for loads in loads_of(arch_of(target)):
-                assert checker.error(tile | {"path": path, "loads": loads}) is None, (path, loads)
+    shape, arch = TuningShape(kernel, part, 3, 300), device_arch(CUDA)
+    problem = kernel_spec(kernel).tuning_problem(shape, dtype, CUDA, reference)
+    checker = Checker(problem, TORCH_DTYPES[dtype])
+    heuristic, *others = candidates(shape, dtype, arch)
+    config = heuristic | {"num_warps": 4, "num_stages": 2, "BLOCK_M": 64, "BLOCK_N": 64}
+    for backend in sorted({c["backend"] for c in (heuristic, *others)}):
+        for use_tma in (False, True) if arch.has_tma else (False,):
+            assert checker.error(config | {"backend": backend, "use_tma": use_tma}) is None, (backend, use_tma)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,10 +156,10 @@ def test_warmup_leaves_nothing_to_compile():
 
 def test_autotune_times_configs_and_writes_a_table(tmp_path, monkeypatch):
     monkeypatch.setenv("KEYE_KERNELS_TILES", str(tmp_path))
-    outcome = sweep(on_this_gpu(), [Shape("rope", "vision", 1, 1024)], "bf16", tmp_path)
+    outcome = sweep(on_this_gpu(), [TuningShape("rope", "vision", 1, 1024)], "bf16", tmp_path)
     [entry] = outcome.entries["rope"]
     assert entry["median_us"] > 0 and outcome.path.is_file()
-    tiles.clear_cache()
+    launch_config.clear_cache()
 
 
 def test_the_transformers_model_generates_the_official_tokens():

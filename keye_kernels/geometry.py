@@ -1,8 +1,8 @@
-"""Where every patch of a packed vision batch stands, computed once on the host from `grid_thw`.
+"""The geometry of a packed vision batch, computed once on the host from `grid_thw`.
 
-Symbols: n grids (one an image or a run of frames), T patches, S attention segments, m merge size.
-Raster order: frame by frame, row by row. Block order: within a frame, the m x m patches that the projector will merge stand
-side by side, blocks row by row; attention does not care, and the merge becomes a view.
+Symbols: n grids (one per image or video), T patches, S attention segments, m merge size.
+Raster order: frame by frame, row by row. Block order: within a frame, the m x m patches that the projector merges are adjacent,
+blocks row by row. Attention does not depend on the order, and the merge becomes a view.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .segments import Segments
+
 Grid = tuple[int, int, int]
 Order = Literal["block", "raster"]
 
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """The geometry of one packed batch of pictures; layers receive it and read no tensor's values.
+    """The geometry of one packed batch. Layers receive it, so that none of them reads the values of a tensor.
 
-    cu_seqlens [S+1] int32 and max_seqlen: the attention segments. position_ids [2, T] int32: row and column of each patch.
-    corner_index [T, 4] int32 and corner_weight [T, 4] float32: the learned positions around each patch and their weights.
-    raster_index [T] int64: the raster index of each patch, in the order of this batch. merge_index [T/m², m²] int32: the
-    rows that the projector joins, None in block order, where they lie side by side.
+    Attributes:
+        segments: the attention segments.
+        position_ids: [2, T] int32, row and column of each patch.
+        corner_index, corner_weight: [T, 4] int32 and float32, the four learned positions around each patch and their weights.
+        raster_index: [T] int64, the raster index of each patch, in the order of this batch.
+        merge_index: [T/m², m²] int32, the patches that the projector merges into each row; None in block order, where they
+            are adjacent.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
+    segments: Segments
     position_ids: Tensor
     corner_index: Tensor
     corner_weight: Tensor
@@ -47,35 +51,31 @@ class VisionBatch:
         order: Order = "block",
         device: torch.device | None = None,
     ) -> "VisionBatch":
-        """Builds the geometry of `grid_thw` [n, 3] (frames, patch rows, patch columns) for tensors on `device`.
+        """Builds the geometry. Inside `torch.compile`, use `keye_kernels.ops.build_vision_batch`.
 
-        Attention segments are whole grids (Preview) or single frames (1.5, `segment_by_frame`). `table_side` is the side of
-        the learned square grid of positions. Raises ValueError for an odd or empty grid, or where `num_patches` disagrees.
+        Args:
+            grid_thw: [n, 3] integers: frames, patch rows, patch columns.
+            num_patches: T.
+            table_side: side of the learned square grid of positions.
+            merge_size: m.
+            segment_by_frame: attention segments are single frames (1.5) instead of whole grids (Preview).
+            order: order of the patches in the batch.
+            device: where the tensors are placed; default: the device of `grid_thw`.
+
+        Raises:
+            ValueError: a grid is empty or not divisible by m, or the grids do not have `num_patches` patches.
         """
         device = grid_thw.device if device is None else device
-        if torch.compiler.is_compiling():
-            # Inside a compiled graph sizes must follow from T alone: the list of segments is padded with empty ones
-            tensors = torch.ops.keye_kernels.vision_geometry(
-                grid_thw, num_patches, table_side, merge_size, segment_by_frame, order == "block", device
-            )
-            cu_seqlens, position_ids, corner_index, corner_weight, raster_index, merge_index = tensors
-            max_seqlen = num_patches
-        else:
-            grids = check_grid_thw(grid_thw, num_patches, merge_size)
-            lengths = segment_lengths(grids, segment_by_frame)
-            max_seqlen = max(lengths, default=0)
-            tensors = patch_tensors(grids, table_side, merge_size, order)
-            # Tensors made in inference mode count no versions, and what follows from the offsets could not be remembered
-            with torch.inference_mode(False):
-                cu_seqlens = cumulative(lengths).to(device, non_blocking=True)
-            moved = (t.to(device, non_blocking=True) for t in tensors)
-            position_ids, corner_index, corner_weight, raster_index, merge_index = moved
-        merge_index = None if order == "block" else merge_index
-        return cls(cu_seqlens, max_seqlen, position_ids, corner_index, corner_weight, raster_index, merge_index)
+        grids = check_grid_thw(grid_thw, num_patches, merge_size)
+        segments = Segments.from_lengths(segment_lengths(grids, segment_by_frame), device)
+        *tensors, merge_index = (
+            t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order)
+        )
+        return cls(segments, *tensors, None if order == "block" else merge_index)  # type: ignore[call-arg]
 
 
 def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -> list[Grid]:
-    """The grids as Python numbers; ValueError or TypeError where they cannot be those of `num_patches` patches."""
+    """The grids as Python integers. ValueError or TypeError unless they are valid and have `num_patches` patches (None: any)."""
     if not isinstance(grid_thw, Tensor):
         raise TypeError(f"grid_thw must be an integer tensor of shape [n, 3], got {type(grid_thw).__name__}")
     if grid_thw.is_floating_point() or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
@@ -85,7 +85,7 @@ def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -
         if min(t, h, w) < 1 or h % merge_size or w % merge_size:
             raise ValueError(
                 f"grid_thw must hold positive sizes with rows and columns divisible by {merge_size}, got {(t, h, w)}; "
-                "resize pictures to multiples of 28 pixels"
+                "resize images to multiples of 28 pixels"
             )
     total = sum(t * h * w for t, h, w in grids)
     if num_patches is not None and total != num_patches:
@@ -94,13 +94,8 @@ def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -
 
 
 def segment_lengths(grids: list[Grid], by_frame: bool) -> list[int]:
-    """Patches of each attention segment: a whole grid, or one of its frames."""
+    """Number of patches of each attention segment: a whole grid, or one of its frames."""
     return [length for t, h, w in grids for length in ([h * w] * t if by_frame else [t * h * w])]
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    """[S+1] int32 offsets of segments of these lengths, on the CPU."""
-    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32)
 
 
 def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
@@ -131,15 +126,15 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
 
 
 def _frame_tensors(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
-    """Of one frame: positions, corners and their weights, and in raster indices the order of its patches and block order."""
-    # What a mode makes of these tensors (fake ones, say) is the mode's own
+    """Of one frame: positions, corners, corner weights, and the raster indices of its patches in `order` and in block order."""
+    # Tensors made under a dispatch mode (fake tensors, for instance) must not enter the cache
     make = _make_frame if _get_current_dispatch_mode() is None else _make_frame.__wrapped__
     return make(h, w, table_side, merge_size, order)
 
 
-@lru_cache(maxsize=64)  # a batch has frames of one size, and a service a few sizes
+@lru_cache(maxsize=64)
 def _make_frame(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
-    # On the CPU whatever the default device is at the first call
+    # device="cpu": the default device may differ between the calls that share the cache
     rows, columns = (torch.arange(size, device="cpu") for size in (h, w))
     at = torch.arange(h * w, device="cpu").view(h, w)
     by_block = _block_order(at, merge_size)
@@ -150,14 +145,14 @@ def _make_frame(h: int, w: int, table_side: int, merge_size: int, order: Order) 
 
 
 def _block_order(at: Tensor, merge_size: int) -> Tensor:
-    """[h*w] entries of an [h, w] frame, blocks of merge_size x merge_size side by side."""
+    """The h*w entries of a frame [h, w] in block order."""
     h, w = at.shape
     blocks = at.view(h // merge_size, merge_size, w // merge_size, merge_size)
     return blocks.transpose(1, 2).reshape(-1)
 
 
 def _bilinear_corners(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:
-    """[h*w, 4] entries of a side x side table and their float32 weights: bilinear, align_corners=False, no antialias."""
+    """[h*w, 4] indices into a side x side table and their float32 weights: bilinear, align_corners=False, no antialias."""
     (top, bottom, down), (left, right, across) = _axis(h, side), _axis(w, side)
     rows = torch.stack((top, top, bottom, bottom), dim=-1)[:, None]  # [h, 1, 4]
     columns = torch.stack((left, right, left, right), dim=-1)  # [w, 4]
@@ -167,7 +162,7 @@ def _bilinear_corners(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _axis(size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `size` cells the two nearest of `side` entries and the weight of the second."""
+    """For each of `size` cells: the two nearest of `side` entries, and the weight of the second."""
     centre = ((torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) * (side / size) - 0.5).clamp(min=0)
     low = centre.long().clamp(max=side - 1)
     return low, (low + 1).clamp(max=side - 1), centre - low

@@ -1,4 +1,7 @@
-"""The text model: Qwen3's decoder with 3D rope. Symbols: B rows, S tokens of a row, T = B·S, M slots of the cache."""
+"""The text model: Qwen3's decoder with 3D rope.
+
+Symbols: B sequences, S tokens per sequence, T = B·S, D head dim, Hk key heads, M slots of the cache.
+"""
 
 from dataclasses import dataclass
 
@@ -7,56 +10,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye_kernels import ops
-from keye_kernels.ops.implementation import impl_outside_attention
+from keye_kernels.ops.implementation import impl_for
+from keye_kernels.segments import Segments
 
 from .cache import KVCache
 from .config import KeyeConfig
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 
-APART = 256  # tokens from which on gate and up are products of their own
+# From this many tokens on, gate and up are separate matmuls: elementwise work on strided views of one takes a GPU twice as long.
+# Below, one matmul saves a launch.
+MIN_TOKENS_FOR_SPLIT_GATE_UP = 256
 
 
 @dataclass
 class TextBatch:
     """What every layer needs to know of a batch of tokens.
 
-    A prompt attends within the segments of its rows (`cu_seqlens` [3B+1]: left padding, tokens, right padding of each row),
-    later tokens attend to the cache through `cache_mask` [B, 1, S, M]. The other one of the two is None.
+    A prompt attends within its sequences (`segments`: left padding, tokens and right padding of each). Later tokens attend to
+    the cache through `cache_mask`. The other one is None.
     """
 
     batch_size: int
     position_ids: Tensor  # [3, T]
     inv_freq: Tensor  # [D/2] float32
-    slots: Tensor  # [S] places in the cache
-    cu_seqlens: Tensor | None
-    cache_mask: Tensor | None
+    slots: Tensor  # [S] indices into the cache
+    segments: Segments | None
+    cache_mask: Tensor | None  # [B, 1, S, M]
 
 
-def prompt_segments(attention_mask: Tensor) -> Tensor:
-    """[3B+1] int32 `cu_seqlens` of rows [B, S] whose tokens stand together: padding attends to padding only."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        # Tensors made in inference mode count no versions: every layer would read the offsets again, and wait for them
-        with torch.inference_mode(False):
-            return prompt_segments(attention_mask)
+def prompt_segments(attention_mask: Tensor) -> Segments:
+    """The 3B segments of a mask [B, S] whose tokens are contiguous in each sequence: padding attends to padding only."""
     length = attention_mask.shape[1]
     count = attention_mask.sum(1)
-    # A row of padding only is one segment: argmax of zeros is 0
+    # argmax of zeros is 0: a sequence of padding only becomes one segment
     left = attention_mask.int().argmax(1)
-    row = torch.arange(attention_mask.shape[0], device=attention_mask.device) * length
-    ends = torch.stack((row + left, row + left + count, row + length), dim=1).flatten()
-    return F.pad(ends, (1, 0)).to(torch.int32)
+    start = torch.arange(attention_mask.shape[0], device=attention_mask.device) * length
+    ends = torch.stack((start + left, start + left + count, start + length), dim=1).flatten()
+    return Segments(F.pad(ends, (1, 0)).to(torch.int32), length)
 
 
 def cache_mask(cache: KVCache, slots: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, 1, S, M]: which slots each new token attends to; `attention_mask` [B, S] is that of the new tokens."""
+    """[B, 1, S, M]: the slots that each new token attends to. `attention_mask` [B, S] is the mask of the new tokens."""
     valid = cache.valid.index_copy(1, slots, attention_mask.bool())
     causal = torch.arange(cache.max_length, device=slots.device) <= slots[:, None]  # [S, M]
     return (valid[:, None] & causal)[:, None]
 
 
 class TextAttention(nn.Module):
-    """Causal attention with grouped heads; q and k are normalised by head before they turn."""
+    """Causal grouped-query attention; q and k are normalized per head before the rotation."""
 
     def __init__(self, config: KeyeConfig, layer: int, impl: str):
         super().__init__()
@@ -73,20 +75,20 @@ class TextAttention(nn.Module):
         """[T, hidden] to [T, hidden]."""
         q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
         norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.eps}
-        impl = impl_outside_attention(self.impl)
+        impl = impl_for("rope_3d", self.impl)
         q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=impl)
         if cache is not None:
-            rows = (batch.batch_size, -1)
-            cache.write(self.layer, batch.slots, k.unflatten(0, rows), v.unflatten(0, rows))
+            k_and_v = (x.unflatten(0, (batch.batch_size, -1)) for x in (k, v))
+            cache.write(self.layer, batch.slots, *k_and_v)
         if batch.cache_mask is None:
-            length = x.shape[0] // batch.batch_size
-            out = ops.varlen_attention(q, k, v, batch.cu_seqlens, length, causal=True, impl=self.impl)
+            impl = impl_for("varlen_attention", self.impl)
+            out = ops.varlen_attention(q, k, v, batch.segments, batch.segments.max_seqlen, causal=True, impl=impl)
         else:
             out = self._attend_to_cache(q, batch, cache)
         return self.o_proj(out.flatten(1))
 
     def _attend_to_cache(self, q: Tensor, batch: TextBatch, cache: KVCache) -> Tensor:
-        # The query heads of a group stand as further rows of one head, so that keys are read once and never repeated
+        # The query heads of a group become rows of one head: keys are read once and never repeated
         group = self.heads // self.kv_heads
         q = q.view(batch.batch_size, -1, self.kv_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, Hk, G, S, D]
         key, value = (x[self.layer].transpose(1, 2) for x in (cache.keys, cache.values))  # [B, Hk, M, D]
@@ -102,10 +104,9 @@ class TextMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Elementwise work on views of one product takes a GPU twice as long; a few rows rather save a launch. A compiler fuses it
-        wide = not torch.compiler.is_compiling() and x.shape[0] >= APART
-        gate, up = self.gate_up_proj(x, apart=wide)
-        # Nothing is as wide: unless a gradient needs it, it is there once in place of twice
+        split = not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP  # a compiler fuses them
+        gate, up = self.gate_up_proj(x, separate=split)
+        # In place when no gradient is needed: this is the model's largest activation
         hidden = F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
         del gate, up
         return self.down_proj(hidden)
@@ -125,7 +126,7 @@ class TextLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Must agree with `Qwen3Model` under the official code's 3D rope (specification of 1.5, sections 7 and 8)."""
+    """Agrees with `Qwen3Model` under the 3D rope of the official code, see docs/models/keye_vl_1_5.md."""
 
     def __init__(self, config: KeyeConfig, impl: str):
         super().__init__()
@@ -135,21 +136,21 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None) -> Tensor:
-        """[B, S, hidden] embeddings at positions [3, B, S] to hidden states; `attention_mask` [B, S] is that of these tokens."""
-        rows, length = embeds.shape[:2]
-        fresh = cache is None or cache.is_empty
+        """Maps embeddings [B, S, hidden] at positions [3, B, S] to hidden states; `attention_mask` [B, S] masks these tokens."""
+        batch_size, length = embeds.shape[:2]
+        is_prompt = cache is None or cache.is_empty
         slots = torch.arange(length, device=embeds.device) if cache is None else cache.slots(length)
         batch = TextBatch(
-            batch_size=rows,
+            batch_size=batch_size,
             position_ids=position_ids.flatten(1),
             inv_freq=inverse_frequencies(self.config.rope_theta, self.config.head_dim // 2, embeds.device),
             slots=slots,
-            cu_seqlens=prompt_segments(attention_mask) if fresh else None,
-            cache_mask=None if fresh else cache_mask(cache, slots, attention_mask),
+            segments=prompt_segments(attention_mask) if is_prompt else None,
+            cache_mask=None if is_prompt else cache_mask(cache, slots, attention_mask),
         )
         x = embeds.flatten(0, 1)
         for layer in self.layers:
             x = layer(x, batch, cache)
         if cache is not None:
             cache.advance(slots, attention_mask)
-        return self.norm(x).unflatten(0, (rows, length))
+        return self.norm(x).unflatten(0, (batch_size, length))

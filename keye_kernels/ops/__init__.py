@@ -1,10 +1,10 @@
-"""The public operators: each checks its arguments, chooses an implementation and calls one registered torch.library op."""
+"""The public operators. Each checks its arguments, chooses an implementation and calls one registered torch.library operator."""
 
-from . import vision_geometry as vision_geometry
 from .implementation import use_impl
 from .patch_merge import patch_merge_projection
-from .position_embedding import position_embedding_2d
+from .position_embedding_2d import position_embedding_2d
 from .rope import rope_2d, rope_3d
 from .varlen_attention import varlen_attention
+from .vision_batch import build_vision_batch as build_vision_batch
 
 __all__ = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "use_impl", "varlen_attention"]

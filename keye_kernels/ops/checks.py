@@ -1,4 +1,4 @@
-"""Checks of what a caller passed; they read metadata only, never a tensor's values."""
+"""Argument checks. They read metadata only, never the values of a tensor."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ INTEGERS = (torch.int32, torch.int64)
 def check_tensor(
     name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
 ) -> None:
-    """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is a free size) and lies with `like`."""
+    """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is any size) and the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(x).__name__}")
     if x.ndim != len(shape):

@@ -1,4 +1,4 @@
-"""Which implementation serves an operator: the argument, then `use_impl`, then KEYE_KERNELS_IMPL, then what the device offers."""
+"""Which implementation runs an operator: the `impl` argument, then `use_impl`, then KEYE_KERNELS_IMPL, then the device."""
 
 import importlib.util
 import logging
@@ -6,65 +6,107 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 
-IMPLEMENTATIONS = ("auto", "reference", "triton", "flash_attn")
 ENVIRONMENT_VARIABLE = "KEYE_KERNELS_IMPL"
+# The names that each operator takes besides "auto". "torch" stands for torch's own library: its FlashAttention-2 in
+# varlen_attention, its matmuls (cuBLAS or hipBLAS) in patch_merge_projection. "flash_attn" is the package of that name.
+IMPLEMENTATIONS = {
+    "patch_merge_projection": ("reference", "triton", "torch"),
+    "position_embedding_2d": ("reference", "triton"),
+    "rope_2d": ("reference", "triton"),
+    "rope_3d": ("reference", "triton"),
+    "varlen_attention": ("reference", "triton", "torch", "flash_attn"),
+}
+ALL_IMPLEMENTATIONS = ("auto", "reference", "triton", "torch", "flash_attn")
 
-_chosen: ContextVar[str | None] = ContextVar("keye_kernels_impl", default=None)
-_logged: set[tuple[str, str, str]] = set()
+_default: ContextVar[str | None] = ContextVar("keye_kernels_impl", default=None)
 _logger = logging.getLogger("keye_kernels")
 
 
 @contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Makes `impl` the default of every operator called with impl="auto" inside the block.
+    """Makes `impl` the default of all operators that are called with impl="auto" inside the block.
 
-    "flash_attn" is for attention; the other operators then choose as "auto" does.
+    An operator that does not have the implementation ("flash_attn" is for attention only) chooses as with "auto".
+
+    Args:
+        impl: "auto", "reference", "triton", "torch" or "flash_attn".
+
+    Raises:
+        ValueError: unknown name.
     """
     check_impl(impl)
-    token = _chosen.set(impl)
+    token = _default.set(impl)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _default.reset(token)
 
 
-def check_impl(impl: str, *, name: str = "impl", attention: bool = True) -> None:
-    """ValueError unless `impl` is a known name (of an operator other than attention, without "flash_attn")."""
-    known = IMPLEMENTATIONS if attention else IMPLEMENTATIONS[:-1]
+def check_impl(impl: str, operator: str | None = None, name: str = "impl") -> None:
+    """ValueError unless `impl` is a known name: of any operator, or of the given one."""
+    known = ALL_IMPLEMENTATIONS if operator is None else ("auto", *IMPLEMENTATIONS[operator])
     if impl not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {impl!r}")
 
 
-def impl_outside_attention(impl: str) -> str:
-    """What the operators other than attention take where a model is given `impl`: "flash_attn" serves attention only."""
-    return "auto" if impl == "flash_attn" else impl
+def impl_for(operator: str, impl: str) -> str:
+    """What an operator gets from a model's `impl`: "auto" where the operator does not have that implementation."""
+    return impl if impl in IMPLEMENTATIONS[operator] else "auto"
 
 
 def resolve(impl: str, operator: str, device: torch.device) -> str:
-    """The implementation that runs `operator` on `device` now. Raises ValueError where one asked for by name cannot."""
+    """The implementation that runs `operator` on `device`, "auto" replaced by a name.
+
+    On a GPU the choice is "triton" here; varlen_attention and patch_merge_projection may then choose a library for a call, by a
+    timed table or their heuristic (`keye_kernels.triton`).
+
+    Raises:
+        ValueError: an implementation that was asked for by name cannot run here.
+    """
     if impl == "auto":
-        impl = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_impl(impl, name=f"the environment variable {ENVIRONMENT_VARIABLE}")
-        if impl == "flash_attn" and operator != "varlen_attention":
-            impl = "auto"
+        impl = impl_for(operator, default_impl())
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
-        if (operator, impl, device.type) not in _logged:
-            _logged.add((operator, impl, device.type))
-            _logger.info("%s on %s runs the %s implementation", operator, device.type, impl)
-    if impl == "triton":
-        _require_triton(operator, device)
+        impl = "triton" if device.type == "cuda" and has_triton() else "reference"
+        log_choice(operator, impl, device.type)
+    if impl == "triton" or (impl == "torch" and operator == "patch_merge_projection"):
+        _require_triton(impl, operator, device)
     return impl
 
 
-def _require_triton(operator: str, device: torch.device) -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"impl='triton' of {operator} needs Triton, which is not installed: pip install triton")
+def is_auto(impl: str, operator: str) -> bool:
+    """Whether neither the argument, `use_impl` nor the environment variable names an implementation of `operator`."""
+    return impl == "auto" and impl_for(operator, default_impl()) == "auto"
+
+
+def default_impl() -> str:
+    """The name set by `use_impl`, or by the environment variable; "auto" where there is neither."""
+    if (impl := _default.get()) is not None:
+        return impl
+    impl = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    check_impl(impl, name=f"the environment variable {ENVIRONMENT_VARIABLE}")
+    return impl
+
+
+@cache
+def log_choice(operator: str, impl: str, where: str) -> None:
+    """Logs what impl="auto" chose, once."""
+    _logger.info("%s on %s runs impl=%r", operator, where, impl)
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _require_triton(impl: str, operator: str, device: torch.device) -> None:
+    if not has_triton():
+        raise ValueError(f"impl={impl!r} of {operator} needs Triton, which is not installed: pip install triton")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"impl='triton' of {operator} needs tensors on a CUDA or ROCm device, got {device}; on a CPU the kernels run only "
+            f"impl={impl!r} of {operator} needs tensors on a CUDA or ROCm device, got {device}; on a CPU the kernels run only "
             "in Triton's (slow) interpreter: set TRITON_INTERPRET=1 before Python starts, or use impl='reference'"
         )

@@ -1,4 +1,4 @@
-"""The projector as one operator. Symbols: T patches, C channels of a patch, m merge size."""
+"""The projector as one operator. Symbols: n images, T patches, C channels of a patch, m merge size."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
 from .checks import FLOATS, check_tensor
-from .implementation import check_impl, resolve
+from .implementation import check_impl, is_auto, resolve
 from .registry import call, define_differentiable
 
 
@@ -25,20 +25,33 @@ def patch_merge_projection(
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> Tensor:
-    """LayerNorm, merge of m x m patches, linear, exact GELU, linear; for all pictures at once.
+    """The projector: LayerNorm, merge of m x m patches, linear, exact GELU, linear; for all images at once.
+
+    Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md.
 
     Args:
-        features: [T, C] in raster order (frame by frame, row by row).
-        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each picture. Or the `VisionBatch`
-            built from it: the features then stand in its order.
-        norm_weight, norm_bias: [C], to normalise each patch before the merge (Preview), or [m² C], after it (1.5).
-        linear_1_weight: [hidden, m² C], linear_1_bias: [hidden]; linear_2_weight: [out, hidden], linear_2_bias: [out].
-        impl: "auto", "reference" or "triton".
+        features: [T, C] in raster order (frame by frame, row by row), last axis contiguous.
+        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each image. Or the `VisionBatch` built
+            from it: the features are then in its order.
+        norm_weight: [C] to normalize each patch before the merge (Preview), or [m² C] after it (1.5).
+        norm_bias: like `norm_weight`.
+        linear_1_weight: [hidden, m² C].
+        linear_1_bias: [hidden].
+        linear_2_weight: [out, hidden].
+        linear_2_bias: [out].
+        merge_size: m.
+        eps: of the LayerNorm.
+        impl: "auto", "reference", "triton" (LayerNorm, merge and matmuls in Triton), or "torch" (LayerNorm and merge in one
+            Triton kernel, matmuls by cuBLAS or hipBLAS). On a GPU "auto" takes the matmuls from a timed table, or else "torch".
 
-    Returns: [T/m², out] in the dtype of `features`, rows ordered (picture, frame, row, column) of the merged grid.
-    Raises: ValueError or TypeError naming the argument. Source: section 5 of the 1.5 specification, section 4 of Preview's.
+    Returns:
+        [T/m², out] in the dtype of `features`; rows are ordered by image, frame, row and column of the merged grid.
+
+    Raises:
+        ValueError: wrong shape, device or layout, or an implementation that cannot run here.
+        TypeError: wrong dtype or type.
     """
-    check_impl(impl, attention=False)
+    check_impl(impl, "patch_merge_projection")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     if features.stride(1) != 1 and features.shape[1] > 1:
         raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
@@ -66,12 +79,14 @@ def patch_merge_projection(
 
 
 def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
-    if resolve(impl, "patch_merge_projection", features.device) == "triton":
-        from keye_kernels.triton.patch_merge import patch_merge_projection as run
+    backend = "auto" if is_auto(impl, "patch_merge_projection") else None
+    impl = resolve(impl, "patch_merge_projection", features.device)
+    if impl == "reference":
+        return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
+    from keye_kernels.triton.patch_merge import patch_merge_projection as run
 
-        weights = (weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2))
-        return run(features, merge_index, *weights, merge_size, eps)
-    return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
+    weights = (weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2))
+    return run(features, merge_index, *weights, merge_size, eps, backend or impl)
 
 
 def _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):

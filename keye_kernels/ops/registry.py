@@ -1,4 +1,4 @@
-"""One way to register an operator with torch.library: schema, CPU and CUDA/ROCm kernels, fake, autograd."""
+"""Registers operators with torch.library: schema, CPU and CUDA/ROCm implementation, fake, autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(name: str, arguments: str, returns: str, run: Callable, fake: Callable) -> None:
-    """Registers `name(arguments) -> returns`, computed by `run`, its shapes by `fake`, both with the schema's arguments."""
+    """Registers `name(arguments) -> returns`. `run` computes it and `fake` its output shapes, with the schema's arguments."""
     library.define(f"{name}({arguments}) -> {returns}")
     for key in DEVICE_KEYS:
         library.impl(name, run, key)
@@ -21,7 +21,7 @@ def define(name: str, arguments: str, returns: str, run: Callable, fake: Callabl
 
 
 def call(operator: Callable, *arguments: Any) -> Any:
-    """`operator(*arguments)`; where no gradient is wanted, past autograd, whose way round is Python and costs a launch again."""
+    """`operator(*arguments)`. Without gradients it bypasses the autograd key, whose Python fallback costs as much as a launch."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -37,27 +37,30 @@ def define_differentiable(
     reference: Callable,
     differentiable: list[int],
 ) -> None:
-    """`define`, with gradients by recomputation: the backward pass runs `reference` again, under autograd.
+    """`define` with a backward pass that recomputes the operator with `reference` under autograd.
 
-    `reference` takes the schema's arguments as well; `differentiable` are the places of those that may receive a gradient.
-    The backward pass is an operator of its own, so that what `reference` does is hidden from a compiled graph.
+    The backward pass is an operator of its own, so that a compiled graph does not trace into `reference`.
+
+    Args:
+        reference: the eager function, with the schema's arguments.
+        differentiable: positions of the arguments that may receive a gradient.
     """
     define(name, arguments, returns, run, fake)
 
     def run_backward(grads: list[Tensor], needed: list[bool], *inputs: Any) -> list[Tensor]:
-        inputs = list(inputs)
+        values = list(inputs)
         wanted = [i for i, need in zip(differentiable, needed, strict=True) if need]
         with torch.enable_grad():
             for i in wanted:
-                inputs[i] = inputs[i].detach().requires_grad_()
-            outputs = reference(*inputs)
+                values[i] = values[i].detach().requires_grad_()
+            outputs = reference(*values)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            # An output that was not asked for is empty and hangs on nothing
+            # An output that was not requested is empty and has no graph
             pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-            outputs, grads = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], grads, allow_unused=True)
+            used, used_grads = zip(*pairs, strict=True)
+            found = torch.autograd.grad(used, [values[i] for i in wanted], used_grads, allow_unused=True)
         return [
-            torch.zeros_like(inputs[i], memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
+            torch.zeros_like(values[i], memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
             for i, grad in zip(wanted, found, strict=True)
         ]
 

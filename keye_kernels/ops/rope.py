@@ -1,6 +1,6 @@
 """Rotary position embedding: 3D for the text model (with its q/k norm), 2D for the vision tower.
 
-Symbols: T tokens, Hq query heads, Hk key heads, D head dim, P = D/2 pairs (channel i turns with channel i + P).
+Symbols: T tokens, Hq query heads, Hk key heads, D head dim, P = D/2 pairs (channel i is rotated with channel i + P).
 """
 
 import torch
@@ -27,18 +27,28 @@ def rope_3d(
 ) -> tuple[Tensor, Tensor]:
     """Multimodal rope of the decoder, optionally after an RMSNorm of every head.
 
+    Source of the maths: docs/models/keye_vl_1_5.md; M-RoPE is from Qwen2-VL (arXiv:2409.12191). Computed in float32 and
+    rounded once.
+
     Args:
-        q, k: [T, Hq, D] and [T, Hk, D], any token and head strides, last axis contiguous. They are not written.
+        q: [T, Hq, D], any token and head stride, last axis contiguous. Not modified.
+        k: [T, Hk, D], likewise.
         position_ids: [3, T] int32 or int64: time, height and width of each token.
-        inv_freq: [P] float32 inverse frequencies; an angle is float32 position times float32 frequency.
-        mrope_section: how many pairs turn with time, height and width, in this order; they add up to P.
-        q_norm_weight, k_norm_weight: [D], an RMSNorm with `eps` of each head in front of the rotation; both or neither.
+        inv_freq: [P] float32 inverse frequencies. An angle is the float32 product of position and frequency.
+        mrope_section: how many pairs take their position from time, height and width, in this order; the sum is P.
+        q_norm_weight: [D], weight of an RMSNorm of each head of q before the rotation.
+        k_norm_weight: [D], likewise for k; both or neither.
+        eps: of the RMSNorm.
         impl: "auto", "reference" or "triton".
 
-    Returns: rotated copies (q, k), contiguous, in the dtypes of q and k; computed in float32 and rounded once.
-    Raises: ValueError or TypeError naming the argument. Source: section 7 of the 1.5 specification, Qwen2-VL's M-RoPE.
+    Returns:
+        Rotated copies of q and k, contiguous, in their dtypes.
+
+    Raises:
+        ValueError: wrong shape, device or layout, or an implementation that cannot run here.
+        TypeError: wrong dtype or type.
     """
-    check_impl(impl, attention=False)
+    check_impl(impl, "rope_3d")
     _check(q, k, position_ids, axes=3)
     check_tensor("inv_freq", inv_freq, (q.shape[-1] // 2,), (torch.float32,), q)
     if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
@@ -48,7 +58,7 @@ def rope_3d(
     if (q_norm_weight is None) != (k_norm_weight is None):
         missing = "q_norm_weight" if q_norm_weight is None else "k_norm_weight"
         raise ValueError(f"{missing} must be given when the other norm weight is, got None")
-    if q_norm_weight is not None:
+    if q_norm_weight is not None and k_norm_weight is not None:
         check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
         check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
     sections = list(mrope_section)
@@ -58,18 +68,25 @@ def rope_3d(
 def rope_2d(
     q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Rope of the vision tower: the first half of the pairs turns with the row, the second with the column.
+    """Rope of the vision tower: the first half of the pairs is rotated by the row, the second half by the column.
+
+    Source of the maths: docs/models/keye_vl_1_5.md. Computed in float32 and rounded once.
 
     Args:
-        q, k: [T, Hq, D] and [T, Hk, D], any token and head strides, last axis contiguous; D divisible by 4. Not written.
+        q: [T, Hq, D], D divisible by 4, any token and head stride, last axis contiguous. Not modified.
+        k: [T, Hk, D], likewise.
         position_ids: [2, T] int32 or int64: row and column of each patch.
-        inv_freq: [D/4] float32 inverse frequencies, used for the rows and again for the columns.
+        inv_freq: [D/4] float32 inverse frequencies, used for rows and columns alike.
         impl: "auto", "reference" or "triton".
 
-    Returns: rotated copies (q, k), contiguous, in the dtypes of q and k; computed in float32 and rounded once.
-    Raises: ValueError or TypeError naming the argument. Source: section 4.4 of the 1.5 specification.
+    Returns:
+        Rotated copies of q and k, contiguous, in their dtypes.
+
+    Raises:
+        ValueError: wrong shape, device or layout, or an implementation that cannot run here.
+        TypeError: wrong dtype or type.
     """
-    check_impl(impl, attention=False)
+    check_impl(impl, "rope_2d")
     _check(q, k, position_ids, axes=2)
     if q.shape[-1] % 4:
         raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
@@ -86,7 +103,8 @@ def _check(q: Tensor, k: Tensor, position_ids: Tensor, axes: int) -> None:
 
 
 def _run(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate, impl):
-    if resolve(impl, "rope", q.device) == "triton":
+    operator = "rope_3d" if len(sections) == 3 else "rope_2d"
+    if resolve(impl, operator, q.device) == "triton":
         from keye_kernels.triton.rope import rope
     else:
         rope = reference.rope
@@ -98,7 +116,7 @@ def _fake(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, 
 
 
 def _run_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
-    """The conjugate rotation brings the gradient in front of the rope; there the norm's own gradient is elementwise."""
+    """Rotates the gradients back, then differentiates the norm."""
     grad_q, grad_k = _run(grad_q, grad_k, position_ids, inv_freq, sections, None, None, eps, True, impl)
     with torch.enable_grad():
         found = []

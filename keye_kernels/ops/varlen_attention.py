@@ -1,22 +1,56 @@
 """Attention over packed sequences. Symbols: T tokens, Hq query heads, Hk key heads, D head dim, S segments."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from keye_kernels import reference
+from keye_kernels.segments import Segments, tile_schedule
 
+from .attention_libraries import flash_attn_attention, torch_attention, why_not_torch
 from .checks import check_heads, check_tensor
-from .implementation import check_impl, resolve
+from .implementation import check_impl, is_auto, log_choice, resolve
 from .registry import call, define_differentiable
 
 MAX_HEAD_DIM = 256
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | Segments,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | Segments,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Segments,
     max_seqlen: int,
     *,
     softmax_scale: float | None = None,
@@ -24,21 +58,32 @@ def varlen_attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Every token attends to the tokens of its own segment (with `causal`: to those up to itself).
+    """Every token attends to the tokens of its own segment; with `causal`, to those up to itself.
+
+    Memory is linear in T for every implementation. The values of `cu_seqlens` are checked on a CPU only: on a
+    GPU that would synchronize, and offsets out of range give wrong results there.
 
     Args:
-        q: [T, Hq, D], any token and head strides, last axis contiguous; D a multiple of 8 up to 256.
-        k, v: [T, Hk, D], Hk a divisor of Hq; query head h reads key head h // (Hq // Hk). Dtype of q.
-        cu_seqlens: [S+1] int32, segment s holds tokens cu_seqlens[s] to cu_seqlens[s+1]; empty segments are allowed.
-        max_seqlen: length of the longest segment (an upper bound will do; it only guides the choice of tiles).
-        softmax_scale: D ** -0.5 unless given.
+        q: [T, Hq, D], any token and head stride, last axis contiguous; D a multiple of 8 up to 256.
+        k: [T, Hk, D] in the dtype of q; Hk divides Hq, and query head h uses key head h // (Hq // Hk).
+        v: like k.
+        cu_seqlens: [S+1] int32; segment s holds the tokens cu_seqlens[s] to cu_seqlens[s+1]. Empty segments are allowed.
+            Or `keye_kernels.segments.Segments`, which layers share: its tile schedule is built once per batch.
+        max_seqlen: length of the longest segment; an upper bound is enough.
+        softmax_scale: default: D ** -0.5.
+        causal: mask keys after the query.
         return_lse: also return the log of the sum of exp(scale * q·k).
-        impl: "auto", "reference", "triton" or "flash_attn" (the package of that name, for fp16 and bf16 on CUDA).
+        impl: "auto", "reference", "triton", "torch" (torch's FlashAttention-2, for fp16 and bf16 on CUDA) or "flash_attn"
+            (the package of that name). On a GPU "auto" takes the faster of triton and torch from a timed table, or else triton.
 
-    Returns: out [T, Hq, D], contiguous, in the dtype of q (zero for tokens of no segment), or (out, lse [Hq, T] float32).
-    Raises: ValueError or TypeError naming the argument. Memory is linear in T for every implementation.
+    Returns:
+        out [T, Hq, D], contiguous, in the dtype of q, 0 for tokens of no segment; with `return_lse` also lse [Hq, T] float32.
+
+    Raises:
+        ValueError: wrong shape, device or layout, decreasing offsets, or an implementation that cannot run this call.
+        TypeError: wrong dtype or type.
     """
-    check_impl(impl)
+    check_impl(impl, "varlen_attention")
     check_heads("q", q)
     check_heads("k", k, like=q)
     check_heads("v", v, like=q)
@@ -49,32 +94,78 @@ def varlen_attention(
         raise ValueError(f"q must have a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {q.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k must have a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
-    check_tensor("cu_seqlens", cu_seqlens, ("num_segments + 1",), (torch.int32,), q)
-    if cu_seqlens.shape[0] < 1:
+    segments = cu_seqlens if isinstance(cu_seqlens, Segments) else None
+    offsets = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Segments) else cu_seqlens
+    check_tensor("cu_seqlens", offsets, ("num_segments + 1",), (torch.int32,), q)
+    if offsets.shape[0] < 1:
         raise ValueError("cu_seqlens must have shape [num_segments + 1], got [0]")
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse = call(_attention_op, q, k, v, cu_seqlens, max_seqlen, scale, causal, return_lse, impl)
+    schedule, block_m = None, 0
+    if segments is not None and segments.lengths is not None and not torch.compiler.is_compiling():
+        impl, block_m = _choose(impl, q, k, v, max_seqlen, scale, causal)
+        schedule = segments.schedule(block_m, causal) if block_m else None
+    out, lse = call(
+        _attention_op, q, k, v, offsets, max_seqlen, scale, causal, return_lse, impl, schedule, block_m, segments is not None
+    )
     return (out, lse) if return_lse else out
 
 
-def _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl):
+def _choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, scale: float, causal: bool
+) -> tuple[str, int]:
+    """The implementation of one call, "auto" replaced by a name, and the queries per tile where it is Triton's (else 0)."""
+    automatic = is_auto(impl, "varlen_attention")
     impl = resolve(impl, "varlen_attention", q.device)
-    if impl == "triton":
-        from keye_kernels.triton.varlen_attention import varlen_attention as run
-    elif impl == "flash_attn":
-        from .flash_attention import varlen_attention as run
-    else:
-        return _reference(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl)
-    return run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse)
+    if impl != "triton":
+        return impl, 0
+    from keye_kernels.triton.varlen_attention import attention_config
+
+    config = attention_config(q.device, q.dtype, q.shape[2], max_seqlen, causal)
+    if automatic and config["backend"] == "torch" and why_not_torch(q, k, v, max_seqlen, scale) is None:
+        log_choice("varlen_attention", "torch", f"{q.device.type} (a timed table)")
+        return "torch", 0
+    return impl, int(config["BLOCK_M"])
 
 
-def _reference(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl):
+def _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens):
+    common = q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse
+    if schedule is None:
+        impl, block_m = _choose(impl, q, k, v, max_seqlen, softmax_scale, causal)
+    if impl == "reference":
+        _check_offsets(cu_seqlens, q.shape[0])
+        return reference.varlen_attention(q, k, v, cu_seqlens, softmax_scale, causal, return_lse)
+    if impl == "torch":
+        return torch_attention(*common, covers_all_tokens)
+    if impl == "flash_attn":
+        return flash_attn_attention(*common, covers_all_tokens)
+    from keye_kernels.triton.varlen_attention import varlen_attention as run
+
+    if schedule is None and cu_seqlens.device.type == "cpu":
+        offsets = _check_offsets(cu_seqlens, q.shape[0])
+        schedule = tile_schedule(cu_seqlens, block_m, causal)
+        covers_all_tokens = offsets[0] == 0 and offsets[-1] == q.shape[0]
+    return run(*common, schedule, covers_all_tokens)
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """The offsets as integers. Raises ValueError where they do not rise from 0 or more to at most `num_tokens`."""
+    offsets = cu_seqlens.tolist()
+    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens must rise from 0 or more to at most q's {num_tokens} tokens, got {offsets}")
+    return offsets
+
+
+def _reference(
+    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
+):
     return reference.varlen_attention(q, k, v, cu_seqlens, softmax_scale, causal, return_lse)
 
 
-def _fake(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl):
+def _fake(
+    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
+):
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0] if return_lse else 0), dtype=dtype)
 
@@ -82,7 +173,7 @@ def _fake(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, im
 define_differentiable(
     "varlen_attention",
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale, bool causal, bool return_lse, "
-    "str impl",
+    "str impl, Tensor? schedule, int block_m, bool covers_all_tokens",
     "(Tensor, Tensor)",
     _run,
     _fake,

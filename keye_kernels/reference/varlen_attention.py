@@ -1,4 +1,4 @@
-"""Attention of packed sequences: a token attends within its own segment only."""
+"""Attention over packed sequences: a token attends within its own segment only."""
 
 from itertools import groupby, pairwise
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .rope import compute_dtype
 
-LSE_ROWS = 512  # rows of scores held at a time: memory stays linear in the length of a segment
+# Rows of scores held at the same time, so that memory is linear in the segment length
+LSE_ROWS = 512
 
 
 def varlen_attention(
@@ -17,22 +18,25 @@ def varlen_attention(
     """softmax(scale * q kᵀ) v, segment by segment.
 
     Args:
-        q: [T, Hq, D]; k, v: [T, Hk, D], query head h reads key head h // (Hq // Hk).
-        cu_seqlens: [S+1], segment s holds tokens cu_seqlens[s] to cu_seqlens[s+1]; its values are read.
+        q: [T, Hq, D].
+        k, v: [T, Hk, D]; query head h uses key head h // (Hq // Hk).
+        cu_seqlens: [S+1] rising offsets of the segments. Their values are read on the host.
+        softmax_scale: factor of q kᵀ.
+        causal: mask keys after the query.
+        return_lse: also compute the log-sum-exp of the scores.
 
-    Returns: out [T, Hq, D], zero for tokens of no segment, and lse [Hq, T] (float32; empty unless `return_lse`).
+    Returns:
+        out [T, Hq, D], zero for tokens of no segment, and lse [Hq, T] in float32 (empty unless `return_lse`).
     """
     offsets = cu_seqlens.tolist()
-    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > q.shape[0]:
-        raise ValueError(f"cu_seqlens must rise from 0 or more to at most q's {q.shape[0]} tokens, got {offsets}")
-    # Neighbours of one length are one product, and so is their gradient
+    # Adjacent segments of equal length share one SDPA call, and one in the backward pass
     lengths = (end - start for start, end in pairwise(offsets))
     runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
     sizes = [offsets[0], *(length * number for length, number in runs), q.shape[0] - offsets[-1]]
     first, *inside, last = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
     outs, lses = [torch.zeros_like(first[0])], []
     for (length, number), packed in zip(runs, inside, strict=True):
-        # [N, H, L, D]; SDPA's fused CPU path wants as many key heads as query heads
+        # [N, H, L, D]. SDPA's fused CPU kernel needs as many key heads as query heads
         query, key, value = (x.unflatten(0, (number, length)).transpose(1, 2) for x in packed)
         if (groups := q.shape[1] // k.shape[1]) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -1,9 +1,9 @@
-"""Compiles every kernel for chips that are not here, and says what the machine code costs.
+"""Compiles every kernel ahead of time for GPUs that are not here, and reports what the machine code needs.
 
     python -m keye_kernels.tools.compile --target sm_80,sm_90 [--kernel rope] [--json]
 
-Exit code 1 if a variant does not compile, spills inside a loop, needs more shared memory than a block may have, or
-multiplies matrices without tensor-core instructions; 2 for an unknown target or kernel. Needs Triton and no GPU.
+Needs Triton and no GPU. Exit code 1 if a variant does not compile, spills inside a loop, needs more shared memory than a block
+may have, or runs matmuls without tensor-core instructions; 2 for an unknown target or kernel.
 """
 
 import argparse
@@ -16,41 +16,22 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from keye_kernels.triton.spec import CompileSpec
+from keye_kernels.triton.device import MULTIPROCESSORS, Arch
+from keye_kernels.triton.registry import kernel_names, kernel_spec
+from keye_kernels.triton.spec import CompileVariant
 
-KERNELS = ("rope", "position_embedding", "varlen_attention", "patch_merge", "matmul")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What one multiprocessor (compute unit) holds, from the vendors' programming guides."""
-
-    warps: int
-    blocks: int
-    shared: int  # bytes
-    shared_by_block: int  # bytes that one block may have
-
-
-CHIPS = {
-    "sm_80": Chip(64, 32, 164 << 10, 163 << 10),
-    "sm_86": Chip(48, 16, 100 << 10, 99 << 10),
-    "sm_89": Chip(48, 24, 100 << 10, 99 << 10),
-    "sm_90": Chip(64, 32, 228 << 10, 227 << 10),
-    "sm_100": Chip(64, 32, 228 << 10, 227 << 10),
-    "sm_120": Chip(48, 24, 100 << 10, 99 << 10),
-    "gfx942": Chip(32, 16, 64 << 10, 64 << 10),
-}
-REGISTERS = 64 << 10  # 32-bit registers of an NVIDIA multiprocessor, handed out to warps in units of 256
-VECTOR_REGISTERS = 512  # of one lane of a gfx942 SIMD, accumulation registers included, handed out in units of 8
-RESERVED_SHARED = 1 << 10  # an NVIDIA block's own
+DEFAULT_TARGETS = "sm_80,sm_90,sm_100,sm_120,gfx942"
+REGISTERS = 64 << 10  # 32-bit registers of an NVIDIA multiprocessor, allocated to warps in units of 256
+VECTOR_REGISTERS = 512  # per lane of a gfx942 SIMD, accumulation registers included, allocated in units of 8
+RESERVED_SHARED_BYTES = 1 << 10  # per block, on NVIDIA
+TENSOR_MEMORY_COLUMNS = 512
 
 ARGUMENT_TYPE = re.compile(r"(\*k?)?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8\w+)(:16)?|tensordesc<.*>")
-# What an assembly listing shows of each vendor: labels, jumps to them, spills, tensor-core instructions
+# Patterns in the assembly listing of each vendor
 LABEL = {"cuda": r"^\s*(\.L_x_\d+):", "hip": r"^(\.LBB\d+_\d+):"}
 JUMP = {"cuda": r"\bBRA\b.*(\.L_x_\d+)", "hip": r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"}
 SPILL = {"cuda": r"\*/\s+(?:@!?U?P\w+\s+)?(?:LDL|STL)\b", "hip": r"^\s*(?:scratch_(?:load|store)|buffer_\w+.*Folded)"}
@@ -60,73 +41,75 @@ TENSOR = {"cuda": r"\*/\s+(?:@!?U?P\w+\s+)?[A-Z]+MMA\b", "hip": r"^\s*v_mfma_"}
 
 @dataclass
 class Report:
-    """What one variant of a kernel costs on one target; `failures` says in words what is wrong with it."""
+    """What one variant of a kernel needs on one target; `failures` are sentences about what is wrong with it."""
 
     target: str
     kernel: str
     label: str
     registers: int = 0
-    stack_bytes: int = 0  # a thread; spills and nothing else, these kernels have no local arrays
+    stack_bytes: int = 0  # per thread; spills only, since the kernels have no local arrays
     spills_in_loop: int = 0  # instructions
     shared_bytes: int = 0
     resident_blocks: int = 0
     tensor_core_instructions: int = 0
     instructions: int = 0
-    loop_instructions: int = 0  # in one pass of the hot loop: of the innermost ones that with most tensor-core work
+    loop_instructions: int = 0  # in one iteration of the hot loop
     failures: list[str] = field(default_factory=list)
 
 
-def check(target: str, kernel: str, spec: CompileSpec) -> Report:
-    """Compiles one variant and reads its machine code."""
-    chip, report = CHIPS[target], Report(target, kernel, spec.label)
+def check(target: str, kernel: str, variant: CompileVariant) -> Report:
+    """Compiles one variant and analyses its machine code."""
+    multiprocessor, report = MULTIPROCESSORS[target], Report(target, kernel, variant.label)
     try:
-        compiled = compile_spec(target, spec)
-    except Exception as error:  # whatever a pass of the compiler raises is the finding
+        compiled = compile_variant(target, variant)
+    except Exception as error:  # any compiler pass may raise anything: that is a finding
         message = str(error).strip().splitlines() or [""]
         report.failures.append(f"does not compile: {type(error).__name__}: {message[-1]}")
         return report
     vendor = compiled.metadata.target.backend
-    listing = read_nvidia(compiled, report) if vendor == "cuda" else _read_amd(compiled, report)
+    listing = analyse_nvidia(compiled, report) if vendor == "cuda" else _analyse_amd(compiled, report)
     report.spills_in_loop = _count(SPILL[vendor], _lines_in_loops(listing, vendor))
     report.tensor_core_instructions = _count(TENSOR[vendor], listing)
     report.instructions = _count(INSTRUCTION[vendor], listing)
     report.loop_instructions = _count(INSTRUCTION[vendor], hot_loop(listing, vendor))
     if report.spills_in_loop:
         report.failures.append(f"spills inside a loop ({report.spills_in_loop} instructions)")
-    if report.shared_bytes > chip.shared_by_block:
+    if report.shared_bytes > multiprocessor.shared_bytes_per_block:
         report.failures.append(
-            f"needs {report.shared_bytes} bytes of shared memory, a block has {chip.shared_by_block}"
+            f"needs {report.shared_bytes} bytes of shared memory, a block has {multiprocessor.shared_bytes_per_block}"
         )
     elif not report.resident_blocks:
         report.failures.append("needs more registers than a multiprocessor has")
-    if spec.uses_tensor_cores and not report.tensor_core_instructions:
-        report.failures.append("multiplies matrices without a tensor-core instruction")
+    if variant.uses_tensor_cores and not report.tensor_core_instructions:
+        report.failures.append("runs matmuls without tensor-core instructions")
     return report
 
 
-def compile_spec(target: str, spec: CompileSpec) -> Any:
-    """Triton's compiled kernel, made ahead of time."""
+def compile_variant(target: str, variant: CompileVariant) -> Any:
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types, constants, attributes = {}, {}, {}
-    for place, name in enumerate(spec.kernel.arg_names):
-        value = spec.signature[name]
+    for position, name in enumerate(variant.kernel.arg_names):
+        value = variant.signature[name]
         if isinstance(value, str) and ARGUMENT_TYPE.fullmatch(value):
             types[name] = value.removesuffix(":16")
             if value.endswith(":16"):
-                attributes[(place,)] = [["tt.divisibility", 16]]
+                attributes[(position,)] = [["tt.divisibility", 16]]
         else:
-            types[name], constants[(place,)] = "constexpr", value
-    source = ASTSource(fn=spec.kernel, signature=types, constexprs=constants, attrs=attributes)
-    is_nvidia = target.startswith("sm_")
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+            types[name], constants[(position,)] = "constexpr", value
+    source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=attributes)
+    arch = Arch(target)
+    gpu = GPUTarget("cuda", arch.capability, 32) if arch.is_nvidia else GPUTarget("hip", target, 64)
+    return triton.compile(
+        source, target=gpu, options={"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    )
 
 
-def read_nvidia(compiled: Any, report: Report) -> list[str]:
-    """Fills in the report and returns the disassembly."""
+def analyse_nvidia(compiled: Any, report: Report) -> list[str]:
+    """Fills in the resources of the report and returns the disassembly."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -139,23 +122,23 @@ def read_nvidia(compiled: Any, report: Report) -> list[str]:
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     report.registers, report.stack_bytes, report.shared_bytes = int(registers), int(stack), compiled.metadata.shared
-    # More than asked for where a kernel is specialised by warps
+    # Warp specialization launches more warps than requested
     threads = re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])
     warps = int(threads[1]) // 32
     by_warp = -(-report.registers * 32 // 256) * 256
-    chip = CHIPS[report.target]
+    multiprocessor = MULTIPROCESSORS[report.target]
     report.resident_blocks = min(
-        chip.warps // warps,
-        chip.blocks,
+        multiprocessor.warps // warps,
+        multiprocessor.blocks,
         REGISTERS // 4 // by_warp * 4 // (-(-warps // 4) * 4),
-        chip.shared // (report.shared_bytes + RESERVED_SHARED),
-        512 // max(getattr(compiled.metadata, "tmem_size", 0) or 0, 1),  # columns of tensor memory
+        multiprocessor.shared_bytes // (report.shared_bytes + RESERVED_SHARED_BYTES),
+        TENSOR_MEMORY_COLUMNS // max(getattr(compiled.metadata, "tmem_size", 0) or 0, 1),
     )
     return listing.splitlines()
 
 
-def _read_amd(compiled: Any, report: Report) -> list[str]:
-    """Fills in the report and returns the assembly."""
+def _analyse_amd(compiled: Any, report: Report) -> list[str]:
+    """Fills in the resources of the report and returns the assembly."""
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -164,15 +147,17 @@ def _read_amd(compiled: Any, report: Report) -> list[str]:
 
     report.registers = number("vgpr_count")  # accumulation registers included
     report.stack_bytes, report.shared_bytes = number("private_segment_fixed_size"), compiled.metadata.shared
-    warps, chip = compiled.metadata.num_warps, CHIPS[report.target]
-    by_simd = min(chip.warps // 4, VECTOR_REGISTERS // (-(-max(report.registers, 1) // 8) * 8))
-    shared_limit = chip.shared // report.shared_bytes if report.shared_bytes else chip.blocks
-    report.resident_blocks = min(4 * by_simd // warps, chip.blocks, shared_limit)
+    warps, multiprocessor = compiled.metadata.num_warps, MULTIPROCESSORS[report.target]
+    by_simd = min(multiprocessor.warps // 4, VECTOR_REGISTERS // (-(-max(report.registers, 1) // 8) * 8))
+    shared_limit = multiprocessor.blocks
+    if report.shared_bytes:
+        shared_limit = multiprocessor.shared_bytes // report.shared_bytes
+    report.resident_blocks = min(4 * by_simd // warps, multiprocessor.blocks, shared_limit)
     return text.splitlines()
 
 
 def _loops(listing: list[str], vendor: str) -> list[range]:
-    """Lines from a label to a jump back to it."""
+    """The line ranges from a label to a jump back to it."""
     labels = {match[1]: line for line, text in enumerate(listing) if (match := re.search(LABEL[vendor], text))}
     jumps = [(labels.get(match[1], line), line) for line, text in enumerate(listing)
              if (match := re.search(JUMP[vendor], text))]  # fmt: skip
@@ -180,14 +165,14 @@ def _loops(listing: list[str], vendor: str) -> list[range]:
 
 
 def _lines_in_loops(listing: list[str], vendor: str) -> list[str]:
-    """The lines between a label and a jump back to it."""
+    """All lines that are inside a loop."""
     return [listing[line] for line in sorted({line for loop in _loops(listing, vendor) for line in loop})]
 
 
 def hot_loop(listing: list[str], vendor: str) -> list[str]:
-    """The innermost loop with most tensor-core instructions, then most lines.
+    """The innermost loop with the most tensor-core instructions, then the most lines.
 
-    Short loops wait for a barrier. A jump that crosses the end of a loop comes from such a wait, moved out of the way.
+    Loops of a few instructions wait for a barrier. A jump across the end of a loop belongs to such a wait, moved elsewhere.
     """
     loops = [range(loop.start, loop.stop + 1) for loop in _loops(listing, vendor)]
     loops = [loop for loop in loops if _count(INSTRUCTION[vendor], listing[loop.start : loop.stop]) > 8]
@@ -202,26 +187,24 @@ def _count(pattern: str, listing: list[str]) -> int:
 
 
 def check_kernel(target: str, kernel: str) -> list[Report]:
-    """All variants of one kernel module on one target."""
-    module = import_module(f"keye_kernels.triton.{kernel}")
-    arch = int(target[3:]) if target.startswith("sm_") else target
-    return [check(target, kernel, spec) for spec in module.compile_specs(arch)]
+    """All variants of one kernel that ship for one target."""
+    return [check(target, kernel, variant) for variant in kernel_spec(kernel).shipped_variants(Arch(target))]
 
 
 def table(reports: list[Report]) -> str:
-    """One line a variant, for people."""
+    """One line per variant."""
     head = (
         "target",
         "kernel",
         "variant",
         "registers",
-        "stack B",
+        "stack bytes",
         "spills in loop",
-        "shared B",
+        "shared bytes",
         "blocks",
-        "tensor-core",
+        "tensor-core instructions",
         "instructions",
-        "hot loop",
+        "in hot loop",
     )
     rows = [head, *(tuple(map(str, list(asdict(report).values())[:-1])) for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -243,14 +226,14 @@ def _names(argument: str, known: tuple[str, ...], what: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m keye_kernels.tools.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("--target", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(CHIPS)}")
-    parser.add_argument("--kernel", default=",".join(KERNELS), help="default: all of them")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"of {', '.join(MULTIPROCESSORS)}")
+    parser.add_argument("--kernel", default=",".join(kernel_names()), help="default: all of them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
-    targets = _names(options.target, tuple(CHIPS), "target")
-    kernels = _names(options.kernel, KERNELS, "kernel")
+    targets = _names(options.target, tuple(MULTIPROCESSORS), "target")
+    kernels = _names(options.kernel, kernel_names(), "kernel")
 
-    # Triton either interprets or compiles for good, as its first import finds the environment: use fresh processes
+    # Triton decides at its first import whether it interprets or compiles: use fresh processes
     os.environ["TRITON_INTERPRET"] = "0"
     with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
         cases = list(product(targets, kernels))

@@ -1,7 +1,7 @@
-"""Launching without asking Triton's JIT every time: a tower calls the same few kernels 27 times with like arguments.
+"""Caches compiled kernels per argument signature, so that repeated launches skip the JIT's analysis of the arguments.
 
-The JIT looks at each argument anew, which takes the host longer than a small kernel takes the GPU. Here a variant that was
-launched once is found again by what tells variants apart, and launched as it is.
+The JIT inspects every argument of every launch, which takes the CPU longer than a small kernel takes the GPU. A layer of a model
+launches the same few specializations again and again.
 """
 
 import os
@@ -17,13 +17,13 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-MOST_THREADS = 16
+MAX_COMPILE_THREADS = 16
 _compile_only: ContextVar[bool] = ContextVar("keye_kernels_compile_only", default=False)
 
 
 @contextmanager
 def compile_only() -> Iterator[None]:
-    """Launches inside compile their kernel, or find it in Triton's cache, and start nothing."""
+    """Inside, launches compile their kernel or find it in Triton's cache, but run nothing."""
     token = _compile_only.set(True)
     try:
         yield
@@ -32,39 +32,39 @@ def compile_only() -> Iterator[None]:
 
 
 class Kernel:
-    """A JIT function whose constexpr parameters come last, and whose integers are not specialised.
+    """Launches one JIT function whose constexpr parameters come last and whose integers are not specialized.
 
-    What is left to tell variants apart are the constants, and of each argument the kind: a tensor's dtype and whether it is
-    aligned to 16 bytes, an integer's width, a descriptor's block, None. AMD's variants depend on a tensor's size, too: there
-    the JIT is asked.
+    A specialization then depends on the constexprs and on the kind of each argument: a tensor's dtype and 16-byte alignment, an
+    integer's width, a descriptor's block shape, None. On AMD it also depends on a tensor's size, so the JIT is always called.
     """
 
     def __init__(self, function: Any):
         self.function = function
-        self.remembers = isinstance(function, JITFunction) and not torch.version.hip  # the interpreter has no variants
-        self.variants: dict[tuple, tuple[Any, tuple]] = {}
+        # The interpreter compiles nothing
+        self.uses_cache = isinstance(function, JITFunction) and not torch.version.hip
+        self.compiled_kernels: dict[tuple, tuple[Any, tuple]] = {}
 
     def __call__(self, grid: int, *arguments: Any, **constants: Any) -> None:
         """Launches `grid` programs on the current device and stream.
 
-        `constants` are num_warps and num_stages, too, and come in the same order in every call.
+        `constants` are the constexprs, num_warps and num_stages. They must come in the same order in every call.
         """
         if _compile_only.get():
             self.function.run(*arguments, **constants, grid=(grid,), warmup=True)
             return
-        if not self.remembers:
+        if not self.uses_cache:
             self.function[grid,](*arguments, **constants)
             return
         key = driver.active.get_current_device(), *map(_kind, arguments), *constants.values()
-        if key in self.variants:
-            compiled, values = self.variants[key]
+        if key in self.compiled_kernels:
+            compiled, values = self.compiled_kernels[key]
             compiled[grid, 1, 1](*arguments, *values)
             return
         compiled = self.function[grid,](*arguments, **constants)
-        if hasattr(compiled, "result"):  # another thread compiles ahead
+        if hasattr(compiled, "result"):  # still compiling in another thread
             compiled = compiled.result()
         names = self.function.arg_names[len(arguments) :]
-        self.variants[key] = compiled, tuple(constants[name] for name in names)
+        self.compiled_kernels[key] = compiled, tuple(constants[name] for name in names)
 
 
 def _kind(argument: Any) -> Any:
@@ -77,23 +77,22 @@ def _kind(argument: Any) -> Any:
     return None if argument is None else tuple(argument.block_shape)
 
 
-def compile_steps(steps: Sequence[Callable[[], object]], ready: Callable[[], object]) -> tuple[int, int]:
-    """Runs the steps without their launches; returns how many kernels were compiled, and how many were found in the cache.
+def compile_steps(steps: Sequence[Callable[[], object]], on_kernel: Callable[[], object]) -> tuple[int, int]:
+    """Runs the steps without launching anything. Returns how many kernels were compiled and how many were in Triton's cache.
 
-    `ready` is called for each of them. Memory that a kernel would have filled is left as it is: what is computed here means
-    nothing.
+    `on_kernel` is called for each kernel. Outputs are uninitialized memory: the values computed here have no meaning.
     """
     hits: list[bool] = []
     listener = knobs.compilation.listener
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         hits.append(cache_hit)
-        ready()
+        on_kernel()
 
     knobs.compilation.listener = listen
     try:
-        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
-        with pool, _beside_each_other(pool), compile_only():
+        pool = ThreadPoolExecutor(min(MAX_COMPILE_THREADS, os.cpu_count() or 1))
+        with pool, _parallel_compilation(pool), compile_only():
             for step in steps:
                 step()
     finally:
@@ -101,8 +100,8 @@ def compile_steps(steps: Sequence[Callable[[], object]], ready: Callable[[], obj
     return hits.count(False), hits.count(True)
 
 
-def _beside_each_other(pool: ThreadPoolExecutor) -> AbstractContextManager:
-    """Triton hands what is to be compiled to the pool, and waits for it at the end. A Triton without that: one by one."""
+def _parallel_compilation(pool: ThreadPoolExecutor) -> AbstractContextManager:
+    """Triton compiles in the pool and waits for it at the end; versions without that mode compile one kernel after another."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:

@@ -1,7 +1,7 @@
-"""Rotary position embedding of q and k in one launch, with an optional RMSNorm of each head in front.
+"""Rotary position embedding of q and k in one launch, after an optional RMSNorm of each head.
 
-The text model (three axes, 64 pairs) and the vision tower (two axes, 36 pairs) differ only in which axis owns a pair.
-Angles are made in registers from the positions, so that no table by token is ever read.
+The text model (three position axes, 64 pairs) and the vision tower (two axes, 36 pairs) use the same kernel; they differ in the
+axis that each pair takes its position from. Angles are computed in registers: no cos/sin table per token is read.
 """
 
 from functools import cache
@@ -11,26 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import Arch, device_arch
 from .launch import Kernel
-from .spec import CompileSpec
-from .tiles import Config, cdiv, dtype_name, next_power_of_2, remember, tile
+from .launch_config import Config, ConfigKey, cache_config, cdiv, dtype_name, launch_config, next_power_of_2
 
-ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves that integer in the low bits
+ROUND = tl.constexpr(1.5 * 2**23)  # adding it rounds to an integer and leaves the integer in the low mantissa bits
 INVERSE_PI = tl.constexpr(0.31830988618379067)
-# pi in three parts, the first two of five bits: times an integer up to 671,088 they are exact with and without FMA.
+# pi = PI_1 + PI_2 + PI_3. The first two have five significant bits: their products with n up to 671,088 are exact.
 PI_1, PI_2, PI_3 = tl.constexpr(25 / 8), tl.constexpr(17 / 1024), tl.constexpr(-8.908910206761537e-06)
 
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine within 6e-7 for |angle| up to 2**21, without the slow path of libdevice, which spills."""
-    # Explicit FMAs: a compiler that contracts `angle - n * pi` might contract the rounding of the angle itself away.
+    """Cosine and sine, error below 6e-7 for |angle| up to 2**21. The slow path of libdevice spills registers."""
+    # Explicit FMAs: contracting `angle - n * pi` could also remove the rounding of the angle to float32.
     shifted = tl.fma(angle, INVERSE_PI, ROUND)
     n = shifted - ROUND
     r = tl.fma(n, -PI_1, angle)
     r = tl.fma(n, -PI_2, r)
     r = tl.fma(n, -PI_3, r)
-    # Minimax on |r| <= 1.72: the multiple is rounded to within 0.05 at the largest angles.
+    # Minimax polynomials on |r| <= 1.72: n is off by up to 0.05 at the largest angles.
     r2 = r * r
     sin = tl.fma(r2, 2.570075366747915e-06, -0.0001979181106435135)
     sin = tl.fma(sin, r2, 0.008332792669534683)
@@ -41,7 +41,7 @@ def _cos_sin(angle):
     cos = tl.fma(cos, r2, 0.04166661202907562)
     cos = tl.fma(cos, r2, -0.5)
     cos = tl.fma(cos, r2, 1.0)
-    # An odd multiple of pi changes both signs.
+    # An odd n flips both signs.
     sign = shifted.to(tl.int32, bitcast=True) << 31
     cos = (cos.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     sin = (sin.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
@@ -51,7 +51,7 @@ def _cos_sin(angle):
 @triton.jit
 def _angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_axis, stride_token,
             NUM_FREQUENCIES: tl.constexpr, SECTIONS: tl.constexpr):  # fmt: skip
-    """float32 position times float32 frequency, [BLOCK_T, pairs]."""
+    """[BLOCK_T, pairs]: float32 position times float32 frequency."""
     p_position = position_ptr + o_token * stride_token
     b_position = tl.load(p_position, mask=m_token, other=0).to(tl.float32)[:, None]
     first_pair: tl.constexpr = 0
@@ -67,7 +67,7 @@ def _angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_axis, s
 def _rotate_heads(out_ptr, x_ptr, weight_ptr, first_token, m_token, o_pair, cos, sin, eps, stride_token, stride_head,
                   HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr, INT64_OFFSETS: tl.constexpr,
                   BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """Turns the pairs `o_pair` of every head of BLOCK_T tokens, BLOCK_H heads at a time."""
+    """Rotates the pairs `o_pair` of every head of BLOCK_T tokens, BLOCK_H heads at a time."""
     HALF: tl.constexpr = HEAD_DIM // 2
     m_pair = o_pair < HALF
     o_row = tl.arange(0, BLOCK_T)[None, :, None]
@@ -79,7 +79,7 @@ def _rotate_heads(out_ptr, x_ptr, weight_ptr, first_token, m_token, o_pair, cos,
         w_first = tl.load(weight_ptr + o_pair, mask=m_pair, other=0.0).to(tl.float32)[None, None, :]
         w_second = tl.load(weight_ptr + HALF + o_pair, mask=m_pair, other=0.0).to(tl.float32)[None, None, :]
     for first_head in tl.static_range(0, HEADS, BLOCK_H):
-        # [BLOCK_H, BLOCK_T, pairs]: heads outermost, so that they vary across registers and share an angle there.
+        # [BLOCK_H, BLOCK_T, pairs]: heads are outermost, so that the registers of a thread hold several heads of one angle.
         o_head = first_head + tl.arange(0, BLOCK_H)[:, None, None]
         if INT64_OFFSETS:
             o_head = o_head.to(tl.int64)
@@ -108,12 +108,12 @@ def rope_kernel(
     SECTIONS: tl.constexpr, CONJUGATE: tl.constexpr, STRIDE_UNIT: tl.constexpr, INT64_OFFSETS: tl.constexpr,
     PAIRS: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program turns all heads of BLOCK_T tokens: the first PAIRS pairs, then a tail of TAIL (36 = 32 + 4)."""
+    """One program rotates all heads of BLOCK_T tokens: the first PAIRS pairs, then TAIL pairs (36 = 32 + 4)."""
     first_token = tl.program_id(0).to(tl.int64) * BLOCK_T
     o_token = first_token + tl.arange(0, BLOCK_T)
     m_token = o_token < num_tokens
     for part in tl.static_range(2 if TAIL else 1):
-        # Both halves are read at the width that the second allows, or they would meet in shared memory.
+        # Both halves are loaded with the vector width of the second: different layouts would exchange data in shared memory.
         o_pair = tl.max_contiguous(tl.arange(0, PAIRS), VECTOR) if part == 0 else PAIRS + tl.arange(0, TAIL)
         cos, sin = _cos_sin(_angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_p_axis,
                                     stride_p_token, NUM_FREQUENCIES, SECTIONS))  # fmt: skip
@@ -128,38 +128,38 @@ def rope_kernel(
 _launch = Kernel(rope_kernel)
 
 
-def heuristic(head_dim: int, warp_size: int) -> dict[str, int]:
-    """The tile without a table, as many threads on every capability: memory decides, not arithmetic.
+def heuristic(head_dim: int, arch: Arch) -> Config:
+    """The launch config where no table has an entry. The kernel is bound by memory, so all architectures use as many threads.
 
-    At head dim 128 in 16 bits, 128 threads of 8 channels are 2 tokens x 8 heads: 16-byte accesses for q's 32 heads and
-    k's 8 alike, in at most 70 registers. Below, 64 threads of 4 channels are the tail of 4 tokens x 16 heads.
+    Head dim 128 in 16 bits: 128 threads with 8 channels each cover 2 tokens x 8 heads, which makes 16-byte accesses for q's 32
+    heads and k's 8 heads, in at most 70 registers. Below: 64 threads with 4 channels cover the tail of 4 tokens x 16 heads.
     """
     if head_dim >= 128:
-        return {"BLOCK_T": 2, "BLOCK_H": 8, "num_warps": 128 // warp_size}
-    return {"BLOCK_T": 4, "BLOCK_H": 16, "num_warps": 64 // warp_size}
+        return {"BLOCK_T": 2, "BLOCK_H": 8, "num_warps": 128 // arch.warp_size}
+    return {"BLOCK_T": 4, "BLOCK_H": 16, "num_warps": 64 // arch.warp_size}
 
 
-def tile_key(dtype: torch.dtype, head_dim: int, num_tokens: int) -> dict[str, int | str]:
-    """What a tile table tells cases apart by."""
+def config_key(dtype: torch.dtype, head_dim: int, num_tokens: int) -> ConfigKey:
+    """The key of the tables; tokens are rounded up to a power of two."""
     return {"dtype": dtype_name(dtype), "head_dim": head_dim, "tokens": next_power_of_2(num_tokens)}
 
 
 @cache
 def cover_pairs(head_dim: int, has_norm: bool) -> dict[str, int]:
-    """Powers of two that cover the pairs of a head: 36 = 32 + 4, or one of 64 where a norm needs the head as a whole."""
+    """Powers of two that cover the pairs of a head: 36 = 32 + 4, or 64 where the norm needs the whole head at once."""
     half = head_dim // 2
     covering = next_power_of_2(half)
     pairs, tail = covering, 0
     if covering != half and not has_norm:
         pairs, tail = covering // 2, next_power_of_2(half - covering // 2)
-    # The vector that stays aligned when the second half starts at `half`: the power of two in it
+    # The second half starts at `half`: vectors up to the largest power of two that divides it stay aligned
     return {"PAIRS": pairs, "TAIL": tail, "VECTOR": half & -half}
 
 
-@remember
+@cache_config
 def _config(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> Config:
-    key = tile_key(dtype, head_dim, num_tokens)
-    return tile("rope", device, key, heuristic(head_dim, 64 if torch.version.hip else 32))
+    key = config_key(dtype, head_dim, num_tokens)
+    return launch_config("rope", device, key, heuristic(head_dim, device_arch(device)))
 
 
 def rope(
@@ -174,9 +174,9 @@ def rope(
     conjugate: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches `rope_kernel`; arguments and results as in `keye_kernels.reference.rope`, outputs contiguous.
+    """Launches `rope_kernel`. Arguments and results as in `keye_kernels.reference.rope`; the outputs are contiguous.
 
-    `config` is the tile; None: the table's or the heuristic's.
+    `config` is the launch config; None: from a table or the heuristic.
     """
     (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -186,7 +186,7 @@ def rope(
     if config is None:
         config = _config(q.device, q.dtype, head_dim, num_tokens)
     has_norm = q_norm_weight is not None or k_norm_weight is not None
-    # The JIT learns "divisible by 16" of an integer and nothing weaker: a stride of 72 goes over as 9 units of 8.
+    # The JIT specializes integers on divisibility by 16 only. A stride of 72 is passed as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), block = q.stride(), k.stride(), config["BLOCK_T"]
     unit = 8 if not (q_token | q_head | k_token | k_head) % 8 else 1
     reach = max(q_heads * q_head + block * q_token, k_heads * k_head + block * k_token)
@@ -201,52 +201,3 @@ def rope(
             BLOCK_T=block, BLOCK_H=config["BLOCK_H"], num_warps=config["num_warps"],
         )  # fmt: skip
     return q_out, k_out
-
-
-TEXT, VISION = ((32, 8), 128, (16, 24, 24), 64), ((16, 16), 72, (18, 18), 18)  # heads, head dim, sections, frequencies
-
-
-def compile_spec(
-    label: str,
-    config: Config,
-    dtype: str,
-    weight: str | None,
-    heads: tuple[int, int],
-    head_dim: int,
-    sections: tuple[int, ...],
-    frequencies: int,
-    conjugate: bool = False,
-) -> CompileSpec:
-    """One variant; `dtype` and `weight` are Triton's names, `weight` None where no norm goes before the rotation."""
-    data, weights = f"*{dtype}:16", weight and f"*{weight}:16"
-    signature = {
-        "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
-        "q_weight_ptr": weights, "k_weight_ptr": weights, "inv_freq_ptr": "*fp32:16", "position_ptr": "*i64:16",
-        "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
-        "stride_k_token": "i32", "stride_k_head": "i32", "stride_p_axis": "i32", "stride_p_token": "i32",
-        "Q_HEADS": heads[0], "K_HEADS": heads[1], "HEAD_DIM": head_dim, "NUM_FREQUENCIES": frequencies,
-        "SECTIONS": sections, "CONJUGATE": conjugate, "STRIDE_UNIT": 8, "INT64_OFFSETS": False,
-        **cover_pairs(head_dim, weight is not None), "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
-    }  # fmt: skip
-    return CompileSpec(rope_kernel, label, signature, config["num_warps"], 3, uses_tensor_cores=False)
-
-
-def compile_specs(arch: int | str) -> list[CompileSpec]:
-    """The text model's and the vision tower's variants, the same for every target."""
-
-    def spec(label, dtype, weight, heads, head_dim, *rest, **options) -> CompileSpec:
-        config = heuristic(head_dim, 64 if isinstance(arch, str) else 32)
-        return compile_spec(label, config, dtype, weight, heads, head_dim, *rest, **options)
-
-    return [
-        spec("text norm bf16", "bf16", "bf16", *TEXT),
-        spec("text norm bf16, fp32 weights", "bf16", "fp32", *TEXT),
-        spec("text norm fp16", "fp16", "fp16", *TEXT),
-        spec("text norm fp32", "fp32", "fp32", *TEXT),
-        spec("text bf16", "bf16", None, *TEXT),
-        spec("text bf16 backward", "bf16", None, *TEXT, conjugate=True),
-        spec("vision bf16", "bf16", None, *VISION),
-        spec("vision fp16", "fp16", None, *VISION),
-        spec("vision fp32", "fp32", None, *VISION),
-        spec("vision bf16 backward", "bf16", None, *VISION, conjugate=True),
-    ]

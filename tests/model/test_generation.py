@@ -1,5 +1,7 @@
 """Generation: sampling, stopping, streaming, batches and the KV cache."""
 
+import sys
+
 import pytest
 import torch
 
@@ -192,15 +194,14 @@ def test_invalid_calls_raise_with_the_reason(model):
 def test_flash_attn_computes_the_attention_of_prompts_only(monkeypatch):
     """flash-attn needs a GPU, so the reference replaces it and records the calls."""
     from keye_kernels import reference
-    from keye_kernels.ops import flash_attention
 
     causal_of_calls = []
 
-    def attend(q, k, v, cu_seqlens, max_seqlen, *options):
-        causal_of_calls.append(options[1])
-        return reference.varlen_attention(q, k, v, cu_seqlens, *options)
+    def attend(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, covers_all_tokens):
+        causal_of_calls.append(causal)
+        return reference.varlen_attention(q, k, v, cu_seqlens, softmax_scale, causal, return_lse)
 
-    monkeypatch.setattr(flash_attention, "varlen_attention", attend)
+    monkeypatch.setattr(sys.modules["keye_kernels.ops.varlen_attention"], "flash_attn_attention", attend)
     expected, model = tiny_model(), tiny_model()
     flash = kk.Keye(model.config, impl="flash_attn").eval()
     flash.load_state_dict(model.state_dict())

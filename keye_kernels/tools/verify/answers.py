@@ -1,4 +1,4 @@
-"""The small model's answers: the kernels must give the tokens of the reference, and count right."""
+"""The answers of the small model: the kernels must give the tokens of the reference, and count correctly."""
 
 import time
 from pathlib import Path
@@ -8,16 +8,16 @@ from PIL import Image, ImageDraw
 
 from keye_kernels.small import small_model, small_processor
 
-from .checks import Result
+from .checks import CheckResult
 
-PICTURE = Path(__file__).parents[2] / "assets" / "image.png"
+IMAGE_FILE = Path(__file__).parents[2] / "assets" / "image.png"
 COUNT = "how many objects are there?"
-LONGEST_ANSWER = 16
+MAX_NEW_TOKENS = 16
 
 
 def questions() -> list[tuple[Image.Image, str, str | None]]:
-    """Pictures of three sizes with a question each, and the right answer where the small model is sure to know it."""
-    bundled = Image.open(PICTURE).convert("RGB")
+    """Images of several sizes with a question each, and the right answer where the small model reliably knows it."""
+    bundled = Image.open(IMAGE_FILE).convert("RGB")
     return [
         (bundled, "what is in the picture?", None),
         (_draw((112, 112), {1: "circle"}), COUNT, "one"),
@@ -26,33 +26,33 @@ def questions() -> list[tuple[Image.Image, str, str | None]]:
     ]
 
 
-def check_answers(device: torch.device, impl: str) -> list[Result]:
-    """One line a question: `error` is the number of tokens that differ from the reference's, or 1 for a wrong count."""
+def check_answers(device: torch.device, impl: str) -> list[CheckResult]:
+    """One result per question: `error` is the number of tokens that differ from the reference, or 1 for a wrong count."""
     processor = small_processor()
     models = [small_model(dtype=torch.float32, device=device, impl=name) for name in (impl, "reference")]
     results = []
-    for picture, question, right in questions():
+    for image, question, right in questions():
         start = time.perf_counter()
-        message = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        message = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": message}])
-        inputs = processor(text=prompt, images=[picture]).to(device)
+        inputs = processor(text=prompt, images=[image]).to(device)
         length = inputs["input_ids"].shape[1]
         tokens, expected = (
-            model.generate(**inputs, max_new_tokens=LONGEST_ANSWER)[0, length:].tolist() for model in models
+            model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, length:].tolist() for model in models
         )
         answer = processor.decode(tokens, skip_special_tokens=True)
         differ = abs(len(tokens) - len(expected)) + sum(a != b for a, b in zip(tokens, expected, strict=False))
         wrong = int(right is not None and answer != right)
         seconds = round(time.perf_counter() - start, 2)
         label = f"{question} {answer if right else ''}".strip()
-        results.append(Result("small model", label, "fp32", float(max(differ, wrong)), 0.0, 1, 0, "ok", seconds))
+        results.append(CheckResult("small model", label, "fp32", float(max(differ, wrong)), 0.0, 1, 0, "ok", seconds))
     return results
 
 
 def _draw(size: tuple[int, int], shapes: dict[int, str]) -> Image.Image:
-    """Grey, with large shapes in the left (0), the middle (1) and the right third, in red, blue and yellow."""
-    picture = Image.new("RGB", size, (132, 128, 120))
-    draw, colours = ImageDraw.Draw(picture), ((220, 40, 40), (50, 80, 220), (235, 210, 40))
+    """A gray image with large shapes in the left (0), middle (1) and right (2) third, in red, blue and yellow."""
+    image = Image.new("RGB", size, (132, 128, 120))
+    draw, colours = ImageDraw.Draw(image), ((220, 40, 40), (50, 80, 220), (235, 210, 40))
     radius = 0.13 * min(size)
     for third, shape in shapes.items():
         x, y = size[0] * (third + 0.5) / 3, size[1] / 2
@@ -60,4 +60,4 @@ def _draw(size: tuple[int, int], shapes: dict[int, str]) -> Image.Image:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colours[third])
         else:
             draw.regular_polygon((x, y, 1.2 * radius), {"square": 4, "triangle": 3}[shape], fill=colours[third])
-    return picture
+    return image

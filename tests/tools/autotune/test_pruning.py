@@ -1,4 +1,4 @@
-"""The pool of compilers ends when it is told to."""
+"""The pool of compiling processes ends on Ctrl-C."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-# Each as deaf as a compiler that runs in C
+# Tasks that ignore SIGINT, as a compiler written in C does
 BUSY = """
 import signal, time
 from keye_kernels.tools.autotune.pruning import compiler
@@ -28,8 +28,8 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_twice_ends_it_at_once(tmp_path):
-    """A terminal sends it to all processes of the group."""
+def test_two_interrupts_end_the_pool(tmp_path):
+    """A terminal sends SIGINT to all processes of the group."""
     script = tmp_path / "busy.py"
     script.write_text(BUSY)
     child = subprocess.Popen(
@@ -37,12 +37,11 @@ def test_ctrl_c_twice_ends_it_at_once(tmp_path):
     )
     try:
         assert child.stdout.readline() == b"busy\n"
-        start = time.perf_counter()
         os.killpg(child.pid, signal.SIGINT)
         time.sleep(0.5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGINT)
+        # The tasks would run for 60 s
         assert child.wait(timeout=30) != 0
-        assert time.perf_counter() - start < 15
     finally:
         child.kill()

@@ -1,55 +1,59 @@
-"""The tables in the package: every kernel on every target, ranked, and none that a chip cannot run."""
+"""The tables in the package: timed entries of registered kernels, in configs that the GPU can run."""
 
 import json
 
 import pytest
 
-from keye_kernels.tools.autotune.kernels import SAME
-from keye_kernels.tools.autotune.shapes import KERNELS
-from keye_kernels.tools.autotune.shipped import TIMED_CARDS, failures, shipped_variants
-from keye_kernels.tools.compile import CHIPS
-from keye_kernels.triton import tiles
+from keye_kernels.tools.autotune.shipped import TARGETS, failures, shipped_variants
+from keye_kernels.triton.device import Arch
+from keye_kernels.triton.launch_config import NON_KEY_FIELDS, PACKAGE_TABLES, table_path
+from keye_kernels.triton.registry import kernel_names, kernel_spec
+from keye_kernels.triton.spec import TuningShape
 
-SAMPLE = [("sm_90", "linear"), ("sm_89", "position_embedding_2d"), ("gfx942", "linear")]
-
-
-def table(target):
-    return json.loads(tiles.table_path(target, tiles.PACKAGE_TABLES).read_text())
+TABLES = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE_TABLES.glob("*.json"))]
+EACH_TABLE = pytest.mark.parametrize("table", TABLES, ids=lambda table: table["device"])
 
 
-@pytest.mark.parametrize("target", CHIPS)
-def test_every_kernel_has_ranked_entries(target):
-    found = table(target)
-    assert found["device"] == target and found["method"] == "ranked, not timed" and found["cost"]
-    assert found["kernels"].keys() == set(KERNELS) and all(found["kernels"].values())
-    assert all(
-        {"clocks", "shape", "heuristic"} <= entry["rank"].keys() for es in found["kernels"].values() for entry in es
-    )
-    assert tiles.to_text(found) == tiles.table_path(target, tiles.PACKAGE_TABLES).read_text()
+@EACH_TABLE
+def test_every_table_belongs_to_a_known_device(table):
+    assert table.keys() == {"device", "triton", "kernels"} and table["device"] in TARGETS
+    assert table_path(table["device"], PACKAGE_TABLES).is_file()
 
 
-def test_every_table_is_a_targets_or_a_timed_cards_and_is_compiled_with_its_target():
-    cards = {card: target for target, names in TIMED_CARDS.items() for card in names}
-    paths = {tiles.table_path(name, tiles.PACKAGE_TABLES).name for name in (*CHIPS, *cards)}
-    assert {path.name for path in tiles.PACKAGE_TABLES.glob("*.json")} == paths
-    for card, target in cards.items():
-        found = table(card)
-        assert found["device"] == card and found["method"] == "timed" and found["kernels"].keys() <= set(KERNELS)
-        timed = {tuple(sorted(e["config"].items())) for e in found["kernels"]["varlen_attention"]}
-        assert timed <= {v.config for v in shipped_variants(target) if v.kernel == "varlen_attention"}
+@EACH_TABLE
+def test_every_entry_was_timed_and_has_the_fields_of_its_kernel(table):
+    assert table["kernels"].keys() <= set(kernel_names())
+    for kernel, entries in table["kernels"].items():
+        spec = kernel_spec(kernel)
+        for entry in entries:
+            part = spec.part_of(entry)
+            key = spec.config_key(TuningShape(kernel, part, 1, 64), "bf16")
+            assert entry.keys() - set(NON_KEY_FIELDS) == key.keys() and entry["median_us"] > 0
+            assert (
+                entry["config"].keys() == spec.heuristic(TuningShape(kernel, part, 1, 64), "bf16", _arch(table)).keys()
+            )
 
 
-@pytest.mark.parametrize("target", [*CHIPS, *TIMED_CARDS["sm_90"]])
-def test_attention_has_one_block_of_keys_in_all_buckets(target):
-    # else a segment's sums would add up in another order beside a longer neighbour
+@EACH_TABLE
+def test_attention_has_the_same_key_block_in_all_buckets(table):
+    # otherwise the sums of a segment would be made in another order when it is packed with a longer one
+    shared = kernel_spec("varlen_attention").fields_shared_by_buckets
     blocks = {}
-    for entry in table(target)["kernels"]["varlen_attention"]:
-        blocks.setdefault(entry["head_dim"], set()).add(
-            tuple(entry["config"].get(name) for name in SAME["varlen_attention"])
-        )
+    for entry in table["kernels"]["varlen_attention"]:
+        blocks.setdefault(entry["head_dim"], set()).add(tuple(entry["config"][name] for name in shared))
     assert sorted(blocks) == [72, 128] and all(len(values) == 1 for values in blocks.values())
 
 
-def test_a_sample_compiles_without_a_finding():
-    variants = [next(v for v in shipped_variants(target) if v.kernel == kernel) for target, kernel in SAMPLE]
+def test_every_config_of_the_tables_is_compiled_by_the_check():
+    found = {(variant.kernel, dict(variant.config)["num_warps"]) for variant in shipped_variants()}
+    in_tables = {(k, e["config"]["num_warps"]) for t in TABLES for k, es in t["kernels"].items() for e in es}
+    assert in_tables <= found
+
+
+def test_a_sample_compiles_without_failures():
+    variants = [next(v for v in shipped_variants() if v.kernel == name) for name in ("rope", "position_embedding_2d")]
     assert failures(variants, workers=1) == []
+
+
+def _arch(table):
+    return Arch(TARGETS[table["device"]])

@@ -1,31 +1,32 @@
-"""The whole tuner on a machine of its own: a stub clock and compiler, and a device that gives itself a name."""
+"""The whole sweep with a stub timer, a stub compiler and a stub device name."""
 
 import json
 import logging
 from contextlib import contextmanager
-from functools import cache
 
 import pytest
 import torch
 
-from keye_kernels.tools.autotune import kernels
+from keye_kernels import reference
 from keye_kernels.tools.autotune import sweep as sweeping
 from keye_kernels.tools.autotune.candidates import candidates
 from keye_kernels.tools.autotune.checking import Checker
-from keye_kernels.tools.autotune.problems import Problem, make_problem
-from keye_kernels.tools.autotune.shapes import KERNELS, Shape
-from keye_kernels.triton import tiles
+from keye_kernels.triton import launch_config, linear_spec, patch_merge_norm_spec, position_embedding_2d_spec
+from keye_kernels.triton.device import Arch
+from keye_kernels.triton.registry import kernel_names, kernel_spec
+from keye_kernels.triton.spec import TuningProblem, TuningShape
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Stub 9000"
-SMALL, LARGE = Shape("rope", "vision", 1, 16), Shape("rope", "vision", 1, 4096)
+H100 = Arch("sm_90")
+SMALL, LARGE = TuningShape("rope", "vision", 1, 16), TuningShape("rope", "vision", 1, 4096)
 
 
 class Stub:
-    """A GPU of 132 multiprocessors whose launches copy a tensor; by candidate number it can be slow, wrong or broken."""
+    """A GPU whose launches copy a tensor. Each candidate, by its number, can be slow, wrong or broken."""
 
     def __init__(self):
-        self.tried = candidates(SMALL, "fp16", "sm_90", 132, timed=True)
+        self.tried = candidates(SMALL, "fp16", H100)
         self.microseconds = dict.fromkeys(range(len(self.tried)), 100.0)
         self.bad, self.benched, self.fastest, self.launched, self.stop_after = {}, [], [], None, None
 
@@ -37,7 +38,7 @@ class Stub:
 
     def submit(self, variants): ...
 
-    def problem(self, shape, dtype, device):
+    def problem(self, shape, dtype, device, reference):
         x = torch.arange(8.0)
 
         def launch(config):
@@ -45,12 +46,12 @@ class Stub:
             kind = self.bad.get(self.launched)
             if kind == "raises":
                 raise RuntimeError("out of resource: shared memory")
-            memory = torch.empty(8, dtype=dtype)
+            memory = torch.empty(8, dtype=torch.float16)
             if kind == "unwritten" and memory.isnan().all():
                 return (memory,)
-            return ((x + (kind == "wrong")).to(dtype),)  # as memory that nobody filled would still hold
+            return ((x + (kind == "wrong")).half(),)  # old memory may also hold the right result
 
-        return Problem(launch, lambda dtype: (x.to(dtype),), torch.arange(8))
+        return TuningProblem(launch, lambda dtype: (x.to(dtype),), torch.arange(8))
 
     def bench(self, run, fastest):
         self.fastest.append(fastest)
@@ -66,54 +67,55 @@ class Stub:
         def compiler():
             yield self
 
-        machine = sweeping.Machine(CPU, "sm_90", 132, self.bench, compiler)
+        machine = sweeping.Machine(CPU, H100, self.bench, compiler)
         return sweeping.sweep(machine, list(shapes), "fp16", folder, resume)
 
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     made = Stub()
-    monkeypatch.setattr(tiles, "device_name", cache(lambda device: NAME))
-    monkeypatch.setattr(sweeping, "make_problem", made.problem)
+    for module in (launch_config, sweeping):
+        monkeypatch.setattr(module, "device_name", lambda device: NAME)
+    monkeypatch.setattr(kernel_spec("rope"), "tuning_problem", made.problem)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("KEYE_KERNELS_TILES", raising=False)
-    tiles.clear_cache()
+    launch_config.clear_cache()
     yield made
     monkeypatch.undo()
-    tiles.clear_cache()
+    launch_config.clear_cache()
 
 
-NO_TILE = {"BLOCK_T": 0, "BLOCK_H": 0, "num_warps": 0}
+NO_CONFIG = {"BLOCK_T": 0, "BLOCK_H": 0, "num_warps": 0}
 
 
-def served(folder, monkeypatch, shape=SMALL, default=NO_TILE):
-    """The tile that a launch takes."""
+def used(folder, monkeypatch, shape=SMALL, default=NO_CONFIG):
+    """The config of a launch."""
     monkeypatch.setenv("KEYE_KERNELS_TILES", str(folder))
-    tiles.clear_cache()
-    return tiles.tile("rope", CPU, kernels.table_key(shape, "fp16"), default)
+    launch_config.clear_cache()
+    return launch_config.launch_config("rope", CPU, kernel_spec("rope").config_key(shape, "fp16"), default)
 
 
-def test_the_fastest_tile_that_is_right_serves_launches(stub, tmp_path, monkeypatch):
+def test_launches_use_the_fastest_config_with_a_right_result(stub, tmp_path, monkeypatch):
     stub.bad = {1: "spills", 2: "raises", 3: "wrong", 4: "unwritten"}
     stub.microseconds |= {3: 1.0, 4: 1.0, 5: 50.0}
-    outcome = stub.sweep(tmp_path)
-    assert served(tmp_path, monkeypatch) == stub.tried[5]
-    why = {stub.number(config): reason for config, reason in outcome.records[0].rejected}
+    result = stub.sweep(tmp_path)
+    assert used(tmp_path, monkeypatch) == stub.tried[5]
+    why = {stub.number(config): reason for config, reason in result.records[0].rejected}
     assert why.keys() == {1, 2, 3, 4}
     assert why[1] == "spills inside a loop" and why[2] == "RuntimeError: out of resource: shared memory"
-    assert why[3].startswith("wrong: off by 1,") and why[4].startswith("wrong: off by nan")
+    assert why[3].startswith("wrong result: error 1,") and why[4].startswith("wrong result: error nan")
     assert sorted(stub.benched) == [0, *range(5, len(stub.tried))]
     table = json.loads((tmp_path / "NVIDIA_Stub_9000.json").read_text())
-    assert (table["device"], table["triton"], table["method"]) == (NAME, tiles.triton_version(), "timed")
+    assert (table["device"], table["triton"]) == (NAME, launch_config.triton_version())
     [entry] = table["kernels"]["rope"]
     assert (entry["median_us"], entry["p20_us"], entry["p80_us"], entry["heuristic_us"]) == (50.0, 45.0, 55.0, 100.0)
-    assert "50.0 us (heuristic 100.0 us)" in outcome.to_text() and str(tmp_path) in outcome.to_text()
+    assert "50.0 us (heuristic 100.0 us)" in result.to_text() and str(tmp_path) in result.to_text()
 
 
 def test_the_heuristic_stays_where_nothing_is_faster(stub, tmp_path, monkeypatch):
     stub.microseconds[3] = 99.0
     stub.sweep(tmp_path)
-    assert served(tmp_path, monkeypatch) == stub.tried[0]
+    assert used(tmp_path, monkeypatch) == stub.tried[0]
 
 
 def test_a_launch_between_the_shapes_takes_the_nearest_entry(stub, tmp_path, monkeypatch):
@@ -122,31 +124,31 @@ def test_a_launch_between_the_shapes_takes_the_nearest_entry(stub, tmp_path, mon
     stub.sweep(tmp_path, [LARGE])
     near = {8: 0, 60: 0, 1025: 5, 2**14: 5}
     for tokens, number in near.items():
-        assert served(tmp_path, monkeypatch, Shape("rope", "vision", 1, tokens)) == stub.tried[number]
-    assert served(tmp_path, monkeypatch, Shape("rope", "vision", 1, 2**20)) == NO_TILE
+        assert used(tmp_path, monkeypatch, TuningShape("rope", "vision", 1, tokens)) == stub.tried[number]
+    assert used(tmp_path, monkeypatch, TuningShape("rope", "vision", 1, 2**20)) == NO_CONFIG
 
 
-def test_where_nothing_serves_no_entry_is_written(stub, tmp_path, monkeypatch):
+def test_without_a_working_config_no_entry_is_written(stub, tmp_path, monkeypatch):
     stub.bad = dict.fromkeys(range(len(stub.tried)), "wrong")
     assert stub.sweep(tmp_path).entries == {"rope": []}
-    assert served(tmp_path, monkeypatch, default={"heuristic": 1}) == {"heuristic": 1}
+    assert used(tmp_path, monkeypatch, default={"heuristic": 1}) == {"heuristic": 1}
 
 
-def test_an_interrupted_sweep_keeps_what_it_found_and_goes_on(stub, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sweep_keeps_its_results_and_can_be_resumed(stub, tmp_path, monkeypatch, capsys):
     count = len(stub.tried)
     stub.microseconds[5] = 50.0
     stub.stop_after = count + 3
     with pytest.raises(KeyboardInterrupt):
         stub.sweep(tmp_path, [SMALL, LARGE])
     assert "stopped after 1 of 2 shapes" in (said := capsys.readouterr().err) and "--resume" in said
-    assert served(tmp_path, monkeypatch) == stub.tried[5]
+    assert used(tmp_path, monkeypatch) == stub.tried[5]
 
     stub.stop_after, stub.benched = None, []
     stub.sweep(tmp_path, [SMALL, LARGE], resume=True)
     assert stub.benched == list(range(3, count))
     stub.benched = []
-    outcome = stub.sweep(tmp_path, [SMALL, LARGE], resume=True)
-    assert stub.benched == [] and len(outcome.entries["rope"]) == 2
+    result = stub.sweep(tmp_path, [SMALL, LARGE], resume=True)
+    assert stub.benched == [] and len(result.entries["rope"]) == 2
     stub.sweep(tmp_path, [SMALL, LARGE])
     assert stub.benched == 2 * list(range(count))
 
@@ -155,16 +157,18 @@ def test_a_second_round_starts_from_the_fastest_and_is_resumed_like_the_first(st
     first, late = stub.tried[:-1], stub.tried[-1]
     monkeypatch.setattr(sweeping, "candidates", lambda *arguments, **options: first)
     asked = []
-    monkeypatch.setattr(sweeping, "refine", lambda shape, target, fastest: asked.append(fastest[0]) or [late, first[2]])
+    monkeypatch.setattr(
+        sweeping, "refinements", lambda shape, arch, fastest: asked.append(fastest[0]) or [late, first[2]]
+    )
     stub.microseconds |= {3: 60.0, len(first): 50.0}
     stub.sweep(tmp_path)
-    assert asked == [stub.tried[3]] and served(tmp_path, monkeypatch) == late
+    assert asked == [stub.tried[3]] and used(tmp_path, monkeypatch) == late
     assert stub.benched == list(range(len(stub.tried)))
     stub.sweep(tmp_path, resume=True)
     assert len(stub.benched) == len(stub.tried)
 
 
-def test_the_clock_is_told_of_the_fastest_so_far(stub, tmp_path):
+def test_the_timer_gets_the_fastest_time_so_far(stub, tmp_path):
     stub.microseconds |= {1: 80.0, 2: 90.0}
     stub.sweep(tmp_path)
     assert stub.fastest[:4] == [None, 0.1, 0.08, 0.08]
@@ -187,8 +191,8 @@ def test_records_that_lack_a_later_field_are_completed(stub, tmp_path, monkeypat
         assert config.pop("num_warps") is not None
     path.write_text(json.dumps(records))
     monkeypatch.setattr(sweeping, "candidates", lambda *arguments, **options: [])
-    outcome = stub.sweep(tmp_path, resume=True)
-    assert all("num_warps" in entry["config"] for entry in outcome.entries["rope"])
+    result = stub.sweep(tmp_path, resume=True)
+    assert all("num_warps" in entry["config"] for entry in result.entries["rope"])
 
 
 def test_a_half_written_record_is_ignored_with_a_warning(stub, tmp_path, caplog):
@@ -197,59 +201,77 @@ def test_a_half_written_record_is_ignored_with_a_warning(stub, tmp_path, caplog)
     stub.sweep(tmp_path, resume=True)
     assert len(stub.benched) == len(stub.tried)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any("sweep.json is ignored" in warning for warning in warnings)
+    assert any("ignoring" in warning and "sweep.json" in warning for warning in warnings)
 
 
-def test_a_device_that_fails_for_good_ends_the_sweep_and_the_tile_is_passed_over(stub, tmp_path, monkeypatch):
+def test_a_device_that_stops_responding_ends_the_sweep_and_resume_skips_the_config(stub, tmp_path, monkeypatch):
     def fail(device, config):
-        raise RuntimeError("the device no longer answers")
+        raise RuntimeError("the device stopped responding")
 
     monkeypatch.setattr(sweeping, "_check_device", fail)
     stub.bad = {2: "raises"}
-    with pytest.raises(RuntimeError, match="no longer answers"):
+    with pytest.raises(RuntimeError, match="stopped responding"):
         stub.sweep(tmp_path)
     assert stub.benched == [0, 1]
     stub.sweep(tmp_path, resume=True)
     assert stub.benched == [0, 1, *range(3, len(stub.tried))]
 
 
-def test_a_folder_that_cannot_be_written_is_named_once_and_the_sweep_goes_on(stub, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_reported_once_and_the_sweep_continues(stub, tmp_path, capsys):
     folder = tmp_path / "file"
     folder.write_text("")
-    outcome = stub.sweep(folder / "tables", [SMALL, LARGE])
+    result = stub.sweep(folder / "tables", [SMALL, LARGE])
     assert len(stub.benched) == 2 * len(stub.tried)
     path = str(folder / "tables" / "NVIDIA_Stub_9000.json")
     assert capsys.readouterr().err.count(f"{path} cannot be written") == 1
-    text = outcome.to_text()
-    assert json.loads(text[text.index("{\n") :])["kernels"]["rope"] == outcome.entries["rope"]
+    text = result.to_text()
+    assert json.loads(text[text.index("{\n") :])["kernels"]["rope"] == result.entries["rope"]
 
 
-def test_a_table_that_launches_do_not_take_is_an_error(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiles, "tile", lambda kernel, device, key, heuristic: heuristic)
+def test_an_entry_that_launches_do_not_find_is_an_error(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch_config, "launch_config", lambda kernel, device, key, heuristic: heuristic)
     stub.microseconds[5] = 50.0
-    with pytest.raises(RuntimeError, match="does not serve"):
+    with pytest.raises(RuntimeError, match="do not find"):
         stub.sweep(tmp_path)
 
 
-def test_a_table_of_another_triton_serves_and_warns_once(stub, tmp_path, monkeypatch, caplog):
+def test_a_table_of_another_triton_is_used_with_one_warning(stub, tmp_path, monkeypatch, caplog):
     stub.sweep(tmp_path, [SMALL, LARGE])
-    monkeypatch.setattr(tiles, "triton_version", cache(lambda: "1.0.0"))
+    monkeypatch.setattr(launch_config, "triton_version", lambda: "1.0.0")
     for shape in (SMALL, LARGE):
-        assert served(tmp_path, monkeypatch, shape) == stub.tried[0]
+        assert used(tmp_path, monkeypatch, shape) == stub.tried[0]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "autotune" in warnings[0] and "1.0.0" in warnings[0]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_tiles_of_every_kernel_agree_with_the_reference(kernel, monkeypatch):
-    """Real kernels in the interpreter, at a projector of 64 channels."""
-    for name, size in (("CHANNELS", 64), ("HIDDEN", 256), ("OUT", 96)):
-        monkeypatch.setattr(kernels, name, size)
-    parts = {"rope": ("text", "vision"), "varlen_attention": ("text", "vision"), "patch_merge": ("block", "raster")}
-    for part in parts.get(kernel, ("vision",)):
-        shape = Shape(kernel, part, 2, 3)
-        tried = candidates(shape, "fp16", "sm_90", 132, timed=True)
-        checker = Checker(make_problem(shape, torch.float16, CPU), torch.float16)
-        for config in {config.get("path"): config for config in tried[1:]}.values():
+def test_a_faster_library_is_saved_with_the_fastest_config_of_the_kernel():
+    kernel, other = {"BLOCK_M": 64, "backend": "triton"}, {"BLOCK_M": 128, "backend": "triton"}
+    library = {"BLOCK_M": 128, "backend": "torch"}
+    found = sweeping.MeasuredShape("linear", {}, other, [(other, 9.0), (kernel, 5.0), (library, 1.0)])
+    assert sweeping._with_own_config(library, found) == {"BLOCK_M": 64, "backend": "torch"}
+    assert sweeping._with_own_config(kernel, found) == kernel
+
+
+@pytest.mark.parametrize("kernel", kernel_names())
+def test_the_configs_of_every_kernel_agree_with_the_reference(kernel, monkeypatch):
+    """Real kernels in the interpreter, for a projector of 64 channels."""
+    for module, name, value in (
+        (patch_merge_norm_spec, "CHANNELS", 64),
+        (patch_merge_norm_spec, "MERGED_WIDTH", 256),
+        (position_embedding_2d_spec, "CHANNELS", 64),
+        (linear_spec, "MERGED_WIDTH", 256),
+        (linear_spec, "COLUMNS", {"linear_1": 256, "linear_2": 96}),
+    ):
+        monkeypatch.setattr(module, name, value)
+    spec = kernel_spec(kernel)
+    parts = {shape.part for shape in spec.shapes({"images": [[2, 4]], "prompts": [[2, 3]]})}
+    for part in sorted(parts):
+        shape = TuningShape(kernel, part, 2, 3)
+        tried = candidates(shape, "fp16", H100)
+        checker = Checker(spec.tuning_problem(shape, "fp16", CPU, reference), torch.float16)
+        backends = (
+            {"triton", "torch"} if kernel == "linear" else {"triton", None}
+        )  # torch has no packed attention on a CPU
+        for config in {c.get("backend"): c for c in tried[1:] if c.get("backend") in backends}.values():
             assert checker.error(config) is None
             assert checker.problem.launch(config)[0].shape[0] == shape.total

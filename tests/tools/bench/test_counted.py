@@ -1,4 +1,4 @@
-"""What `bench --counted` reports: floors and limits of small cases, machine code read from a listing, the tables."""
+"""What `bench --counted` reports: floors and budgets of small cases, machine code from a listing, the tables."""
 
 import os
 
@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from keye_kernels.cli import main
-from keye_kernels.tools.bench import counted
-from keye_kernels.tools.bench.cases import CASES, Case, count_case
-
-pytest.importorskip("triton")
-
-from keye_kernels.tools.bench import machine_code
+from keye_kernels.tools.bench import counted, counting, machine_code, peers
+from keye_kernels.tools.bench.counting import count_case, counted_cases
+from keye_kernels.triton.registry import kernel_names
+from keye_kernels.triton.spec import CountedCase
 
 LISTING = """
         /*0100*/                   LDGSTS.E.BYPASS.128 [R8], [R2.64] ;
@@ -25,45 +23,60 @@ LISTING = """
 
 
 def row(**changes):
-    found = {"target": "sm_90", "stack_bytes": 0, "instructions_a_score": None, "integer_a_score": None}
+    found = {"target": "sm_90", "stack_bytes": 0, "instructions_per_score": None, "integer_per_score": None}
     return {**found, "blocks": 1, "warps": 8, "narrowest_access": 16, **changes}
 
 
-def test_the_projector_of_16_images_keeps_its_limits():
-    found = count_case("patch_merge")
+def test_the_projector_of_16_images_meets_its_budget():
+    found = count_case("patch_merge_projection")
     assert found["launches"] <= 3 and found["idle"] == found["eager_operators"] == 0 and found["above"] == []
     assert 1.0 <= found["unique"] <= 1.05 and found["multiplies"] == 1.0
     width, rows = 4 * 128, 64
     tensors = rows * width + 2 * 128 + width * width + width + 512 * width + 512 + rows * 512
-    assert found["floor_bytes"] == 2 * (tensors + 2 * rows * width)
+    # The normalized merged rows and the hidden activation are written and read once
+    assert found["floor_bytes"] == 2 * (tensors + 2 * 2 * rows * width)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attention ragged")])
-def test_attention_of_ragged_segments_keeps_its_limits_in_tiles_of_either_height(name):
+@pytest.mark.parametrize("name", ["attention ragged, 64 rows", "attention ragged, 128 rows"])
+def test_attention_of_ragged_segments_meets_its_budget_with_either_tile_height(name):
     found = count_case(name)
     assert found["launches"] == 1 and found["eager_operators"] == 0 and found["above"] == []
-    assert 1.0 <= found["unique"] < 1.001 and 1.0 < found["multiplies"] <= CASES[name][0]().limits["multiplies"]
+    assert 1.0 <= found["unique"] < 1.001 and 1.0 < found["multiplies"] <= counted_cases()[name].limits["multiplies"]
 
 
-def test_a_limit_that_is_exceeded_is_named(monkeypatch):
-    x = torch.zeros(64)
-    case = Case("twice", "ours", lambda: x.half().float(), [x], limits={"requested": 1.2, "launches": 0})
-    monkeypatch.setitem(CASES, "twice", (lambda: case, None))
-    found = count_case("twice")
-    # float32 to float16 and back: 256 + 128 + 128 + 256 bytes where 256 + 256 would do
+@pytest.fixture
+def case(monkeypatch):
+    """Adds a case of an operator that rounds to float16 and back; returns it."""
+    x = torch.ones(64)
+    made = CountedCase("round", "rounding", "round", {"x": x}, [x], {"requested": 1.2, "launches": 0})
+    monkeypatch.setattr(counting, "counted_cases", lambda: {"round": made})
+    monkeypatch.setattr(counting.ops, "round", lambda x, impl: x.half().float(), raising=False)
+    return made
+
+
+def test_an_exceeded_budget_is_named(case):
+    found = count_case("round")
+    # float32 to float16 and back: 256 + 128 + 128 + 256 bytes instead of 256 + 256
     assert found["requested"] == 1.5 and found["eager_operators"] == 2 and found["above"] == ["requested"]
 
 
-def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
-    x = torch.ones(8)
-    case = Case("double", "a peer", lambda: x + x, [x], expected=lambda: x * 3)
-    monkeypatch.setitem(CASES, "double", (lambda: case, None))
-    with pytest.raises(ValueError, match="a peer computes something else than double"):
-        count_case("double")
+def test_a_peer_with_other_results_is_refused(case, monkeypatch):
+    def peer(factor):
+        return peers.Peer("a peer", "math", "round", lambda case: lambda: (case.arguments["x"] * factor,))
+
+    monkeypatch.setattr(counting, "PEERS", [peer(1)])
+    assert count_case("round", "a peer")["by"] == "a peer"
+    monkeypatch.setattr(counting, "PEERS", [peer(3)])
+    with pytest.raises(ValueError, match="a peer does not compute rounding"):
+        count_case("round", "a peer")
 
 
-def test_a_loop_is_read_from_its_listing():
-    assert machine_code.read_loop(LISTING) == {"instructions": 6, "integer": 2, "narrowest_access": 2}
+def test_every_peer_has_one_of_our_cases():
+    assert {peer.case for peer in peers.PEERS} <= counted_cases().keys()
+
+
+def test_a_loop_is_analysed_from_its_listing():
+    assert machine_code.analyse_loop(LISTING) == {"instructions": 6, "integer": 2, "narrowest_access": 2}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +85,10 @@ def test_a_loop_is_read_from_its_listing():
         ({}, []),
         ({"stack_bytes": 8}, ["stack"]),
         ({"narrowest_access": 2}, ["narrowest_access"]),
-        ({"instructions_a_score": 9.1, "integer_a_score": 1.2}, ["instructions_a_score"]),
-        ({"instructions_a_score": 9.1, "integer_a_score": 1.6, "target": "sm_80"}, ["integer_a_score"]),
-        ({"instructions_a_score": 8.0, "integer_a_score": 1.0, "warps": 4}, ["occupancy"]),
-        ({"instructions_a_score": 8.0, "integer_a_score": 1.0, "warps": 4, "blocks": 2}, []),
+        ({"instructions_per_score": 9.1, "integer_per_score": 1.2}, ["instructions_per_score"]),
+        ({"instructions_per_score": 9.1, "integer_per_score": 1.6, "target": "sm_80"}, ["integer_per_score"]),
+        ({"instructions_per_score": 8.0, "integer_per_score": 1.0, "warps": 4}, ["occupancy"]),
+        ({"instructions_per_score": 8.0, "integer_per_score": 1.0, "warps": 4, "blocks": 2}, []),
     ],
 )
 def test_machine_code_above_a_limit_is_named(changes, expected):
@@ -84,7 +97,7 @@ def test_machine_code_above_a_limit_is_named(changes, expected):
 
 @pytest.mark.parametrize("target", machine_code.TARGETS)
 def test_every_kernel_has_a_variant_in_the_table(target):
-    assert {kernel for kernel, _ in machine_code.variants(target)} == machine_code.VARIANTS.keys()
+    assert {kernel for kernel, _ in machine_code.variants(target)} == set(kernel_names())
 
 
 def test_triton_interprets_in_one_process_and_compiles_in_another():
@@ -94,22 +107,17 @@ def test_triton_interprets_in_one_process_and_compiles_in_another():
 
 @pytest.fixture
 def counts(monkeypatch):
-    """Counts stand in for the two slow halves; gives the calls."""
+    """Replaces the processes that count and compile; returns the calls."""
     calls = []
 
     def in_process(interpret, label, made):
+        if label is None and made[0][0] is counted._rows:
+            return [counted._rows(*made[0][1])]
         calls.append((interpret, [arguments for _, arguments in made]))
         if label is None:
             return [[("sm_90", "rope", "vision bf16")]]
-        case = {
-            "operator": "an operator",
-            "by": "ours",
-            "launches": 1,
-            "eager_operators": 2,
-            "requested": 1.5,
-            "idle": 0,
-        }
-        case |= {"unique": 1.0, "multiplies": 1.056, "limits": {"requested": 1.2}, "above": ["requested"]}
+        case = {"operator": "an operator", "by": "keye_kernels", "launches": 1, "eager_operators": 2, "requested": 1.5}
+        case |= {"idle": 0, "unique": 1.0, "multiplies": 1.056, "limits": {"requested": 1.2}, "above": ["requested"]}
         code = row(kernel="rope", variant="vision bf16", registers=80, shared_bytes=0, above=["stack"])
         return [case if interpret == "1" else code for _ in made]
 
@@ -117,19 +125,24 @@ def counts(monkeypatch):
     return calls
 
 
-def test_the_command_prints_both_tables_and_fails_above_a_limit(counts, capsys, monkeypatch):
+def test_the_command_prints_both_tables_and_fails_above_a_budget(counts, capsys, monkeypatch):
     monkeypatch.setattr(counted.importlib.util, "find_spec", lambda name: name == "triton" or None)
     assert main(["bench", "--counted", "--target", "sm_90"]) == 1
     out = capsys.readouterr().out
-    assert "| an operator | ours | 1 + 2 ops | 1.500" in out and "requested ABOVE 1.2" in out
+    assert "| an operator | keye_kernels | 1 + 2 ops | 1.500" in out and "requested ABOVE 1.2" in out
     assert "rope: vision bf16" in out and "ABOVE: stack" in out
-    assert "Not installed, so not counted: flash_attn, liger_kernel." in out
-    interpreted = counts[0]
-    assert interpreted == ("1", [(name,) for name, (_, package) in CASES.items() if package is None])
+    assert "Not installed, and not counted: Liger-Kernel, flash-attn." in out
+    assert counts[0] == ("1", [(name, "keye_kernels") for name in counted_cases()])
+
+
+def test_installed_peers_are_counted_after_our_kernels(monkeypatch):
+    monkeypatch.setattr(counted.importlib.util, "find_spec", lambda name: name == "liger_kernel" or None)
+    assert counted._rows(["rope_3d"]) == ([("rope_3d", "keye_kernels"), ("rope_3d", "Liger-Kernel")], [])
+    assert counted._rows(["rope_2d"]) == ([("rope_2d", "keye_kernels")], ["flash-attn"])
 
 
 def test_unknown_cases_and_missing_triton_say_what_to_do(counts, monkeypatch):
-    with pytest.raises(ValueError, match="no case matches 'rope_9d': choose from rope_3d"):
+    with pytest.raises(ValueError, match=r"case must be one of .*rope_3d.*, got 'rope_9d'"):
         counted.count([], ["rope_9d"])
     monkeypatch.setattr(counted.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install triton"):
@@ -137,5 +150,5 @@ def test_unknown_cases_and_missing_triton_say_what_to_do(counts, monkeypatch):
 
 
 def test_unknown_targets_are_named():
-    with pytest.raises(ValueError, match="target must be of sm_80, sm_90, sm_100, got sm_7"):
+    with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_100, got sm_7"):
         counted._variants(["sm_7"])

@@ -1,4 +1,4 @@
-"""The traffic counter against counts made by hand."""
+"""The traffic counter against counts computed by hand."""
 
 import numpy as np
 import pytest

@@ -1,13 +1,13 @@
-"""The learned 2D positions, interpolated bilinearly where they are added: one launch for any number of images."""
+"""Learned 2D position embeddings, interpolated bilinearly and added to the patches in one launch for all images."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import Arch, device_arch
 from .launch import Kernel
-from .spec import CompileSpec
-from .tiles import Config, cdiv, dtype_name, next_power_of_2, tile
+from .launch_config import Config, ConfigKey, cache_config, cdiv, dtype_name, launch_config, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_patches", "stride_token"])
@@ -18,7 +18,6 @@ def position_embedding_2d_kernel(
     """One program adds the four weighted table rows of BLOCK_T patches, BLOCK_C channels at a time."""
     o_token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_token = o_token < num_patches
-    # Read once for all channels.
     row_0 = tl.load(index_ptr + o_token * 4, mask=m_token, other=0)[:, None] * CHANNELS
     row_1 = tl.load(index_ptr + o_token * 4 + 1, mask=m_token, other=0)[:, None] * CHANNELS
     row_2 = tl.load(index_ptr + o_token * 4 + 2, mask=m_token, other=0)[:, None] * CHANNELS
@@ -43,31 +42,21 @@ def position_embedding_2d_kernel(
 _launch = Kernel(position_embedding_2d_kernel)
 
 
-def heuristic(warp_size: int) -> dict[str, int]:
-    """The tile without a table: 1152 = 9 x 128 channels leave no lane idle, 64 threads hold 16 bytes each."""
-    return {"BLOCK_T": 4, "BLOCK_C": 128, "num_warps": 64 // warp_size}
-
-
-def tile_key(dtype: torch.dtype, channels: int, num_patches: int) -> dict[str, int | str]:
-    """What a tile table tells cases apart by."""
-    return {"channels": channels, "dtype": dtype_name(dtype), "patches": next_power_of_2(num_patches)}
-
-
 def position_embedding_2d(
     features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor, config: Config | None = None
 ) -> Tensor:
-    """Launches the kernel; arguments and result as in `keye_kernels.reference.position_embedding_2d`.
+    """Launches the kernel. Arguments and result as in `keye_kernels.reference.position_embedding_2d`.
 
-    `config` is the tile; None: the table's or the heuristic's.
+    `config` is the launch config; None: from a table or the heuristic.
     """
     num_patches, channels = features.shape
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     if num_patches == 0:
         return out
     if config is None:
-        key = tile_key(features.dtype, channels, num_patches)
-        config = tile("position_embedding_2d", features.device, key, heuristic(64 if torch.version.hip else 32))
-    unit = 8 if features.stride(0) % 8 == 0 else 1  # the JIT learns "divisible by 16" of an integer and nothing weaker
+        config = _config(features.device, features.dtype, channels, num_patches)
+    # The JIT specializes integers on divisibility by 16 only. Strides are passed in units of 8.
+    unit = 8 if features.stride(0) % 8 == 0 else 1
     with torch.cuda.device_of(features):
         _launch(
             cdiv(num_patches, config["BLOCK_T"]),
@@ -78,19 +67,17 @@ def position_embedding_2d(
     return out
 
 
-def compile_spec(dtype: str, config: Config) -> CompileSpec:
-    """The vision tower's variant in a tile; `dtype` is Triton's name."""
-    signature = {
-        "out_ptr": f"*{dtype}:16", "features_ptr": f"*{dtype}:16", "table_ptr": f"*{dtype}:16",
-        "index_ptr": "*i32:16", "weight_ptr": "*fp32:16", "num_patches": "i32", "stride_token": "i32",
-        "CHANNELS": 1152, "STRIDE_UNIT": 8, "BLOCK_T": config["BLOCK_T"], "BLOCK_C": config["BLOCK_C"],
-    }  # fmt: skip
-    return CompileSpec(
-        position_embedding_2d_kernel, dtype, signature, config["num_warps"], num_stages=3, uses_tensor_cores=False
-    )
+def heuristic(arch: Arch) -> Config:
+    """The launch config where no table has an entry: 1152 channels are nine blocks of 128; 64 threads load 16 bytes each."""
+    return {"BLOCK_T": 4, "BLOCK_C": 128, "num_warps": 64 // arch.warp_size}
 
 
-def compile_specs(arch: int | str) -> list[CompileSpec]:
-    """The vision tower's variants, the same for every target."""
-    config = heuristic(64 if isinstance(arch, str) else 32)
-    return [compile_spec(dtype, config) for dtype in ("bf16", "fp16", "fp32")]
+def config_key(dtype: torch.dtype, channels: int, num_patches: int) -> ConfigKey:
+    """The key of the tables; patches are rounded up to a power of two."""
+    return {"channels": channels, "dtype": dtype_name(dtype), "patches": next_power_of_2(num_patches)}
+
+
+@cache_config
+def _config(device: torch.device, dtype: torch.dtype, channels: int, num_patches: int) -> Config:
+    key = config_key(dtype, channels, num_patches)
+    return launch_config("position_embedding_2d", device, key, heuristic(device_arch(device)))

@@ -1,4 +1,4 @@
-"""Learned 2D positions as one operator. Symbols: T patches, C channels."""
+"""Learned 2D position embeddings as one operator. Symbols: n images, T patches, C channels."""
 
 import torch
 from torch import Tensor
@@ -14,19 +14,25 @@ from .registry import call, define_differentiable
 def position_embedding_2d(
     features: Tensor, table: Tensor, grid_thw: Tensor | VisionBatch, *, impl: str = "auto"
 ) -> Tensor:
-    """Adds the learned positions, resized bilinearly to each picture's grid (align_corners=False, no antialias).
+    """Adds the learned position embeddings, resized bilinearly to each image's grid (align_corners=False, no antialias).
+
+    Source of the maths: docs/models/keye_vl_1_5.md. Computed in float32 and rounded once.
 
     Args:
-        features: [T, C] in raster order (frame by frame, row by row), last axis contiguous. Not written.
+        features: [T, C] in raster order (frame by frame, row by row), last axis contiguous. Not modified.
         table: [side², C], the learned square grid, row by row.
-        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each picture. Or the `VisionBatch`
-            built from it: the features then stand in its order.
+        grid_thw: [n, 3] integers on the host: frames, patch rows and patch columns of each image. Or the `VisionBatch` built
+            from it: the features are then in its order.
         impl: "auto", "reference" or "triton".
 
-    Returns: [T, C] in the dtype of `features`; computed in float32 and rounded once.
-    Raises: ValueError or TypeError naming the argument. Source: section 4.2 of the 1.5 specification.
+    Returns:
+        [T, C] in the dtype of `features`.
+
+    Raises:
+        ValueError: wrong shape, device or layout, or an implementation that cannot run here.
+        TypeError: wrong dtype or type.
     """
-    check_impl(impl, attention=False)
+    check_impl(impl, "position_embedding_2d")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     if features.stride(1) != 1 and features.shape[1] > 1:
         raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
@@ -38,7 +44,7 @@ def position_embedding_2d(
     else:
         side = round(table.shape[0] ** 0.5)
         if side * side != table.shape[0]:
-            raise ValueError(f"table must be a square grid of positions, got {table.shape[0]} rows")
+            raise ValueError(f"table must be a square grid of position embeddings, got {table.shape[0]} rows")
         grids = check_grid_thw(grid_thw, features.shape[0], 1)
         index, weight = (t.to(features.device) for t in patch_tensors(grids, side, 1, "raster")[1:3])
     return call(_position_op, features, table, index, weight, impl)
@@ -46,7 +52,7 @@ def position_embedding_2d(
 
 def _run(features, table, corner_index, corner_weight, impl):
     if resolve(impl, "position_embedding_2d", features.device) == "triton":
-        from keye_kernels.triton.position_embedding import position_embedding_2d as run
+        from keye_kernels.triton.position_embedding_2d import position_embedding_2d as run
 
         return run(features, table, corner_index, corner_weight)
     return _reference(features, table, corner_index, corner_weight, impl)

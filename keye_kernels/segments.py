@@ -1,0 +1,67 @@
+"""Packed attention segments: token offsets, and the tile schedule of the attention kernel. Symbols: T tokens, S segments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How the T tokens of a batch are divided into attention segments. Every token belongs to one.
+
+    Attributes:
+        cu_seqlens: [S+1] int32 offsets on the device, from 0 to T.
+        max_seqlen: length of the longest segment, or an upper bound.
+        lengths: the S lengths on the host; None where only the device knows them.
+
+    Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...] | None = None
+    _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        cu_seqlens = cumulative_lengths(lengths).to(device, non_blocking=True)
+        return cls(cu_seqlens, max(lengths, default=0), tuple(lengths))
+
+    def schedule(self, block_m: int, causal: bool) -> Tensor | None:
+        """`tile_schedule` of these segments on their device, cached; None where the lengths are not known on the host."""
+        if self.lengths is None:
+            return None
+        key = (block_m, causal)
+        if key not in self._schedules:
+            offsets = cumulative_lengths(self.lengths)
+            self._schedules[key] = tile_schedule(offsets, block_m, causal).to(self.cu_seqlens.device, non_blocking=True)
+        return self._schedules[key]
+
+
+def cumulative_lengths(lengths: Sequence[int]) -> Tensor:
+    """[S+1] int32 offsets of segments of these lengths, on the CPU."""
+    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(torch.int32)
+
+
+def tile_schedule(offsets: Tensor, block_m: int, causal: bool) -> Tensor:
+    """[tiles, 3] int32: first token and length of a segment, and the first query of one of its tiles of `block_m` queries.
+
+    A grid of (segments, longest segment) would start programs without work wherever images differ in size; here every entry has
+    work. Entries are sorted by work, most first, so that no long tile starts last. Ties keep the tiles of a segment together:
+    programs that run at the same time then read the same keys.
+
+    Args:
+        offsets: [S+1] int32 on the CPU.
+        causal: a tile attends to the keys up to its own last query instead of all keys of its segment.
+    """
+    offsets = offsets.to(torch.int64)
+    lengths = offsets.diff()
+    tiles = (lengths + block_m - 1) // block_m
+    segment = torch.repeat_interleave(torch.arange(len(tiles), device="cpu"), tiles)
+    tile = torch.arange(len(segment), device="cpu") - (tiles.cumsum(0) - tiles)[segment]
+    work = torch.minimum(lengths[segment], (tile + 1) * block_m) if causal else lengths[segment]
+    order = work.argsort(descending=True, stable=True)
+    segment, tile = segment[order], tile[order]
+    return torch.stack((offsets[segment], lengths[segment], tile * block_m), dim=1).to(torch.int32)

@@ -1,0 +1,215 @@
+"""Launch configs: from a timed table of this GPU where there is one, else from the kernel's own heuristic.
+
+A launch config is the tile sizes, number of warps and stages of one launch, and the backend where an operator has several.
+Tables are looked up in the folder named by KEYE_KERNELS_TILES, in the user's cache, and in the package, in that order; the first
+one with a matching entry is used. One JSON file holds one GPU:
+
+    {"device": "NVIDIA H100 80GB HBM3", "triton": "3.9.0", "kernels": {"rope": [
+     {"dtype": "bfloat16", "head_dim": 128, "tokens": 4096, "config": {"num_warps": 4}, "median_us": 9.1}]}}
+
+The key of an entry (here dtype, head_dim, tokens) must match exactly, except for the sizes in BUCKETS: there the entry with the
+nearest size is used, up to a ratio of MAX_BUCKET_RATIO.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .device import device_name
+
+ConfigKey = dict[str, int | str]
+Config = dict[str, int | str | bool]
+TableEntry = dict[str, Any]  # a ConfigKey, its "config", and measured times
+
+PACKAGE_TABLES = Path(__file__).parent / "tables"
+BUCKETS = ("max_seqlen", "patches", "rows", "tokens")
+# The fields of an entry that are not part of its key
+NON_KEY_FIELDS = ("config", "median_us", "p20_us", "p80_us", "heuristic_us")
+MAX_BUCKET_RATIO = 4
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_config_caches: list[Any] = []  # caches made by `cache_config`
+
+
+def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: Config) -> Config:
+    """The config of one launch.
+
+    Args:
+        kernel: the kernel's name in the tables.
+        device: where it runs.
+        key: what the choice depends on. Round sizes that change with every call to powers of two: each key is cached.
+        heuristic: the config where no table has an entry; it also fills in the fields that an entry leaves out.
+
+    A table that cannot be read or does not fit the kernel is reported once and ignored; this function never raises for it.
+    """
+    found = _look_up(kernel, device, tuple(key.items()))
+    if found and any(
+        name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()
+    ):
+        _report(f"ignoring a table entry of {kernel}: {found}; the kernel takes {heuristic}", logging.WARNING)
+        return heuristic
+    return {**heuristic, **found} if found else heuristic
+
+
+def save_entries(device: str, kernel: str, entries: list[TableEntry], folder: str | Path | None = None) -> Path:
+    """Writes entries of one kernel into the table of a device and returns the table's path.
+
+    Args:
+        device: the device's name.
+        entries: each replaces an entry with the same key. Entries of another Triton version are dropped.
+        folder: default: the first folder of the look-up.
+
+    Raises:
+        OSError: the file cannot be written. It is replaced atomically, so that readers never see half of it.
+    """
+    path = table_path(device, folder)
+    _read.cache_clear()
+    table = _read(path)
+    kept = table["kernels"] if table and table["triton"] == triton_version() else {}
+    keys = [entry_key(entry) for entry in entries]
+    merged = [entry for entry in kept.get(kernel, []) if entry_key(entry) not in keys] + entries
+    merged.sort(key=lambda entry: [(name, str(type(value)), value) for name, value in sorted(entry_key(entry).items())])
+    write_atomically(path, to_json(device, {**kept, kernel: merged}))
+    clear_cache()
+    return path
+
+
+def to_json(device: str, kernels: dict[str, list[TableEntry]]) -> str:
+    """A table as readable JSON, one entry per line."""
+    parts = []
+    for kernel, entries in sorted(kernels.items()):
+        lines = ",\n".join(f"   {json.dumps(entry)}" for entry in entries)
+        parts.append(f"  {json.dumps(kernel)}: [\n{lines}\n  ]")
+    head = f' "device": {json.dumps(device)},\n "triton": {json.dumps(triton_version())},\n'
+    return "{\n" + head + ' "kernels": {\n' + ",\n".join(parts) + "\n }\n}\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step. Raises OSError and leaves the old file where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table_path(device: str, folder: str | Path | None = None) -> Path:
+    """The table of a device in `folder` (default: the first folder of the look-up)."""
+    return Path(folder or table_folders()[0]) / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', device)}.json"
+
+
+def table_folders() -> list[Path]:
+    """The folders of the look-up, in order."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folders = [Path(cache_home) / "keye_kernels" / "tiles", PACKAGE_TABLES]
+    named = os.environ.get("KEYE_KERNELS_TILES")
+    return [Path(named), *folders] if named else folders
+
+
+@cache
+def triton_version() -> str:
+    import triton  # not at the top: tables can be read and written before Triton decides to interpret or compile
+
+    return triton.__version__
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """For instance "bfloat16", as tables have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def next_power_of_2(number: int) -> int:
+    # triton.next_power_of_2 also takes constexprs, which makes it slow
+    return 1 << (number - 1).bit_length() if number > 0 else 1
+
+
+def cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def cache_config(function: Callable[..., T]) -> Callable[..., T]:
+    """Caches what a launcher derives from a config, by its (hashable) arguments, until `clear_cache`."""
+    cached = lru_cache(maxsize=4096)(function)
+    _config_caches.append(cached)
+    return cached
+
+
+def clear_cache() -> None:
+    """Tables are read again at the next launch."""
+    for function in (_look_up, _read, *_config_caches):
+        function.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str], ...]) -> Config | None:
+    name = device_name(device)
+    paths = [table_path(name, folder) for folder in table_folders()]
+    for path in paths:
+        table = _read(path)
+        entry = _nearest(table["kernels"].get(kernel, []), dict(key)) if table else None
+        if entry is None:
+            continue
+        _report(f"{kernel} on {name}: launch configs from {path}", logging.INFO)
+        if table["triton"].split(".")[:2] != triton_version().split(".")[:2]:
+            _report(
+                f"{path} was measured with Triton {table['triton']}, this is {triton_version()}: "
+                "run `keye-kernels autotune` to measure again",
+                logging.WARNING,
+            )
+        return entry["config"]
+    _report(f"{kernel} on {name}: launch configs from the heuristic; no entry in {paths[0]} or later", logging.INFO)
+    return None
+
+
+@cache
+def _read(path: Path) -> dict[str, Any] | None:
+    """A table after a check of its structure; None, with one warning, for a file that is not a table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for entries in table["kernels"].values():
+            for entry in entries:
+                fields = [*entry_key(entry).values(), *entry["config"].values()]
+                if not all(isinstance(value, int | str) for value in fields):
+                    raise ValueError(f"an entry has fields that are neither integers nor text: {entry}")
+        table["triton"].split(".")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _report(f"ignoring launch-config table {path}: {type(error).__name__}: {error}", logging.WARNING)
+        return None
+    return table
+
+
+def entry_key(entry: TableEntry) -> ConfigKey:
+    return {name: value for name, value in entry.items() if name not in NON_KEY_FIELDS}
+
+
+def _nearest(entries: list[TableEntry], key: ConfigKey) -> TableEntry | None:
+    buckets = [name for name in key if name in BUCKETS]
+    candidates = [
+        entry
+        for entry in entries
+        if entry_key(entry).keys() == key.keys()
+        and all(entry[name] == key[name] for name in key if name not in BUCKETS)
+        and all(isinstance(entry[name], int) for name in buckets)
+    ]
+
+    def distance(entry: TableEntry) -> float:
+        return sum(abs(math.log2(max(entry[name], 1) / max(key[name], 1))) for name in buckets)
+
+    nearest = min(candidates, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= math.log2(MAX_BUCKET_RATIO) else None
+
+
+@cache
+def _report(message: str, level: int) -> None:
+    logger.log(level, message)

@@ -104,7 +104,9 @@ class TextMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP  # a compiler fuses them
+        split = (
+            not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP
+        )  # a compiler fuses them
         gate, up = self.gate_up_proj(x, separate=split)
         # In place when no gradient is needed: this is the model's largest activation
         hidden = F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
@@ -126,7 +128,7 @@ class TextLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Agrees with `Qwen3Model` under the 3D rope of the official code, see docs/models/keye_vl_1_5.md."""
+    """Agrees with `Qwen3Model` under the 3D rope of the official code, see docs/models/keye_vl_1_5.md, "Text model"."""
 
     def __init__(self, config: KeyeConfig, impl: str):
         super().__init__()

@@ -27,7 +27,7 @@ def patch_merge_projection(
 ) -> Tensor:
     """The projector: LayerNorm, merge of m x m patches, linear, exact GELU, linear; for all images at once.
 
-    Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md.
+    Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md, "Projector".
 
     Args:
         features: [T, C] in raster order (frame by frame, row by row), last axis contiguous.

@@ -16,7 +16,7 @@ def position_embedding_2d(
 ) -> Tensor:
     """Adds the learned position embeddings, resized bilinearly to each image's grid (align_corners=False, no antialias).
 
-    Source of the maths: docs/models/keye_vl_1_5.md. Computed in float32 and rounded once.
+    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower". Computed in float32 and rounded once.
 
     Args:
         features: [T, C] in raster order (frame by frame, row by row), last axis contiguous. Not modified.

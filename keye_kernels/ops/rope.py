@@ -27,8 +27,8 @@ def rope_3d(
 ) -> tuple[Tensor, Tensor]:
     """Multimodal rope of the decoder, optionally after an RMSNorm of every head.
 
-    Source of the maths: docs/models/keye_vl_1_5.md; M-RoPE is from Qwen2-VL (arXiv:2409.12191). Computed in float32 and
-    rounded once.
+    Source of the maths: docs/models/keye_vl_1_5.md, "3D position ids"; M-RoPE is from Qwen2-VL (arXiv:2409.12191). Computed in
+    float32 and rounded once.
 
     Args:
         q: [T, Hq, D], any token and head stride, last axis contiguous. Not modified.
@@ -70,7 +70,7 @@ def rope_2d(
 ) -> tuple[Tensor, Tensor]:
     """Rope of the vision tower: the first half of the pairs is rotated by the row, the second half by the column.
 
-    Source of the maths: docs/models/keye_vl_1_5.md. Computed in float32 and rounded once.
+    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower". Computed in float32 and rounded once.
 
     Args:
         q: [T, Hq, D], D divisible by 4, any token and head stride, last axis contiguous. Not modified.

@@ -107,14 +107,24 @@ def varlen_attention(
         impl, block_m = _choose(impl, q, k, v, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
     out, lse = call(
-        _attention_op, q, k, v, offsets, max_seqlen, scale, causal, return_lse, impl, schedule, block_m, segments is not None
+        _attention_op,
+        q,
+        k,
+        v,
+        offsets,
+        max_seqlen,
+        scale,
+        causal,
+        return_lse,
+        impl,
+        schedule,
+        block_m,
+        segments is not None,
     )
     return (out, lse) if return_lse else out
 
 
-def _choose(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, scale: float, causal: bool
-) -> tuple[str, int]:
+def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, scale: float, causal: bool) -> tuple[str, int]:
     """The implementation of one call, "auto" replaced by a name, and the queries per tile where it is Triton's (else 0)."""
     automatic = is_auto(impl, "varlen_attention")
     impl = resolve(impl, "varlen_attention", q.device)
@@ -129,7 +139,9 @@ def _choose(
     return impl, int(config["BLOCK_M"])
 
 
-def _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens):
+def _run(
+    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
+):
     common = q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse
     if schedule is None:
         impl, block_m = _choose(impl, q, k, v, max_seqlen, softmax_scale, causal)

@@ -1,13 +1,13 @@
-"""Eager PyTorch, one function an operator: the definition of what is right, and the fast path on a CPU.
+"""Eager PyTorch, one function per operator: defines the right result, and is the fast path on a CPU.
 
-Every function computes in float32 (in float64 for float64 inputs), rounds once to the dtype of its input at the end,
-keeps memory linear in the number of tokens, and works under autograd. Arguments are not checked here: `keye_kernels.ops`
-does that. Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
+Every function computes in float32 (float64 for float64 inputs), rounds once to the dtype of its input at the end, needs memory
+linear in the number of tokens, and works under autograd. Arguments are checked in `keye_kernels.ops`, not here.
+Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 """
 
 from .linear import linear
 from .patch_merge import patch_merge_projection
-from .position_embedding import position_embedding_2d
+from .position_embedding_2d import position_embedding_2d
 from .rope import rms_norm, rope
 from .varlen_attention import varlen_attention
 

@@ -20,22 +20,28 @@ def patch_merge_projection(
     merge_size: int = 2,
     eps: float = 1e-5,
 ) -> Tensor:
-    """linear_2(gelu(linear_1(merged))), where `merged` joins the vectors of each merge_size x merge_size block.
+    """linear_2(gelu(linear_1(merged))), where `merged` concatenates the patches of each merge_size x merge_size block.
+
+    Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md, "Projector".
 
     Args:
         features: [T, C].
-        merge_index: [T/merge_size², merge_size²] integers, the rows that each output row joins; None where they lie side by side.
-        norm_weight, norm_bias: of C, to normalise each patch first (Preview), or of merge_size² C, after the merge (1.5).
-        linear_1_weight: [hidden, merge_size² C]; linear_2_weight: [out, hidden].
+        merge_index: [T/merge_size², merge_size²] integers, the patches that each row joins; None where they are adjacent.
+        norm_weight, norm_bias: [C] to normalize each patch (Preview), or [merge_size² C] to normalize after the merge (1.5).
+        linear_1_weight, linear_1_bias: [hidden, merge_size² C] and [hidden].
+        linear_2_weight, linear_2_bias: [out, hidden] and [out].
+        merge_size: patches per side of a block.
+        eps: of the LayerNorm.
 
-    Returns: [T/merge_size², out]. Source: specification of 1.5, section 5, and of Preview, section 4.
+    Returns:
+        [T/merge_size², out].
     """
     width = merge_size**2 * features.shape[1]
-    before_merge = norm_weight.shape[0] == features.shape[1]
-    if before_merge:
+    norm_before_merge = norm_weight.shape[0] == features.shape[1]
+    if norm_before_merge:
         features = _layer_norm(features, norm_weight, norm_bias, eps)
     merged = features.view(-1, width) if merge_index is None else features[merge_index].view(-1, width)
-    if not before_merge:
+    if not norm_before_merge:
         merged = _layer_norm(merged, norm_weight, norm_bias, eps)
     return linear(F.gelu(linear(merged, linear_1_weight, linear_1_bias)), linear_2_weight, linear_2_bias)
 

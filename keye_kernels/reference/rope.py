@@ -1,11 +1,11 @@
-"""Rotary position embedding over several position axes, with an optional RMSNorm of each head in front."""
+"""Rotary position embedding over several position axes, after an optional RMSNorm of each head."""
 
 import torch
 from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 stays float64, everything else is computed in float32."""
+    """float64 for float64 tensors, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -20,18 +20,22 @@ def rope(
     eps: float = 1e-6,
     conjugate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Turns channels (i, i + D/2) of every head by `position_ids[axis(i)] * inv_freq[i % len(inv_freq)]`.
+    """Rotates channels (i, i + D/2) of every head by `position_ids[axis(i)] * inv_freq[i % len(inv_freq)]`.
+
+    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower" and "3D position ids". Angles are float32 products, as there.
 
     Args:
         q, k: [T, Hq, D] and [T, Hk, D].
         position_ids: [axes, T] integers.
-        inv_freq: [F] float32, F a divisor of D/2: the text model has one frequency for each of its 64 pairs, the vision
-            tower repeats its 18 for the row and for the column.
-        sections: pairs owned by each axis, in order; they add up to D/2.
-        q_norm_weight, k_norm_weight: [D] weights of an RMSNorm with `eps` applied to each head first.
-        conjugate: turn backwards (the gradient of the rotation).
+        inv_freq: [F] float32, F a divisor of D/2: the text model has one frequency per pair (64), the vision tower uses its 18
+            for the row and again for the column.
+        sections: number of pairs of each axis, in order; the sum is D/2.
+        q_norm_weight, k_norm_weight: [D], weights of an RMSNorm of each head before the rotation.
+        eps: of the RMSNorm.
+        conjugate: rotate backwards (the gradient of the rotation).
 
-    Returns: rotated copies of q and k. Source: specification sections 4 and 7; angles are float32 products, as there.
+    Returns:
+        Rotated copies of q and k.
     """
     pairs = sum(sections)
     axis = torch.repeat_interleave(
@@ -49,7 +53,7 @@ def rope(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm of the last axis in float32 (not rounded back); without a weight only the change of dtype."""
+    """RMSNorm of the last axis, returned in the compute dtype; without a weight only the cast."""
     x = x.to(compute_dtype(x))
     if weight is None:
         return x
@@ -57,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    # In place of four products and their sums, each a tensor of its own: of a large picture these would be the peak of the tower
+    # In place: separate tensors for the products would set the peak memory of the tower for a large image
     half = x.shape[-1] // 2
     out = x * torch.cat((cos, cos), dim=-1)
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)

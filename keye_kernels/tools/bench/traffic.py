@@ -81,7 +81,7 @@ class Launch:
 
 @dataclass
 class Traffic:
-    """All launches of a block, and the eager operators beside them (each reads its inputs and writes its outputs once)."""
+    """All launches of a block, and the eager operators next to them (each reads its inputs and writes its outputs once)."""
 
     launches: list[Launch] = field(default_factory=list)
     eager_operators: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Learned 2D positions, resized bilinearly to each picture's grid and added to its patches."""
+"""Learned 2D position embeddings, resized bilinearly to each image's grid and added to its patches."""
 
 from torch import Tensor
 
@@ -8,12 +8,16 @@ from .rope import compute_dtype
 def position_embedding_2d(features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor) -> Tensor:
     """features + Σ_c corner_weight[:, c] * table[corner_index[:, c]].
 
+    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower".
+
     Args:
         features: [T, C].
         table: [side², C], the learned square grid, row by row.
-        corner_index: [T, 4] integers, the four table rows around each patch; corner_weight: [T, 4] float32, adding up to 1.
+        corner_index: [T, 4] integers, the four table rows around each patch.
+        corner_weight: [T, 4] float32, the weights of these rows; each patch's sum is 1.
 
-    Returns: [T, C] in the dtype of `features`. Source: specification of 1.5, section 4.2.
+    Returns:
+        [T, C] in the dtype of `features`.
     """
     dtype = compute_dtype(features)
     total = features.to(dtype)

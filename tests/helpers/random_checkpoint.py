@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from examples.train_small.checkpoint import TOKEN_IDS
+from keye_kernels.editions import edition_of
 from keye_kernels.model import Keye, KeyeConfig
 from keye_kernels.model.checkpoint import destinations
 from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE
@@ -48,12 +49,11 @@ def write_random_checkpoint(folder: Path, *, model_type: str = "Keye", shards: i
         raise ValueError(f"folder {folder} is not empty")
     tokenizer = build_byte_tokenizer()
     ids = {name: tokenizer.token_to_id(token) for name, token in TOKEN_IDS.items()}
-    architecture = {"Keye": "KeyeForConditionalGeneration", "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration"}
     config = (
         SIZES
         | ids
         | {
-            "architectures": [architecture[model_type]],
+            "architectures": [edition_of(model_type).architecture],
             "model_type": model_type,
             "vocab_size": tokenizer.get_vocab_size(),
             "torch_dtype": "float32",

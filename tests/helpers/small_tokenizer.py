@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from keye_kernels.editions import EDITIONS
 from keye_kernels.processing.tokenizer import build_byte_tokenizer
 
-MODEL_TYPES = {"preview": "Keye", "1.5": "KeyeVL1_5"}
 PREPROCESSOR = {
     "min_pixels": 3136,
     "max_pixels": 1003520,
@@ -23,7 +23,7 @@ def write_processor_files(folder: Path, edition: str, **preprocessor: Any) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     build_byte_tokenizer().save(str(folder / "tokenizer.json"))
     files = {
-        "config.json": {"model_type": MODEL_TYPES[edition]},
+        "config.json": {"model_type": EDITIONS[edition].model_type},
         "preprocessor_config.json": {**PREPROCESSOR, **preprocessor},
         "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}},
     }

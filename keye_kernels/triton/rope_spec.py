@@ -5,46 +5,37 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import spec
 from .device import Arch
 from .launch_config import Config, ConfigKey
 from .rope import config_key, cover_pairs, heuristic, rope, rope_kernel
 from .rope_cases import SIZES, inverse_frequencies
-from .spec import (
-    TORCH_DTYPES,
-    BuildBatch,
-    CompileVariant,
-    CountedCase,
-    KernelSpec,
-    TuningProblem,
-    TuningShape,
-    Workload,
-    first_and_last,
-    random_inputs,
-)
 
 COUNTED_TOKENS = 128  # the ratios do not depend on the number of tokens, the interpreter's time does
 
 
-class RopeSpec(KernelSpec):
+class RopeSpec(spec.KernelSpec):
     name = "rope"
 
-    def shapes(self, workload: Workload) -> list[TuningShape]:
+    def shapes(self, workload: spec.Workload) -> list[spec.TuningShape]:
         text = [*([1, batch] for batch in workload.get("decode", [])), *workload.get("prompts", [])]
         vision = [*workload.get("images", []), *workload.get("frames", [])]
         return [
-            TuningShape(self.name, part, *use) for part, uses in (("text", text), ("vision", vision)) for use in uses
+            spec.TuningShape(self.name, part, *use)
+            for part, uses in (("text", text), ("vision", vision))
+            for use in uses
         ]
 
-    def config_key(self, shape: TuningShape, dtype: str) -> ConfigKey:
-        return config_key(TORCH_DTYPES[dtype], SIZES[shape.part].head_dim, shape.total)
+    def config_key(self, shape: spec.TuningShape, dtype: str) -> ConfigKey:
+        return config_key(spec.TORCH_DTYPES[dtype], SIZES[shape.part].head_dim, shape.total)
 
     def part_of(self, key: ConfigKey) -> str:
         return "text" if key["head_dim"] == SIZES["text"].head_dim else "vision"
 
-    def heuristic(self, shape: TuningShape, dtype: str, arch: Arch) -> Config:
+    def heuristic(self, shape: spec.TuningShape, dtype: str, arch: Arch) -> Config:
         return heuristic(SIZES[shape.part].head_dim, arch)
 
-    def candidates(self, shape: TuningShape, arch: Arch, heuristic: Config) -> list[Config]:
+    def candidates(self, shape: spec.TuningShape, arch: Arch, heuristic: Config) -> list[Config]:
         # Tokens, heads and threads
         tiles = [(1, 8, 64), (1, 8, 128), (4, 8, 256), (2, 8, 64), (2, 4, 64), (4, 4, 128), (8, 4, 256)]
         if shape.part == "vision":
@@ -52,15 +43,15 @@ class RopeSpec(KernelSpec):
         return [{"BLOCK_T": t, "BLOCK_H": h, "num_warps": threads // arch.warp_size} for t, h, threads in tiles]
 
     def tuning_problem(
-        self, shape: TuningShape, dtype: str, device: torch.device, reference: ModuleType
-    ) -> TuningProblem:
-        sizes, normal = SIZES[shape.part], random_inputs(dtype, device)
+        self, shape: spec.TuningShape, dtype: str, device: torch.device, reference: ModuleType
+    ) -> spec.TuningProblem:
+        sizes, normal = SIZES[shape.part], spec.random_inputs(dtype, device)
         q, k = (normal(shape.total, heads, sizes.head_dim) for heads in sizes.heads)
         weights = (normal(sizes.head_dim), normal(sizes.head_dim)) if shape.part == "text" else (None, None)
         inv_freq, sections = inverse_frequencies(sizes, device), list(sizes.sections)
         position = torch.arange(shape.total, device=device).remainder(shape.size)
         position_ids = position.expand(len(sections), -1).contiguous()
-        rows = first_and_last(shape.total, device)
+        rows = spec.first_and_last(shape.total, device)
 
         def expect(dtype: torch.dtype) -> tuple[Tensor, ...]:
             norms = (None if weight is None else weight.to(dtype) for weight in weights)
@@ -68,26 +59,26 @@ class RopeSpec(KernelSpec):
                 q[rows].to(dtype), k[rows].to(dtype), position_ids[:, rows], inv_freq, sections, *norms
             )
 
-        return TuningProblem(
+        return spec.TuningProblem(
             lambda config: rope(q, k, position_ids, inv_freq, sections, *weights, config=config), expect, rows
         )
 
-    def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[CompileVariant]:
+    def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         # (dtype of the norm weights, backward rotation)
         kinds = [(None, False), (None, True)]
         if part == "text":
             kinds = [(dtype, False), ("fp32", False), *kinds]
         return [_variant(part, dtype, config, weight, conjugate) for weight, conjugate in dict.fromkeys(kinds)]
 
-    def shipped_variants(self, arch: Arch) -> list[CompileVariant]:
+    def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
         return [
             variant
             for part, sizes in SIZES.items()
-            for dtype in TORCH_DTYPES
+            for dtype in spec.TORCH_DTYPES
             for variant in self.variants(part, dtype, arch, heuristic(sizes.head_dim, arch))
         ]
 
-    def counted_cases(self, vision_batch: BuildBatch) -> list[CountedCase]:
+    def counted_cases(self, vision_batch: spec.BuildBatch) -> list[spec.CountedCase]:
         half, text, vision = torch.float16, SIZES["text"], SIZES["vision"]
         heads = sum(text.heads)
         # q and k as views of a fused projection
@@ -102,7 +93,7 @@ class RopeSpec(KernelSpec):
         grid = torch.stack((torch.arange(COUNTED_TOKENS) // 32, torch.arange(COUNTED_TOKENS) % 32)).int()
         rope_2d = {"q": q, "k": k, "position_ids": grid, "inv_freq": inverse_frequencies(vision)}
         return [
-            CountedCase(
+            spec.CountedCase(
                 "rope_3d",
                 "norm + rope_3d, 32 + 8 heads x 128",
                 "rope_3d",
@@ -110,7 +101,7 @@ class RopeSpec(KernelSpec):
                 [rope_3d["q"], rope_3d["k"], positions, *norms.values()],
                 {"launches": 1, "requested": 1.07, "unique": 1.02},
             ),
-            CountedCase(
+            spec.CountedCase(
                 "rope_2d",
                 "rope_2d, 16 + 16 heads x 72",
                 "rope_2d",
@@ -121,7 +112,7 @@ class RopeSpec(KernelSpec):
         ]
 
 
-def _variant(part: str, dtype: str, config: Config, weight: str | None, conjugate: bool) -> CompileVariant:
+def _variant(part: str, dtype: str, config: Config, weight: str | None, conjugate: bool) -> spec.CompileVariant:
     sizes, data, weights = SIZES[part], f"*{dtype}:16", weight and f"*{weight}:16"
     signature = {
         "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
@@ -136,7 +127,7 @@ def _variant(part: str, dtype: str, config: Config, weight: str | None, conjugat
     norm = "" if weight is None else " norm" if weight == dtype else f" norm with {weight} weights"
     label = f"{part} {dtype}{norm}{' backward' if conjugate else ''}"
     in_forward = dtype == "bf16" and not conjugate and (weight == dtype or part == "vision")
-    return CompileVariant(rope_kernel, label, signature, config["num_warps"], 3, False, in_forward)
+    return spec.CompileVariant(rope_kernel, label, signature, config["num_warps"], 3, False, in_forward)
 
 
 SPEC = RopeSpec()

@@ -7,19 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import spec
 from .device import INTERPRETER_ARCH, Arch
 from .launch_config import Config, ConfigKey
-from .spec import (
-    TORCH_DTYPES,
-    BuildBatch,
-    CompileVariant,
-    CountedCase,
-    KernelSpec,
-    TuningProblem,
-    TuningShape,
-    Workload,
-    random_inputs,
-)
 from .tma import descriptor_types
 from .varlen_attention import config_key, head_parts, heuristic, key_blocks, varlen_attention
 from .varlen_attention_kernel import varlen_attention_fwd_kernel
@@ -41,27 +31,27 @@ MIN_ROWS_PER_WARP = 16  # of a tensor-core matmul
 COUNTED_RAGGED = (576, 252, 112, 84)
 
 
-class VarlenAttentionSpec(KernelSpec):
+class VarlenAttentionSpec(spec.KernelSpec):
     name = "varlen_attention"
     fields_shared_by_buckets = ("backend", "BLOCK_N")
 
-    def shapes(self, workload: Workload) -> list[TuningShape]:
+    def shapes(self, workload: spec.Workload) -> list[spec.TuningShape]:
         # Decoding attends to its cache without this kernel
         vision = [*workload.get("images", []), *workload.get("frames", [])]
         uses = {"vision": vision, "text": workload.get("prompts", [])}
-        return [TuningShape(self.name, part, *use) for part in uses for use in uses[part]]
+        return [spec.TuningShape(self.name, part, *use) for part in uses for use in uses[part]]
 
-    def config_key(self, shape: TuningShape, dtype: str) -> ConfigKey:
+    def config_key(self, shape: spec.TuningShape, dtype: str) -> ConfigKey:
         sizes = SIZES[shape.part]
-        return config_key(TORCH_DTYPES[dtype], sizes.head_dim, shape.size, sizes.causal)
+        return config_key(spec.TORCH_DTYPES[dtype], sizes.head_dim, shape.size, sizes.causal)
 
     def part_of(self, key: ConfigKey) -> str:
         return "text" if key["head_dim"] == SIZES["text"].head_dim else "vision"
 
-    def heuristic(self, shape: TuningShape, dtype: str, arch: Arch) -> Config:
-        return heuristic(arch, SIZES[shape.part].head_dim, TORCH_DTYPES[dtype])
+    def heuristic(self, shape: spec.TuningShape, dtype: str, arch: Arch) -> Config:
+        return heuristic(arch, SIZES[shape.part].head_dim, spec.TORCH_DTYPES[dtype])
 
-    def candidates(self, shape: TuningShape, arch: Arch, heuristic: Config) -> list[Config]:
+    def candidates(self, shape: spec.TuningShape, arch: Arch, heuristic: Config) -> list[Config]:
         libraries = [{"backend": "torch"}] if arch.is_nvidia else []
         use_tma = (False, True) if arch.has_tma and shape.size > MIN_SEQLEN_FOR_TMA else (False,)
         return libraries + [
@@ -74,14 +64,14 @@ class VarlenAttentionSpec(KernelSpec):
             if m // warps >= MIN_ROWS_PER_WARP
         ]
 
-    def shared_bytes(self, shape: TuningShape, config: Config, arch: Arch) -> int:
+    def shared_bytes(self, shape: spec.TuningShape, config: Config, arch: Arch) -> int:
         buffers = config["num_stages"] if arch.is_nvidia else config["num_stages"] - 1
         return 2 * config["BLOCK_N"] * SIZES[shape.part].head_dim * buffers * 2  # k and v in 16 bits
 
     def tuning_problem(
-        self, shape: TuningShape, dtype: str, device: torch.device, reference: ModuleType
-    ) -> TuningProblem:
-        (heads, key_heads, head_dim, causal), normal = SIZES[shape.part], random_inputs(dtype, device)
+        self, shape: spec.TuningShape, dtype: str, device: torch.device, reference: ModuleType
+    ) -> spec.TuningProblem:
+        (heads, key_heads, head_dim, causal), normal = SIZES[shape.part], spec.random_inputs(dtype, device)
         q, k, v = (normal(shape.total, n, head_dim) for n in (heads, key_heads, key_heads))
         cu_seqlens = torch.arange(0, shape.total + 1, shape.size, dtype=torch.int32, device=device)
         scale = head_dim**-0.5
@@ -102,26 +92,26 @@ class VarlenAttentionSpec(KernelSpec):
             common = q, k, v, cu_seqlens, shape.size, scale, causal, False
             return varlen_attention(*common, covers_all_tokens=True, config=config)[:1]
 
-        return TuningProblem(launch, expect, rows)
+        return spec.TuningProblem(launch, expect, rows)
 
-    def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[CompileVariant]:
+    def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         if config["backend"] != "triton":
             return []
         # (tiles from a host schedule, lse)
         kinds = [(True, False), (False, False), (True, True)]
         return [_variant(part, dtype, arch, config, *kind) for kind in kinds]
 
-    def shipped_variants(self, arch: Arch) -> list[CompileVariant]:
+    def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
         found = []
         for part, sizes in SIZES.items():
-            for dtype, torch_dtype in TORCH_DTYPES.items():
+            for dtype, torch_dtype in spec.TORCH_DTYPES.items():
                 config = heuristic(arch, sizes.head_dim, torch_dtype)
                 found += self.variants(part, dtype, arch, config)
                 if arch.has_tma and dtype == "bf16":
                     found.append(_variant(part, dtype, arch, config | {"use_tma": True}, True, False))
         return found
 
-    def counted_cases(self, vision_batch: BuildBatch) -> list[CountedCase]:
+    def counted_cases(self, vision_batch: spec.BuildBatch) -> list[spec.CountedCase]:
         return [
             _counted_case("attention 1024", (1024,), 128, 1.06),
             _counted_case("attention ragged, 64 rows", COUNTED_RAGGED, 64, 1.10),
@@ -129,7 +119,9 @@ class VarlenAttentionSpec(KernelSpec):
         ]
 
 
-def _variant(part: str, dtype: str, arch: Arch, config: Config, has_schedule: bool, return_lse: bool) -> CompileVariant:
+def _variant(
+    part: str, dtype: str, arch: Arch, config: Config, has_schedule: bool, return_lse: bool
+) -> spec.CompileVariant:
     heads, key_heads, head_dim, causal = SIZES[part]
     data, parts = f"*{dtype}:16", head_parts(head_dim, arch)
     descriptors = descriptor_types(config, dtype, *key_blocks(config["BLOCK_N"], parts))
@@ -146,7 +138,7 @@ def _variant(part: str, dtype: str, arch: Arch, config: Config, has_schedule: bo
     }  # fmt: skip
     label = f"{part} {dtype}{'' if has_schedule else ' searched'}{' lse' if return_lse else ''}"
     label += " TMA" if config["use_tma"] else ""
-    return CompileVariant(
+    return spec.CompileVariant(
         varlen_attention_fwd_kernel,
         label,
         signature,
@@ -158,12 +150,12 @@ def _variant(part: str, dtype: str, arch: Arch, config: Config, has_schedule: bo
     )
 
 
-def _counted_case(name: str, lengths: Sequence[int], block_m: int, limit: float) -> CountedCase:
+def _counted_case(name: str, lengths: Sequence[int], block_m: int, limit: float) -> spec.CountedCase:
     head_dim, half = SIZES["vision"].head_dim, torch.float16
     q, k, v = torch.randn(sum(lengths), 3, 1, head_dim, dtype=half).unbind(1)
     arguments = {"q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
     shape = f"one segment of {lengths[0]}" if len(lengths) == 1 else " + ".join(map(str, lengths))
-    return CountedCase(
+    return spec.CountedCase(
         name,
         f"varlen_attention, D {head_dim}, {shape}, BLOCK_M {block_m}",
         "varlen_attention",

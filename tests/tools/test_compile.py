@@ -1,3 +1,5 @@
+"""`tools.compile`: the kernels compile without findings, and each kind of finding is reported."""
+
 import json
 import os
 import subprocess
@@ -6,21 +8,23 @@ import sys
 import pytest
 
 from keye_kernels.tools import compile as checker
-from tests.helpers.machine_code import read_machine_code
+from keye_kernels.triton.device import MULTIPROCESSORS
 
+KERNELS = ("rope", "position_embedding_2d")
 MODULE = [sys.executable, "-W", "ignore", "-m", "keye_kernels.tools.compile"]
 
-# A product of tiles that two warps cannot hold, with more stages than shared memory has room for
+# The first variant needs too many registers for two warps, and more shared memory than a block has
 BAD_KERNEL = """
-import dataclasses, sys
+import dataclasses
 import triton
 import triton.language as tl
 from keye_kernels.tools import compile as checker
-from keye_kernels.triton import position_embedding
-from keye_kernels.triton.spec import CompileSpec
+from keye_kernels.triton.device import Arch
+from keye_kernels.triton.registry import kernel_spec
+from keye_kernels.triton.spec import CompileVariant
 
 @triton.jit
-def product_kernel(out_ptr, a_ptr, b_ptr, steps, BLOCK: tl.constexpr):
+def matmul_kernel(out_ptr, a_ptr, b_ptr, steps, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for step in range(steps):
@@ -29,14 +33,14 @@ def product_kernel(out_ptr, a_ptr, b_ptr, steps, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, total)
 
 signature = {"out_ptr": "*fp32:16", "a_ptr": "*fp16:16", "b_ptr": "*fp16:16", "steps": "i32", "BLOCK": 128}
-embedding = position_embedding.compile_specs(80)[0]
-for spec in (
-    CompileSpec(product_kernel, "heavy", signature, 2, 4, True),
-    CompileSpec(product_kernel, "broken", signature | {"BLOCK": 100}, 4, 1, True),
-    CompileSpec(product_kernel, "sound, in any order", {"BLOCK": 64} | signature | {"BLOCK": 64}, 4, 2, True),
+embedding = kernel_spec("position_embedding_2d").shipped_variants(Arch("sm_80"))[0]
+for variant in (
+    CompileVariant(matmul_kernel, "too large", signature, 2, 4, True),
+    CompileVariant(matmul_kernel, "does not compile", signature | {"BLOCK": 100}, 4, 1, True),
+    CompileVariant(matmul_kernel, "correct, in another order", {"BLOCK": 64} | signature | {"BLOCK": 64}, 4, 2, True),
     dataclasses.replace(embedding, uses_tensor_cores=True),
 ):
-    print("|".join(checker.check("sm_80", "test", spec).failures))
+    print("|".join(checker.check("sm_80", "test", variant).failures))
 """
 
 
@@ -48,18 +52,17 @@ def run(*command, **environment):
 
 @pytest.fixture(scope="module")
 def reports():
-    # As a user who has set the interpreter would call it
-    call = run(
-        *MODULE, "--target", "sm_80,sm_90", "--kernel", "rope,position_embedding", "--json", TRITON_INTERPRET="1"
-    )
+    # A user may have set TRITON_INTERPRET
+    command = [*MODULE, "--target", "sm_80,sm_90", "--kernel", ",".join(KERNELS), "--json"]
+    call = run(*command, TRITON_INTERPRET="1")
     assert call.returncode == 0, call.stdout + call.stderr
     return json.loads(call.stdout)
 
 
-def test_every_variant_compiles_without_a_finding(reports):
+def test_every_variant_compiles_without_findings(reports):
     assert reports["failures"] == []
     assert {(report["target"], report["kernel"]) for report in reports["reports"]} == {
-        (target, kernel) for target in ("sm_80", "sm_90") for kernel in ("rope", "position_embedding")
+        (target, kernel) for target in ("sm_80", "sm_90") for kernel in KERNELS
     }
     for report in reports["reports"]:
         assert report["stack_bytes"] == report["spills_in_loop"] == report["shared_bytes"] == 0
@@ -67,33 +70,25 @@ def test_every_variant_compiles_without_a_finding(reports):
 
 
 def test_norm_and_rope_stay_within_70_registers(reports):
-    norms = [report for report in reports["reports"] if report["label"].startswith("text norm")]
-    assert len(norms) == 8 and all(0 < report["registers"] <= 70 for report in norms)
+    norms = [report for report in reports["reports"] if " norm" in report["label"]]
+    # Two targets; weights in the dtype of q, or float32 weights for q in 16 bits
+    assert len(norms) == 2 * 5 and all(0 < report["registers"] <= 70 for report in norms)
 
 
-def test_accesses_are_wide():
-    labels = {"rope": ("text norm bf16", "vision bf16", "vision fp32"), "position_embedding": ("bf16",)}
-    for row in read_machine_code(*(("sm_90", kernel, label) for kernel in labels for label in labels[kernel])):
-        kernel, label = row["kernel"], row["variant"]
-        assert not any(name.endswith((".8", ".16")) for name in row["accesses"]), label
-        stores = {int(name.split(".")[1]) for name in row["accesses"] if name.startswith("STG")}
-        # The second half of a 72-wide head starts at byte 72, so 16-bit channels are stored 8 bytes at a time
-        assert stores == {64 if label == "vision bf16" else 128}, (kernel, label)
-
-
-def test_findings_are_named(tmp_path):
+def test_findings_are_reported(tmp_path):
     script = tmp_path / "bad_kernel.py"
     script.write_text(BAD_KERNEL)
     call = run(sys.executable, "-W", "ignore", script)
     assert call.returncode == 0, call.stderr
-    heavy, broken, sound, embedding = call.stdout.splitlines()
-    assert "spills inside a loop" in heavy and "bytes of shared memory, a block has 166912" in heavy
+    too_large, broken, correct, embedding = call.stdout.splitlines()
+    limit = MULTIPROCESSORS["sm_80"].shared_bytes_per_block
+    assert "spills inside a loop" in too_large and f"bytes of shared memory, a block has {limit}" in too_large
     assert broken.startswith("does not compile: ")
-    assert sound == ""
-    assert embedding == "multiplies matrices without a tensor-core instruction"
+    assert correct == ""
+    assert embedding == "runs matmuls without tensor-core instructions"
 
 
-def test_findings_make_the_exit_code_1(monkeypatch, capsys):
+def test_the_exit_code_is_1_with_findings(monkeypatch, capsys):
     report = checker.Report("sm_80", "rope", "text", failures=["spills inside a loop (3 instructions)"])
 
     class Pool:
@@ -106,13 +101,13 @@ def test_findings_make_the_exit_code_1(monkeypatch, capsys):
             return [[report]]
 
     monkeypatch.setattr(checker, "ProcessPoolExecutor", Pool)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # put back afterwards
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main changes it; this restores it
     assert checker.main(["--target", "sm_80", "--kernel", "rope"]) == 1
     assert "FAILED sm_80 rope text: spills inside a loop (3 instructions)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--target", "sm_99"], ["--kernel", "softmax"], ["--target", "sm_90,"]])
-def test_an_unknown_name_is_one_sentence_and_exit_code_2(arguments, capsys):
+def test_an_unknown_name_gives_one_line_and_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         checker.main(arguments)
     error = capsys.readouterr().err
@@ -130,6 +125,6 @@ def test_an_unknown_name_is_one_sentence_and_exit_code_2(arguments, capsys):
         ),
     ],
 )
-def test_only_spills_between_a_label_and_a_jump_back_count(vendor, listing):
+def test_only_spills_between_a_label_and_a_backward_jump_count(vendor, listing):
     assert checker._lines_in_loops(listing, vendor) == listing[:2]
     assert checker._lines_in_loops(listing[1:], vendor) == []

@@ -1,4 +1,4 @@
-"""`verify`: it passes what is right, and each kind of mistake that it looks for makes it fail."""
+"""`verify`: correct kernels pass, and each kind of mistake that it checks for makes it fail."""
 
 import json
 import os
@@ -13,18 +13,23 @@ from keye_kernels import reference
 from keye_kernels.cli import main
 from keye_kernels.tools import verify
 from keye_kernels.tools.verify import answers, choose_setup
-from keye_kernels.tools.verify.cases import cases
-from keye_kernels.tools.verify.checks import Result
+from keye_kernels.tools.verify.checks import CheckResult, run_reference
 from keye_kernels.triton import rope, varlen_attention
+from keye_kernels.triton.registry import verify_cases
 
-EMPTY = torch.empty  # as it is while verify guards no allocation
+EMPTY = torch.empty  # while `verify` guards allocations, torch.empty is another function
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
 
 
+def small_cases():
+    """All cases at the sizes of the interpreter."""
+    return verify_cases(False, run_reference)
+
+
 def first_cases(*operators):
-    """The first case of each operator, at the interpreter's sizes."""
-    return [next(case for case in cases(real_sizes=False) if case.operator == name) for name in operators]
+    """The first small case of each operator."""
+    return [next(case for case in small_cases() if case.operator == name) for name in operators]
 
 
 def check(*operators, dtypes=(torch.float32,)):
@@ -33,10 +38,11 @@ def check(*operators, dtypes=(torch.float32,)):
 
 
 def replace_attention(monkeypatch, change):
-    """Puts `change` of the reference in the place of the attention kernel."""
+    """Replaces the attention kernel by `change(attend, q, k, v)`, where `attend` is the reference."""
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, *how):
-        return change(lambda *tensors: reference.varlen_attention(*tensors, cu_seqlens, *how), q, k, v)
+    def attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, *schedule):
+        options = cu_seqlens, softmax_scale, causal, return_lse
+        return change(lambda *tensors: reference.varlen_attention(*tensors, *options), q, k, v)
 
     monkeypatch.setattr(varlen_attention, "varlen_attention", attention)
 
@@ -49,8 +55,8 @@ def test_the_kernels_pass():
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_reference_passes_in_every_dtype_at_every_size(operator):
-    small = [case for case in cases(real_sizes=False) if case.operator == operator]
+def test_the_reference_passes_in_every_dtype(operator):
+    small = [case for case in small_cases() if case.operator == operator]
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     setup = choose_setup("cpu")._replace(impl="reference", dtypes=dtypes)
     for result in verify.verify(setup, seeds=1, chosen=small, answers=False):
@@ -62,12 +68,13 @@ def test_a_kernel_that_is_slightly_wrong_fails_the_command(monkeypatch, capsys):
         return tuple(x * 1.0001 for x in reference.rope(*inputs))
 
     monkeypatch.setattr(rope, "rope", slightly_wrong)
-    monkeypatch.setattr(verify, "cases", lambda real_sizes: first_cases("rope_2d", "position_embedding_2d"))
+    chosen = first_cases("rope_2d", "position_embedding_2d")
+    monkeypatch.setattr(verify, "verify_cases", lambda real_sizes, reference: chosen)
     monkeypatch.setattr(verify, "check_answers", lambda device, impl: [])
     assert main(["verify", "--device", "cpu", "--seeds", "1", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     passed = {(line["operator"], line["dtype"]): line["passed"] for line in found["results"]}
-    # In fp16 so small a mistake is within its rounding
+    # In fp16 this mistake is smaller than the rounding error
     assert not passed["rope_2d", "fp32"] and passed["position_embedding_2d", "fp32"] and not found["passed"]
     assert "interpreter" in found["notes"][0]
 
@@ -81,7 +88,7 @@ def test_a_kernel_that_is_slightly_wrong_fails_the_command(monkeypatch, capsys):
 def test_attention_that_leaves_out_one_key_fails(dtype, monkeypatch):
     def without_a_key(attend, q, k, v):
         k = k.clone()
-        k[10] = -100 * q[:, : k.shape[1]].mean(0)  # nobody attends to it
+        k[10] = -100 * q[:, : k.shape[1]].mean(0)  # its probability is 0
         return attend(q, k, v)
 
     replace_attention(monkeypatch, without_a_key)
@@ -95,7 +102,7 @@ def test_a_racing_operator_fails(monkeypatch):
     def racing(attend, q, k, v):
         out, lse = attend(q, k, v)
         calls.append(1)
-        return torch.nextafter(out, out + len(calls) % 2), lse  # one unit in the last place, every other time
+        return torch.nextafter(out, out + len(calls) % 2), lse  # one unit in the last place, in every second call
 
     replace_attention(monkeypatch, racing)
     (result,) = check("varlen_attention")
@@ -104,29 +111,29 @@ def test_a_racing_operator_fails(monkeypatch):
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("input", "beside q"), ("output", "beside an output"), ("leak", "reads beside"), ("hole", "unwritten")],
+    [("input", "next to q"), ("output", "next to an output"), ("leak", "reads out of bounds"), ("hole", "unwritten")],
 )
-def test_damage_outside_the_tensors_fails(where, message, monkeypatch):
-    def careless(attend, q, k, v):
+def test_out_of_bounds_accesses_and_unwritten_elements_fail(where, message, monkeypatch):
+    def faulty(attend, q, k, v):
         out, lse = attend(q, k, v)
-        mine = torch.empty(q.shape, dtype=q.dtype).copy_(out)
+        result = torch.empty(q.shape, dtype=q.dtype).copy_(out)
         if where == "input" and q.stride(1) > q.shape[2]:
             q.as_strided((1,), (1,), q.storage_offset() + q.shape[2]).zero_()
-        if where == "output" and mine.untyped_storage().nbytes() > mine.nbytes:
-            mine.as_strided((1,), (1,), mine.storage_offset() + mine.numel()).zero_()
+        if where == "output" and result.untyped_storage().nbytes() > result.nbytes:
+            result.as_strided((1,), (1,), result.storage_offset() + result.numel()).zero_()
         if where == "leak" and q.stride(1) > q.shape[2]:
-            mine[0] += 0 * q.as_strided((1,), (1,), q.storage_offset() + q.shape[2])
-        if where == "hole" and torch.empty is not EMPTY:  # elsewhere old memory happens to hold what is right
-            mine[0] = torch.empty(q.shape, dtype=q.dtype)[0]
-        return mine, lse
+            result[0] += 0 * q.as_strided((1,), (1,), q.storage_offset() + q.shape[2])
+        if where == "hole" and torch.empty is not EMPTY:  # unguarded memory may still hold the right values
+            result[0] = torch.empty(q.shape, dtype=q.dtype)[0]
+        return result, lse
 
-    replace_attention(monkeypatch, careless)
+    replace_attention(monkeypatch, faulty)
     (result,) = check("varlen_attention")
     assert result.error <= result.allowed and not result.runs_that_differ
     assert message in result.guards and not result.passed
 
 
-def test_an_operator_that_raises_fails_and_the_others_go_on(monkeypatch):
+def test_an_operator_that_raises_fails_and_the_others_still_run(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("out of resources: shared memory\nand a long trace")
 
@@ -151,8 +158,8 @@ def test_answers_that_differ_from_the_reference_fail(monkeypatch):
     assert not all(result.passed for result in answers.check_answers(device, "triton"))
 
 
-def test_errors_that_are_not_numbers_fail():
-    assert not Result("rope_2d", "", "fp32", float("nan"), 1.0, 1, 0, "ok", 0.0).passed
+def test_a_nan_error_fails():
+    assert not CheckResult("rope_2d", "", "fp32", float("nan"), 1.0, 1, 0, "ok", 0.0).passed
 
 
 def run(code, **environment):
@@ -166,7 +173,7 @@ def test_on_a_cpu_the_interpreter_is_chosen_before_triton_is_imported():
 import torch
 from keye_kernels.tools import verify
 setup = verify.choose_setup()
-case = verify.cases(False)[-1]
+case = verify.verify_cases(False, verify.run_reference)[-1]
 [result] = verify.verify(setup._replace(dtypes=(torch.float32,)), seeds=1, chosen=[case], answers=False)
 print(setup.impl, result.passed, result.error > 0)
 """)
@@ -200,33 +207,32 @@ def test_bad_input_names_the_argument(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-# The compiler is real, for an H100 through a driver that only says so; nothing is launched
-AHEAD = """
+# Compiles for an H100 with a driver that launches nothing. No GPU is needed
+COMPILE_AHEAD = """
 import torch
 from tests.helpers.compiling_driver import install
 
 install()
 from keye_kernels.tools import verify
 from keye_kernels.ops import implementation
-from keye_kernels.tools.verify.cases import cases
 
-implementation._require_triton = lambda operator, device: None
+implementation._require_triton = lambda impl, operator, device: None
 setup = verify.Setup(torch.device("cpu"), "triton", False, (torch.float16,), 2, [])
-chosen = cases(real_sizes=False)
+chosen = verify.verify_cases(False, verify.run_reference)
 with torch.no_grad():
     (first, known), again = verify.compile_ahead(chosen, setup), verify.compile_ahead(chosen, setup)
 assert first >= 10 and known == 0 and again == (0, 0), (first, known, again)
 """
 
 
-def test_kernels_are_compiled_ahead_beside_each_other(tmp_path):
+def test_kernels_are_compiled_ahead(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-W", "ignore", "-c", AHEAD]
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE_AHEAD]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 
-def test_a_failure_to_compile_ahead_is_left_to_the_cases(monkeypatch):
+def test_an_error_of_compiling_ahead_is_ignored(monkeypatch):
     def fail(chosen, setup):
         raise RuntimeError("no compiler")
 
@@ -234,3 +240,13 @@ def test_a_failure_to_compile_ahead_is_left_to_the_cases(monkeypatch):
     monkeypatch.setattr(verify, "check", lambda case, dtype, *rest: (case, dtype))
     setup = verify.Setup(torch.device("cuda"), "triton", True, (torch.float16,), 2, [])
     assert verify.verify(setup, chosen=["case"], answers=False) == [("case", torch.float16)]
+
+
+def test_on_a_gpu_the_projector_also_runs_with_the_matmuls_of_torch():
+    gpu = verify.Setup(torch.device("cuda"), "triton", True, (torch.float16,), 2, [])
+    assert verify.implementations(gpu, "patch_merge_projection") == ["triton", "torch"]
+    assert verify.implementations(gpu, "varlen_attention") == ["triton"]
+    cpu = gpu._replace(device=torch.device("cpu"))
+    assert verify.implementations(cpu, "patch_merge_projection") == ["triton"]
+    reference_only = gpu._replace(impl="reference")
+    assert verify.implementations(reference_only, "patch_merge_projection") == ["reference"]

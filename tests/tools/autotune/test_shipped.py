@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from keye_kernels.tools.autotune.shipped import TARGETS, failures, shipped_variants
 from keye_kernels.triton.device import Arch
 from keye_kernels.triton.launch_config import NON_KEY_FIELDS, PACKAGE_TABLES, table_path
 from keye_kernels.triton.registry import kernel_names, kernel_spec
 from keye_kernels.triton.spec import TuningShape
+from tests.helpers.shipped_configs import TARGETS, failures, shipped_variants
 
 TABLES = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE_TABLES.glob("*.json"))]
 EACH_TABLE = pytest.mark.parametrize("table", TABLES, ids=lambda table: table["device"])

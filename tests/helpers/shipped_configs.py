@@ -1,6 +1,6 @@
 """Compiles the launch configs of the package's tables for the GPU that each was timed on.
 
-    python -m keye_kernels.tools.autotune.shipped
+    python -m tests.helpers.shipped_configs
 
 Exit code 1 if an entry does not compile, spills in a loop, or needs more registers or shared memory than the GPU has.
 """
@@ -8,12 +8,11 @@ Exit code 1 if an entry does not compile, spills in a loop, or needs more regist
 import json
 import sys
 
+from keye_kernels.tools.autotune.pruning import TuningVariant, compiler
 from keye_kernels.triton.device import Arch
 from keye_kernels.triton.launch_config import PACKAGE_TABLES
 from keye_kernels.triton.registry import kernel_spec
 from keye_kernels.triton.spec import TORCH_DTYPES, TuningShape
-
-from .pruning import TuningVariant, compiler
 
 TARGETS = {"NVIDIA H200": "sm_90"}  # of the devices with a table
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()}

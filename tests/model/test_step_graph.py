@@ -44,13 +44,13 @@ def test_the_reference_is_not_recorded():
     model = ModelOnGpu()
     model.head.impl = "reference"
     assert not is_recorded(model)
-    model.head.impl = "flash_attn"  # serves prompts; all else is the kernels'
+    model.head.impl = "flash_attn"  # used for prompts only: decoding steps run the kernels
     assert is_recorded(model)
     with use_impl("reference"):
         assert not is_recorded(model)
 
 
-def test_a_model_whose_recording_failed_is_not_recorded_again():
+def test_a_model_is_not_recorded_again_after_a_failure():
     model = ModelOnGpu()
     step_graph._failed.add(model)
     assert not is_recorded(model) and is_recorded(ModelOnGpu())

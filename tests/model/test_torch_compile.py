@@ -25,7 +25,7 @@ def run_and_count_graphs(compiled, counter, inputs, expected):
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
 def test_sizes_and_steps_compile_once(edition):
-    """With dynamic=True, one graph serves all image sizes and prompt lengths."""
+    """With dynamic=True, one graph is used for all image sizes and prompt lengths."""
     model = tiny_model(model_type=edition)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -39,9 +39,7 @@ def test_sizes_and_steps_compile_once(edition):
             token = {"input_ids": output.logits[:, -1:].argmax(-1)}
             with torch.no_grad():
                 expected = model(**token, cache=expected.cache)
-            output, num_compiled = run_and_count_graphs(
-                compiled, counter, token | {"cache": output.cache}, expected.logits
-            )
+            output, num_compiled = run_and_count_graphs(compiled, counter, token | {"cache": output.cache}, expected.logits)
             assert (num_compiled > 0) == (i == step == 0), f"step {step} after image {grid}"
 
 

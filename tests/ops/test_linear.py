@@ -15,14 +15,12 @@ from tests.helpers.tiny import prompt, tiny_model
 # Relative to the largest output. The rounding error of a sum of 2048 float32 products is about sqrt(2048) / 2 eps = 3e-6 standard
 # deviations of the output. The worst of 2^16 elements has 4 times that error, and the largest of them is 4 standard deviations.
 FP32 = 3e-6
-LARGE = (1024, 2048)  # from two rows on more than LEAST_MULTIPLIES, and enough for a matrix-vector product by parts
+LARGE = (1024, 2048)  # exceeds MIN_MULTIPLIES from one row on, so one row runs as a split GEMV and more rows run in oneDNN
 
 
 def make_inputs(rows, out=LARGE[0], width=LARGE[1], dtype=torch.float32, leading=()):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator) for shape in ((*leading, rows, width), (out, width), (out,))
-    )
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((*leading, rows, width), (out, width), (out,)))
     return x.to(dtype), (weight * width**-0.5).to(dtype), bias.to(dtype)
 
 
@@ -140,16 +138,16 @@ def test_a_layer_compiles_as_one_graph_for_any_number_of_rows():
 
 
 def test_every_matmul_of_the_model_uses_this_operator(monkeypatch):
-    model, seen = tiny_model(), set()
+    model, used = tiny_model(), set()
 
-    def watch(x, weight, bias=None):
-        seen.add(weight.data_ptr())
+    def record(x, weight, bias=None):
+        used.add(weight.data_ptr())
         return F.linear(x, weight, bias)
 
     for module, name in (("ops.linear", "reference_linear"), ("reference.patch_merge", "linear")):
-        monkeypatch.setattr(sys.modules[f"keye_kernels.{module}"], name, watch)
+        monkeypatch.setattr(sys.modules[f"keye_kernels.{module}"], name, record)
     with torch.no_grad():
         model(**prompt([(1, 4, 6)]))
     tables = (model.visual.position_embedding.weight, model.model.embed_tokens.weight)
     matrices = {p.data_ptr() for p in model.parameters() if p.ndim == 2} - {table.data_ptr() for table in tables}
-    assert matrices <= seen
+    assert matrices <= used

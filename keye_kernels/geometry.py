@@ -68,9 +68,7 @@ class VisionBatch:
         device = grid_thw.device if device is None else device
         grids = check_grid_thw(grid_thw, num_patches, merge_size)
         segments = Segments.from_lengths(segment_lengths(grids, segment_by_frame), device)
-        *tensors, merge_index = (
-            t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order)
-        )
+        *tensors, merge_index = (t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order))
         return cls(segments, *tensors, None if order == "block" else merge_index)  # type: ignore[call-arg]
 
 
@@ -116,13 +114,7 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
             positions, raster = [torch.zeros(2, 0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
             corners, weights = [torch.zeros(0, 4, dtype=torch.int32)], [torch.zeros(0, 4)]
             merged = [torch.zeros(0, merge_size**2, dtype=torch.int64)]
-    return (
-        torch.cat(positions, dim=1),
-        torch.cat(corners),
-        torch.cat(weights),
-        torch.cat(raster),
-        torch.cat(merged).int(),
-    )
+    return (torch.cat(positions, dim=1), torch.cat(corners), torch.cat(weights), torch.cat(raster), torch.cat(merged).int())
 
 
 def _frame_tensors(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:

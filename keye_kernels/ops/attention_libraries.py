@@ -58,9 +58,7 @@ def flash_attn_attention(
 ) -> AttentionResult:
     """As the operator. Raises ValueError where flash-attn is missing, cannot be imported or does not take these tensors."""
     if q.device.type != "cuda" or q.dtype not in HALF:
-        raise ValueError(
-            f"impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device, got {q.dtype} on {q.device}"
-        )
+        raise ValueError(f"impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device, got {q.dtype} on {q.device}")
     try:
         from flash_attn import flash_attn_varlen_func
     except Exception as error:  # a build for another torch can raise anything

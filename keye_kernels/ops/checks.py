@@ -7,9 +7,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def check_tensor(
-    name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
+def check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is any size) and the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(x).__name__}")

@@ -11,9 +11,7 @@ from .implementation import check_impl, resolve
 from .registry import call, define_differentiable
 
 
-def position_embedding_2d(
-    features: Tensor, table: Tensor, grid_thw: Tensor | VisionBatch, *, impl: str = "auto"
-) -> Tensor:
+def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | VisionBatch, *, impl: str = "auto") -> Tensor:
     """Adds the learned position embeddings, resized bilinearly to each image's grid (align_corners=False, no antialias).
 
     Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower". Computed in float32 and rounded once.

@@ -29,13 +29,7 @@ def call(operator: Callable, *arguments: Any) -> Any:
 
 
 def define_differentiable(
-    name: str,
-    arguments: str,
-    returns: str,
-    run: Callable,
-    fake: Callable,
-    reference: Callable,
-    differentiable: list[int],
+    name: str, arguments: str, returns: str, run: Callable, fake: Callable, reference: Callable, differentiable: list[int]
 ) -> None:
     """`define` with a backward pass that recomputes the operator with `reference` under autograd.
 

@@ -52,9 +52,7 @@ def rope_3d(
     _check(q, k, position_ids, axes=3)
     check_tensor("inv_freq", inv_freq, (q.shape[-1] // 2,), (torch.float32,), q)
     if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
-        raise ValueError(
-            f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}"
-        )
+        raise ValueError(f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}")
     if (q_norm_weight is None) != (k_norm_weight is None):
         missing = "q_norm_weight" if q_norm_weight is None else "k_norm_weight"
         raise ValueError(f"{missing} must be given when the other norm weight is, got None")
@@ -65,9 +63,7 @@ def rope_3d(
     return call(_rope_op, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, False, impl)
 
 
-def rope_2d(
-    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Rope of the vision tower: the first half of the pairs is rotated by the row, the second half by the column.
 
     Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower". Computed in float32 and rounded once.
@@ -127,17 +123,13 @@ def _run_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q
     return grad_q.contiguous(), grad_k.contiguous(), grad_q_weight, grad_k_weight
 
 
-def _fake_norm_backward(
-    grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl
-):
+def _fake_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
     return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(q_norm_weight), torch.empty_like(k_norm_weight)
 
 
 def _setup_context(ctx, inputs, output):
     q, k, position_ids, inv_freq, ctx.sections, q_norm_weight, k_norm_weight, ctx.eps, ctx.conjugate, ctx.impl = inputs
-    ctx.save_for_backward(
-        position_ids, inv_freq, *(() if q_norm_weight is None else (q, k, q_norm_weight, k_norm_weight))
-    )
+    ctx.save_for_backward(position_ids, inv_freq, *(() if q_norm_weight is None else (q, k, q_norm_weight, k_norm_weight)))
 
 
 def _backward(ctx, grad_q, grad_k):

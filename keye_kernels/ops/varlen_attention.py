@@ -107,19 +107,7 @@ def varlen_attention(
         impl, block_m = _choose(impl, q, k, v, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
     out, lse = call(
-        _attention_op,
-        q,
-        k,
-        v,
-        offsets,
-        max_seqlen,
-        scale,
-        causal,
-        return_lse,
-        impl,
-        schedule,
-        block_m,
-        segments is not None,
+        _attention_op, q, k, v, offsets, max_seqlen, scale, causal, return_lse, impl, schedule, block_m, segments is not None
     )
     return (out, lse) if return_lse else out
 
@@ -139,9 +127,7 @@ def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, scale: 
     return impl, int(config["BLOCK_M"])
 
 
-def _run(
-    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
-):
+def _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens):
     common = q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse
     if schedule is None:
         impl, block_m = _choose(impl, q, k, v, max_seqlen, softmax_scale, causal)
@@ -169,15 +155,11 @@ def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     return offsets
 
 
-def _reference(
-    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
-):
+def _reference(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens):
     return reference.varlen_attention(q, k, v, cu_seqlens, softmax_scale, causal, return_lse)
 
 
-def _fake(
-    q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens
-):
+def _fake(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, impl, schedule, block_m, covers_all_tokens):
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0] if return_lse else 0), dtype=dtype)
 

@@ -103,9 +103,7 @@ def compile_variant(target: str, variant: CompileVariant) -> Any:
     source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=attributes)
     arch = Arch(target)
     gpu = GPUTarget("cuda", arch.capability, 32) if arch.is_nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(
-        source, target=gpu, options={"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    )
+    return triton.compile(source, target=gpu, options={"num_warps": variant.num_warps, "num_stages": variant.num_stages})
 
 
 def analyse_nvidia(compiled: Any, report: Report) -> list[str]:

@@ -52,9 +52,7 @@ def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: 
     A table that cannot be read or does not fit the kernel is reported once and ignored; this function never raises for it.
     """
     found = _look_up(kernel, device, tuple(key.items()))
-    if found and any(
-        name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()
-    ):
+    if found and any(name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()):
         _report(f"ignoring a table entry of {kernel}: {found}; the kernel takes {heuristic}", logging.WARNING)
         return heuristic
     return {**heuristic, **found} if found else heuristic

@@ -51,9 +51,7 @@ class PatchMergeNormSpec(spec.KernelSpec):
             patches = features.view(shape.total, PATCHES, CHANNELS)[rows].to(dtype)
             return (F.layer_norm(patches, (CHANNELS,), weight.to(dtype), bias.to(dtype)).flatten(1),)
 
-        return spec.TuningProblem(
-            lambda config: (patch_merge_norm(features, None, weight, bias, config=config),), expect, rows
-        )
+        return spec.TuningProblem(lambda config: (patch_merge_norm(features, None, weight, bias, config=config),), expect, rows)
 
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         return [

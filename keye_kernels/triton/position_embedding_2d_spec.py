@@ -46,9 +46,7 @@ class PositionEmbeddingSpec(spec.KernelSpec):
             rounded = features[rows].to(dtype), table.to(dtype)
             return (reference.position_embedding_2d(*rounded, index[rows], weight[rows]),)
 
-        return spec.TuningProblem(
-            lambda config: (position_embedding_2d(features, table, index, weight, config),), expect, rows
-        )
+        return spec.TuningProblem(lambda config: (position_embedding_2d(features, table, index, weight, config),), expect, rows)
 
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         signature = {
@@ -60,9 +58,7 @@ class PositionEmbeddingSpec(spec.KernelSpec):
         return [spec.CompileVariant(position_embedding_2d_kernel, dtype, signature, *launch)]
 
     def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
-        return [
-            variant for dtype in spec.TORCH_DTYPES for variant in self.variants("vision", dtype, arch, heuristic(arch))
-        ]
+        return [variant for dtype in spec.TORCH_DTYPES for variant in self.variants("vision", dtype, arch, heuristic(arch))]
 
     def counted_cases(self, vision_batch: spec.BuildBatch) -> list[spec.CountedCase]:
         batch = vision_batch(torch.tensor([[1, 4, 4]] * 16))

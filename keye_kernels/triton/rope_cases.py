@@ -24,10 +24,7 @@ class Sizes:
     max_position: int
 
 
-SIZES = {
-    "text": Sizes((32, 8), 128, (16, 24, 24), 64, 1e6, 40_000),
-    "vision": Sizes((16, 16), 72, (18, 18), 18, 1e4, 400),
-}
+SIZES = {"text": Sizes((32, 8), 128, (16, 24, 24), 64, 1e6, 40_000), "vision": Sizes((16, 16), 72, (18, 18), 18, 1e4, 400)}
 
 
 def inverse_frequencies(sizes: Sizes, device: torch.device | str = "cpu") -> Tensor:
@@ -44,9 +41,7 @@ def verify_cases(real_sizes: bool, reference: RunReference) -> list[VerifyCase]:
     ]
 
 
-def _verify_case(
-    part: str, label: str, tokens: int, heads: tuple[int, int], reference: RunReference, norm: bool
-) -> VerifyCase:
+def _verify_case(part: str, label: str, tokens: int, heads: tuple[int, int], reference: RunReference, norm: bool) -> VerifyCase:
     sizes = SIZES[part]
     operator = "rope_3d" if part == "text" else "rope_2d"
 

@@ -20,11 +20,7 @@ class RopeSpec(spec.KernelSpec):
     def shapes(self, workload: spec.Workload) -> list[spec.TuningShape]:
         text = [*([1, batch] for batch in workload.get("decode", [])), *workload.get("prompts", [])]
         vision = [*workload.get("images", []), *workload.get("frames", [])]
-        return [
-            spec.TuningShape(self.name, part, *use)
-            for part, uses in (("text", text), ("vision", vision))
-            for use in uses
-        ]
+        return [spec.TuningShape(self.name, part, *use) for part, uses in (("text", text), ("vision", vision)) for use in uses]
 
     def config_key(self, shape: spec.TuningShape, dtype: str) -> ConfigKey:
         return config_key(spec.TORCH_DTYPES[dtype], SIZES[shape.part].head_dim, shape.total)
@@ -55,9 +51,7 @@ class RopeSpec(spec.KernelSpec):
 
         def expect(dtype: torch.dtype) -> tuple[Tensor, ...]:
             norms = (None if weight is None else weight.to(dtype) for weight in weights)
-            return reference.rope(
-                q[rows].to(dtype), k[rows].to(dtype), position_ids[:, rows], inv_freq, sections, *norms
-            )
+            return reference.rope(q[rows].to(dtype), k[rows].to(dtype), position_ids[:, rows], inv_freq, sections, *norms)
 
         return spec.TuningProblem(
             lambda config: rope(q, k, position_ids, inv_freq, sections, *weights, config=config), expect, rows
@@ -102,12 +96,7 @@ class RopeSpec(spec.KernelSpec):
                 {"launches": 1, "requested": 1.07, "unique": 1.02},
             ),
             spec.CountedCase(
-                "rope_2d",
-                "rope_2d, 16 + 16 heads x 72",
-                "rope_2d",
-                rope_2d,
-                [q, k, grid],
-                {"launches": 1, "requested": 1.05},
+                "rope_2d", "rope_2d, 16 + 16 heads x 72", "rope_2d", rope_2d, [q, k, grid], {"launches": 1, "requested": 1.05}
             ),
         ]
 

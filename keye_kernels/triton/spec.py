@@ -40,9 +40,7 @@ class CompileVariant:
     num_warps: int
     num_stages: int
     uses_tensor_cores: bool
-    in_bf16_forward: bool = (
-        False  # launched by Preview's forward pass in bf16 with impl="triton"; shown by the counted benchmark
-    )
+    in_bf16_forward: bool = False  # launched by Preview's forward pass in bf16 with impl="triton"; shown by the counted benchmark
     scores_per_iteration: int = 0  # attention: scores computed by one iteration of the hot loop
 
 
@@ -127,9 +125,7 @@ class KernelSpec(ABC):
         return 0
 
     @abstractmethod
-    def tuning_problem(
-        self, shape: TuningShape, dtype: str, device: torch.device, reference: ModuleType
-    ) -> TuningProblem:
+    def tuning_problem(self, shape: TuningShape, dtype: str, device: torch.device, reference: ModuleType) -> TuningProblem:
         """Inputs of a shape. `reference` is the module with the eager functions."""
 
     @abstractmethod

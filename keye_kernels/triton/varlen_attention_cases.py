@@ -4,17 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .cases import (
-    FP32_ROUNDOFF,
-    SIGMAS,
-    Arguments,
-    RunReference,
-    Truth,
-    VerifyCase,
-    round_once,
-    subnormal_error,
-    unit_roundoff,
-)
+from .cases import FP32_ROUNDOFF, SIGMAS, Arguments, RunReference, Truth, VerifyCase, round_once, subnormal_error, unit_roundoff
 
 
 def verify_cases(real_sizes: bool, reference: RunReference) -> list[VerifyCase]:

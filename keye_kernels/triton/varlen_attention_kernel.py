@@ -80,9 +80,7 @@ def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, k_desc
     b_score = tl.dot(b_q, b_k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if QK_TAIL:
         o_tail = MAIN + tl.arange(0, QK_TAIL)
-        b_k = _load_keys(
-            k_tail_desc, token, head, k_ptr, o_n, o_tail, num_keys, STRIDE_K, HEAD_DIM, MASKED, MAIN, QK_TAIL
-        )
+        b_k = _load_keys(k_tail_desc, token, head, k_ptr, o_n, o_tail, num_keys, STRIDE_K, HEAD_DIM, MASKED, MAIN, QK_TAIL)
         b_score = tl.dot(b_q_tail, b_k.T, b_score, input_precision="ieee")
     if MASKED:
         m_score = (o_n < num_keys)[None, :]
@@ -103,9 +101,7 @@ def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, k_desc
     if PV_TAIL:
         # With a whole 8-wide row per thread, Triton keeps the tail transposed and stores 2 bytes at a time.
         o_tail = tl.max_contiguous(MAIN + tl.arange(0, PV_TAIL), 4 if PV_TAIL == 8 else PV_TAIL)
-        b_v = _load_keys(
-            v_tail_desc, token, head, v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, MAIN, PV_TAIL
-        )
+        b_v = _load_keys(v_tail_desc, token, head, v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, MAIN, PV_TAIL)
         b_acc_tail = tl.dot(b_p, b_v, b_acc_tail * b_rescale[:, None], input_precision="ieee")
     return b_acc, b_acc_tail, b_new_max, b_sum
 

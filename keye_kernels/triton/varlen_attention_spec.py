@@ -86,9 +86,7 @@ class VarlenAttentionSpec(spec.KernelSpec):
         def launch(config: Config) -> tuple[Tensor, ...]:
             if config["backend"] == "torch":
                 options = (shape.size, shape.size, 0.0, causal, False)
-                return torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, *options, scale=scale)[
-                    :1
-                ]
+                return torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, *options, scale=scale)[:1]
             common = q, k, v, cu_seqlens, shape.size, scale, causal, False
             return varlen_attention(*common, covers_all_tokens=True, config=config)[:1]
 
@@ -119,9 +117,7 @@ class VarlenAttentionSpec(spec.KernelSpec):
         ]
 
 
-def _variant(
-    part: str, dtype: str, arch: Arch, config: Config, has_schedule: bool, return_lse: bool
-) -> spec.CompileVariant:
+def _variant(part: str, dtype: str, arch: Arch, config: Config, has_schedule: bool, return_lse: bool) -> spec.CompileVariant:
     heads, key_heads, head_dim, causal = SIZES[part]
     data, parts = f"*{dtype}:16", head_parts(head_dim, arch)
     descriptors = descriptor_types(config, dtype, *key_blocks(config["BLOCK_N"], parts))

@@ -14,15 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options that `run` reads."""
     kernels = kernel_names()
     parser.add_argument("--kernel", metavar="NAME[,NAME]", default=",".join(kernels), help=f"of {', '.join(kernels)}")
-    parser.add_argument(
-        "--shapes", default="keye-8b", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a JSON file"
-    )
+    parser.add_argument("--shapes", default="keye-8b", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a JSON file")
     parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--save-dir", metavar="DIR", help="folder of the table; default: where launches look first")
     parser.add_argument("--resume", action="store_true", help="keep the times of an earlier run with the same versions")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list and compile what would be tried on --target; times nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="list and compile what would be tried on --target; times nothing")
     parser.add_argument("--target", metavar="NAME[,NAME]", help="for --dry-run, for instance sm_90")
 
 

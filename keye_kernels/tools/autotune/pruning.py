@@ -27,9 +27,7 @@ class TuningVariant:
     every: bool = False  # all specializations that the config is used for, not only the most common one
 
     @classmethod
-    def of(
-        cls, target: str, kernel: str, part: str, dtype: str, config: Config, every: bool = False
-    ) -> "TuningVariant":
+    def of(cls, target: str, kernel: str, part: str, dtype: str, config: Config, every: bool = False) -> "TuningVariant":
         return cls(target, kernel, part, dtype, tuple(sorted(config.items())), every)
 
 

@@ -20,9 +20,7 @@ class SweepRecord:
 
     shape: TuningShape
     dtype: str
-    timings: list[tuple[Config, list[float]]] = field(
-        default_factory=list
-    )  # microseconds: median, 20th, 80th percentile
+    timings: list[tuple[Config, list[float]]] = field(default_factory=list)  # microseconds: median, 20th, 80th percentile
     rejected: list[tuple[Config, str]] = field(default_factory=list)
 
     def knows(self, config: Config) -> bool:

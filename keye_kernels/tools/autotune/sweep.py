@@ -71,9 +71,7 @@ class SweepResult:
         lines = []
         for kernel, entries in self.entries.items():
             for entry in entries:
-                key = " ".join(
-                    f"{name}={value}" for name, value in entry.items() if name not in launch_config.NON_KEY_FIELDS
-                )
+                key = " ".join(f"{name}={value}" for name, value in entry.items() if name not in launch_config.NON_KEY_FIELDS)
                 config = " ".join(f"{name}={value}" for name, value in entry["config"].items())
                 heuristic = entry.get("heuristic_us")
                 other = "the heuristic's was rejected" if heuristic is None else f"heuristic {heuristic:.1f} us"
@@ -138,19 +136,11 @@ def sweep(
 def _variants(machine: Machine, shape: TuningShape, dtype: str, configs: list[Config]) -> list[TuningVariant]:
     if machine.arch.name not in MULTIPROCESSORS:
         return []
-    return [
-        TuningVariant.of(machine.arch.name, shape.kernel, shape.part, dtype, config, every=True) for config in configs
-    ]
+    return [TuningVariant.of(machine.arch.name, shape.kernel, shape.part, dtype, config, every=True) for config in configs]
 
 
 def _time_configs(
-    machine: Machine,
-    shape: TuningShape,
-    dtype: str,
-    configs: list[Config],
-    record: SweepRecord,
-    pool: Compiler,
-    progress: tqdm,
+    machine: Machine, shape: TuningShape, dtype: str, configs: list[Config], record: SweepRecord, pool: Compiler, progress: tqdm
 ) -> None:
     """Rejects configs that do not compile, spill in a loop, do not fit or give wrong results, and times the rest."""
     if not configs:
@@ -180,9 +170,7 @@ def _check_device(device: torch.device, config: Config) -> None:
         try:
             torch.cuda.synchronize(device)
         except Exception as error:
-            raise RuntimeError(
-                f"the device stopped responding after {config}; --resume skips this config: {error}"
-            ) from error
+            raise RuntimeError(f"the device stopped responding after {config}; --resume skips this config: {error}") from error
 
 
 def _save(machine: Machine, records: SweepRecords, kernel: str, result: SweepResult) -> None:
@@ -213,8 +201,7 @@ def _save(machine: Machine, records: SweepRecords, kernel: str, result: SweepRes
     except OSError as error:
         if result.unwritable is None:
             print(
-                f"{result.path} cannot be written: {error}; the sweep continues and prints its table at the end",
-                file=sys.stderr,
+                f"{result.path} cannot be written: {error}; the sweep continues and prints its table at the end", file=sys.stderr
             )
         result.unwritable = error
         return

@@ -12,9 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count bytes, FLOPs and launches of the kernels, and read their machine code; needs no GPU, takes minutes",
     )
-    mode.add_argument(
-        "--report", metavar="DIR", help="write DIR/index.html, a page with plots of the RESULT.json files"
-    )
+    mode.add_argument("--report", metavar="DIR", help="write DIR/index.html, a page with plots of the RESULT.json files")
     mode.add_argument("--load", action="store_true", help="measure the throughput of batches packed by FLOPs")
     parser.add_argument(
         "results",
@@ -72,9 +70,5 @@ def _load(options: argparse.Namespace) -> int:
 
     simulated = simulate(KeyeConfig(), options.devices, options.seed)
     measured = measure(options.requests, options.seed)
-    print(
-        json.dumps({"measured": measured, "simulated": simulated}, indent=2)
-        if options.json
-        else to_text(measured, simulated)
-    )
+    print(json.dumps({"measured": measured, "simulated": simulated}, indent=2) if options.json else to_text(measured, simulated))
     return 0

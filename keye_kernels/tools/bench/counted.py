@@ -113,14 +113,11 @@ def traffic_rows(traffic: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     for found in traffic:
         eager = f" + {found['eager_operators']} ops" if found["eager_operators"] else ""
         kept = ", ".join(
-            f"{name} {'ABOVE ' if name in found['above'] else '<= '}{limit:g}"
-            for name, limit in found["limits"].items()
+            f"{name} {'ABOVE ' if name in found['above'] else '<= '}{limit:g}" for name, limit in found["limits"].items()
         )
         multiplies = "-" if found["multiplies"] is None else f"{found['multiplies']:.3f}"
         ratios = (f"{found['requested']:.3f}", f"{found['unique']:.3f}", multiplies)
-        rows.append(
-            (found["operator"], found["by"], f"{found['launches']}{eager}", *ratios, str(found["idle"]), kept or "-")
-        )
+        rows.append((found["operator"], found["by"], f"{found['launches']}{eager}", *ratios, str(found["idle"]), kept or "-"))
     return rows
 
 
@@ -160,9 +157,7 @@ def to_text(found: dict[str, Any]) -> str:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rows = [head, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

@@ -15,9 +15,7 @@ MIN_WARPS_PER_MULTIPROCESSOR = 8
 MIN_ACCESS_BYTES = 4  # per thread, in a hot loop
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)")
-INTEGER = re.compile(
-    r"U?(?:IMAD|IADD\w*|VIADD\w*|LOP3|PLOP3|ISETP|SHF|LEA|IMNMX|VIMNMX\w*|SGXT|PRMT|IABS|POPC|BMSK|FLO)(?=\.|$)"
-)
+INTEGER = re.compile(r"U?(?:IMAD|IADD\w*|VIADD\w*|LOP3|PLOP3|ISETP|SHF|LEA|IMNMX|VIMNMX\w*|SGXT|PRMT|IABS|POPC|BMSK|FLO)(?=\.|$)")
 ACCESS = re.compile(r"(?:LDG|STG|STS|LDGSTS)(?=\.|$)")
 WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)(?=\.|$)")
 
@@ -77,9 +75,7 @@ def access_widths(lines: list[str]) -> Counter[tuple[str, int]]:
     """Counts the memory instructions by opcode and bits per thread, for example ("LDG", 128)."""
     opcodes = [match[1] for match in map(OPCODE.match, lines) if match]
     return Counter(
-        (op.partition(".")[0], int(width[1]) if (width := WIDTH.search(op)) else 32)
-        for op in opcodes
-        if ACCESS.match(op)
+        (op.partition(".")[0], int(width[1]) if (width := WIDTH.search(op)) else 32) for op in opcodes if ACCESS.match(op)
     )
 
 
@@ -89,9 +85,7 @@ def above(row: dict[str, Any]) -> list[str]:
     if row["instructions_per_score"] is not None:
         limits = SCORE_LIMITS[row["target"]]
         found += [
-            name
-            for name, limit in zip(("instructions_per_score", "integer_per_score"), limits, strict=True)
-            if row[name] > limit
+            name for name, limit in zip(("instructions_per_score", "integer_per_score"), limits, strict=True) if row[name] > limit
         ]
         if row["blocks"] < 2 and row["blocks"] * row["warps"] < MIN_WARPS_PER_MULTIPROCESSOR:
             found.append("occupancy")

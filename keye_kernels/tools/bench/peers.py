@@ -80,7 +80,4 @@ def _flash_attn_rotary() -> ModuleType:
     return module
 
 
-PEERS = (
-    Peer("Liger-Kernel", "liger_kernel", "rope_3d", _liger),
-    Peer("flash-attn", "flash_attn", "rope_2d", _flash_attn),
-)
+PEERS = (Peer("Liger-Kernel", "liger_kernel", "rope_3d", _liger), Peer("flash-attn", "flash_attn", "rope_2d", _flash_attn))

@@ -174,9 +174,7 @@ def _counted(counted_work: dict[str, Any] | None) -> str:
     return f"{plot}{tables}<p>{html.escape(versions)}. {html.escape(counted.NOTES)}</p>"
 
 
-def _bars(
-    result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label: str, line: float, missing: str
-) -> "Figure":
+def _bars(result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label: str, line: float, missing: str) -> "Figure":
     """Horizontal bars of rows (name, group, value), sorted by group."""
     groups = sorted({group for _, group, _ in rows})
     ordered = [row for group in groups for row in rows if row[1] == group][::-1]
@@ -195,9 +193,7 @@ def _bars(
     return _figure(result, 1.2 + BAR_HEIGHT_INCHES * len(rows), draw if rows else None, missing)
 
 
-def _figure(
-    result: BenchmarkResult | None, height: float, draw: Callable[[Any], None] | None, missing: str = ""
-) -> "Figure":
+def _figure(result: BenchmarkResult | None, height: float, draw: Callable[[Any], None] | None, missing: str = "") -> "Figure":
     """A figure with one axes. Without data (`draw` is None) it shows a sentence instead of a plot."""
     try:
         from matplotlib.figure import Figure

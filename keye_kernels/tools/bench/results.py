@@ -44,9 +44,7 @@ class BenchmarkResult:
         return next((found[name] for name in BASELINES if name in found), None)
 
 
-def read_results(
-    files: Sequence[str], select: str | None = None
-) -> tuple[list[BenchmarkResult], dict[str, Any] | None]:
+def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[BenchmarkResult], dict[str, Any] | None]:
     """Reads one or two timed results, and at most one counted result.
 
     Args:
@@ -77,9 +75,7 @@ def differences(one: BenchmarkResult, other: BenchmarkResult) -> list[str]:
     for what, first, second in (("machine", one.machine, other.machine), ("version", one.versions, other.versions)):
         for name in sorted(first.keys() | second.keys()):
             if first.get(name) != second.get(name):
-                found.append(
-                    f"different {what}: {name} is {first.get(name)} in {one.file}, {second.get(name)} in {other.file}"
-                )
+                found.append(f"different {what}: {name} is {first.get(name)} in {one.file}, {second.get(name)} in {other.file}")
     alone = {timing.key for timing in one.timings} ^ {timing.key for timing in other.timings}
     if alone:
         found.append(f"{len(alone)} cases are in only one of the two files and are not compared")

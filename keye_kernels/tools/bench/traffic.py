@@ -180,9 +180,7 @@ class _Hooks:
         self.has_stored |= stored > 0
         return original(builder, pointers, value, mask, *rest)
 
-    def atomic(
-        self, original: Callable, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any
-    ) -> Any:
+    def atomic(self, original: Callable, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         self.now.loaded += _touch(self.loads, pointers, mask)
         stored = _touch(self.stores, pointers, mask)
         self.now.stored += stored

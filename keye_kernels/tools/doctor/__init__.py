@@ -41,19 +41,14 @@ def diagnose() -> Diagnosis:
         try:
             result, problems = run()
         except Exception as error:
-            result, problems = (
-                instead,
-                [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")],
-            )
+            result, problems = (instead, [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")])
         found.problems += problems
         return result
 
     found.device = probe("the device cannot be examined", lambda: find_device(packages), {"type": "cpu"})
     is_cpu = found.device["type"] == "cpu"
     found.problems += probe(
-        "the versions cannot be checked",
-        lambda: (version_problems(packages, guarded(torchs_triton, None), is_cpu), []),
-        [],
+        "the versions cannot be checked", lambda: (version_problems(packages, guarded(torchs_triton, None), is_cpu), []), []
     )
     if not packages["torch"].usable:
         return found
@@ -70,10 +65,7 @@ def diagnose() -> Diagnosis:
 def to_text(found: Diagnosis) -> str:
     lines = ["Versions", *(f"  {name:14} {text}" for name, text in found.versions.items())]
     lines += ["Device", *(f"  {name:14} {value}" for name, value in found.device.items() if value is not None)]
-    lines += [
-        "Operators",
-        *(f"  {row['operator']:24} {row['implementation']} ({row['why']})" for row in found.operators),
-    ]
+    lines += ["Operators", *(f"  {row['operator']:24} {row['implementation']} ({row['why']})" for row in found.operators)]
     if found.backends:
         lines += ["Backends with impl='auto', bf16"]
         lines += [f"  {row['kernel']:24} {row['use']}: {row['backend']}" for row in found.backends]

@@ -29,17 +29,14 @@ def find_device(packages: dict[str, Package]) -> tuple[dict[str, Any], list[Prob
         what = f"the NVIDIA driver {driver} is installed, but torch {torch.__version__} ({build}) finds no GPU"
         return found, [
             Problem(
-                what,
-                "pip install --force-reinstall torch, with the CUDA version that https://pytorch.org lists for this driver",
+                what, "pip install --force-reinstall torch, with the CUDA version that https://pytorch.org lists for this driver"
             )
         ]
     try:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
     except Exception as error:
-        return found, [
-            Problem(f"the GPU does not answer: {summary(error)}", "nvidia-smi (or rocm-smi), then a new process")
-        ]
+        return found, [Problem(f"the GPU does not answer: {summary(error)}", "nvidia-smi (or rocm-smi), then a new process")]
     found |= {
         "type": "cuda",
         "name": properties.name,
@@ -55,20 +52,13 @@ def find_device(packages: dict[str, Package]) -> tuple[dict[str, Any], list[Prob
 def _device_problems(packages: dict[str, Package], capability: tuple[int, int], is_amd: bool) -> list[Problem]:
     problems = []
     if packages["triton"].version is None:
-        problems.append(
-            Problem("there is a GPU, but no Triton: the eager reference runs, which is slow", "pip install triton")
-        )
+        problems.append(Problem("there is a GPU, but no Triton: the eager reference runs, which is slow", "pip install triton"))
     if os.environ.get("TRITON_INTERPRET") == "1":
         problems.append(
-            Problem(
-                "TRITON_INTERPRET=1 makes Triton interpret the kernels instead of compiling them",
-                "unset TRITON_INTERPRET",
-            )
+            Problem("TRITON_INTERPRET=1 makes Triton interpret the kernels instead of compiling them", "unset TRITON_INTERPRET")
         )
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        problems.append(
-            Problem("no C compiler: Triton needs one to build kernel launchers", "apt-get install gcc, or set CC")
-        )
+        problems.append(Problem("no C compiler: Triton needs one to build kernel launchers", "apt-get install gcc, or set CC"))
     if not is_amd and capability < MIN_CAPABILITY:
         what = f"capability {capability[0]}.{capability[1]} is below 8.0, the oldest that the kernels support"
         problems.append(Problem(what, "export KEYE_KERNELS_IMPL=reference"))

@@ -117,9 +117,7 @@ def version_problems(packages: dict[str, Package], pinned_triton: str | None, in
     for name, package in packages.items():
         if package.error is not None:
             fix = REINSTALL.get(name, "pip install --force-reinstall {name}")
-            problems.append(
-                Problem(f"{name} {package}", fix.format(name=name, version=pinned_triton or package.version))
-            )
+            problems.append(Problem(f"{name} {package}", fix.format(name=name, version=pinned_triton or package.version)))
     problems += [Problem(what, fix) for applies, what, fix in _rules(packages, pinned_triton, interprets) if applies]
     return problems
 
@@ -141,10 +139,7 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None, interprets: 
     upgrade_triton = 'pip install -U "torch>=2.8"' if pinned_triton else f'pip install -U "triton>={triton_floor}"'
     transformers = f"transformers {shown['transformers']}"
     return [
-        *(
-            (shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0][0]}")
-            for name in REQUIRED
-        ),
+        *((shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0][0]}") for name in REQUIRED),
         (shown["torch"] is None, "torch is not installed", f'pip install "torch>={floors["torch"].oldest}"'),
         *(
             (

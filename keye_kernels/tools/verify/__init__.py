@@ -68,9 +68,7 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
         return Setup(device, "reference", on_gpu, every, RUNS if on_gpu else INTERPRETER_RUNS, [note])
     if device.type == "cuda":
         if interpreted:
-            raise ValueError(
-                "TRITON_INTERPRET must not be 1 to verify the kernels on a GPU: unset it, or use --device cpu"
-            )
+            raise ValueError("TRITON_INTERPRET must not be 1 to verify the kernels on a GPU: unset it, or use --device cpu")
         return Setup(device, "triton", True, every, RUNS, [])
     if not interpreted:
         if "triton" in sys.modules:

@@ -37,9 +37,7 @@ def check_answers(device: torch.device, impl: str) -> list[CheckResult]:
         prompt = processor.apply_chat_template([{"role": "user", "content": message}])
         inputs = processor(text=prompt, images=[image]).to(device)
         length = inputs["input_ids"].shape[1]
-        tokens, expected = (
-            model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, length:].tolist() for model in models
-        )
+        tokens, expected = (model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, length:].tolist() for model in models)
         answer = processor.decode(tokens, skip_special_tokens=True)
         differ = abs(len(tokens) - len(expected)) + sum(a != b for a, b in zip(tokens, expected, strict=False))
         wrong = int(right is not None and answer != right)

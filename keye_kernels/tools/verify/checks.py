@@ -12,10 +12,7 @@ from torch import Tensor
 from keye_kernels import ops
 from keye_kernels.triton.cases import Arguments, Truth, VerifyCase
 
-GUARD_ROWS, GUARD_COLUMNS = (
-    8,
-    8,
-)  # around the rows of a tensor, and after each row that may have a stride; 16-byte aligned
+GUARD_ROWS, GUARD_COLUMNS = (8, 8)  # around the rows of a tensor, and after each row that may have a stride; 16-byte aligned
 STRIDED = ("q", "k", "v", "features")  # the arguments whose rows may have a stride
 HOST_ARGUMENTS = ("grid_thw",)
 FLOAT32_ARGUMENTS = ("inv_freq",)  # float32 for every dtype under test

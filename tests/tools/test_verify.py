@@ -178,9 +178,7 @@ case = verify.verify_cases(False, verify.run_reference)[-1]
 print(setup.impl, result.passed, result.error > 0)
 """)
     assert result.stdout.split() == ["triton", "True", "True"], result.stderr
-    result = run(
-        "import triton; from keye_kernels.cli import main; raise SystemExit(main(['verify', '--device', 'cpu']))"
-    )
+    result = run("import triton; from keye_kernels.cli import main; raise SystemExit(main(['verify', '--device', 'cpu']))")
     assert result.returncode == 2 and "TRITON_INTERPRET=1 before Python starts" in result.stderr
 
 
@@ -237,9 +235,14 @@ def test_an_error_of_compiling_ahead_is_ignored(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(verify, "compile_ahead", fail)
-    monkeypatch.setattr(verify, "check", lambda case, dtype, *rest: (case, dtype))
+    monkeypatch.setattr(verify, "check", lambda case, dtype, device, impl, *rest: (case, dtype, impl))
     setup = verify.Setup(torch.device("cuda"), "triton", True, (torch.float16,), 2, [])
-    assert verify.verify(setup, chosen=["case"], answers=False) == [("case", torch.float16)]
+    case, projector = chosen = first_cases("rope_2d", "patch_merge_projection")
+    assert verify.verify(setup, chosen=chosen, answers=False) == [
+        (case, torch.float16, "triton"),
+        (projector, torch.float16, "triton"),
+        (projector, torch.float16, "torch"),
+    ]
 
 
 def test_on_a_gpu_the_projector_also_runs_with_the_matmuls_of_torch():

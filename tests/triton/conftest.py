@@ -1,4 +1,4 @@
-"""What the tests of the kernels share."""
+"""Fixtures for tests of the kernels."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills new floating-point memory with NaN, so that an element which a kernel forgets to write shows."""
+    """Fills new floating-point memory with NaN, so that an element that a kernel does not write makes a comparison fail."""
 
     def poisoned(allocate):
         def allocate_and_fill(*args, **kwargs):

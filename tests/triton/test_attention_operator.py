@@ -105,9 +105,7 @@ def test_no_program_is_idle_on_a_cpu(causal):
         with count_traffic() as traffic:
             attend(q, k, v, given, 200, causal=causal)
         [launch] = traffic.launches
-        assert launch.idle_programs == 0 and launch.programs == 2 * (
-            5 + 2
-        )  # heads x tiles; 200 tokens need two tiles of 128
+        assert launch.idle_programs == 0 and launch.programs == 2 * (5 + 2)  # heads x tiles; 200 tokens need two tiles of 128
 
 
 @pytest.mark.parametrize(
@@ -189,9 +187,7 @@ def test_torch_takes_segments(torch_runs):
 
 def test_torch_cannot_run_on_a_cpu():
     q, k, v, cu_seqlens = packed([40, 30])
-    message = (
-        "impl='torch' cannot run this varlen_attention: it needs float16 or bfloat16 tensors on a CUDA or ROCm device"
-    )
+    message = "impl='torch' cannot run this varlen_attention: it needs float16 or bfloat16 tensors on a CUDA or ROCm device"
     for given in (cu_seqlens, Segments.from_lengths([40, 30], CPU)):
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, given, impl="torch")
@@ -220,9 +216,7 @@ def test_why_torch_cannot_compute_a_call():
 def table_says_torch(monkeypatch):
     """A timed table whose entries have backend "torch", on a device where "auto" means Triton."""
     resolve, config = implementation.resolve, launcher.attention_config
-    monkeypatch.setattr(
-        operator_module, "resolve", lambda impl, *rest: "triton" if impl == "auto" else resolve(impl, *rest)
-    )
+    monkeypatch.setattr(operator_module, "resolve", lambda impl, *rest: "triton" if impl == "auto" else resolve(impl, *rest))
     monkeypatch.setattr(launcher, "attention_config", lambda *key: config(*key) | {"backend": "torch"})
     implementation.log_choice.cache_clear()
 
@@ -234,9 +228,7 @@ def test_auto_follows_a_table_where_torch_can_run(torch_runs, table_says_torch, 
         for given in (cu_seqlens, segments, cu_seqlens):
             attend(q, k, v, given, impl="auto")
     assert len(torch_runs) == 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "varlen_attention on cpu (a timed table) runs impl='torch'"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["varlen_attention on cpu (a timed table) runs impl='torch'"]
     for given in (cu_seqlens, segments):
         out, _ = attend(q.float(), k.float(), v.float(), given, impl="auto")
         assert_same_bits([out], attend(q.float(), k.float(), v.float(), given)[:1])

@@ -1,6 +1,6 @@
-"""Launching past the JIT: the variant that is launched is the one that the JIT would choose, and it is asked once for each.
+"""The cache of compiled kernels: a launch runs the specialization that the JIT would choose, and asks the JIT once for each.
 
-Without a GPU the compiler is real (for an H100, through a driver that only says so), and a launch only notes what it was given.
+A subprocess compiles for an H100 with a driver that records launches. No GPU is needed.
 """
 
 import json
@@ -16,74 +16,79 @@ import torch
 from tests.helpers.compiling_driver import install
 
 launches = install().launches
+from keye_kernels.segments import tile_schedule
 from keye_kernels.triton import launch, rope, varlen_attention
 
-asked = []
-for module, name in ((rope, "rope_kernel"), (varlen_attention, "varlen_attention_fwd_kernel")):
-    function = getattr(module, name)
-    run = function.run
-    function.run = lambda *args, run=run, **kwargs: asked.append(1) or run(*args, **kwargs)
+kernels = [rope._launch, varlen_attention._launch]
+jit_calls = []
+for kernel in kernels:
+    run = kernel.function.run
+    kernel.function.run = lambda *args, run=run, **kwargs: jit_calls.append(1) or run(*args, **kwargs)
 
 def inputs(dtype, tokens=40, first=0, head_dim=72):
     wide = torch.randn(tokens, 3, 2, head_dim + 8, dtype=dtype)[..., first : first + head_dim]
     return wide.unbind(1)
 
-def turn(dtype=torch.bfloat16, positions=torch.int32, **options):
+def rotate(dtype=torch.bfloat16, positions=torch.int32, **options):
     q, k, v = inputs(dtype, **options)
     ids = torch.zeros(2, len(q), dtype=positions)
     return lambda: rope.rope(q, k, ids, torch.ones(18), [18, 18])
 
-def attend(dtype=torch.bfloat16, lse=False, loads="pointers", **options):
+def attend(dtype=torch.bfloat16, lse=False, use_tma=False, scheduled=True, **options):
     q, k, v = inputs(dtype, **options)
     offsets = torch.tensor([0, len(q)], dtype=torch.int32)
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "loads": loads, "path": "triton"}
-    return lambda: varlen_attention.varlen_attention(q, k, v, offsets, len(q), 0.1, False, lse, tile)
+    schedule = tile_schedule(offsets, 64, False) if scheduled else None
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "use_tma": use_tma, "backend": "triton"}
+    arguments = q, k, v, offsets, len(q), 0.1, False, lse, schedule
+    return lambda: varlen_attention.varlen_attention(*arguments, config=config)
 
-def both(call):
-    # The hash that was launched, that of the JIT's choice, whether the JIT was asked, and what the kernel was given
-    before = len(asked)
+def launch_both(call):
+    # The hash that was launched, the hash that the JIT chooses, whether the JIT was called, whether the arguments are the same
+    before = len(jit_calls)
     call()
     hash_, grid, arguments = launches[-1]
-    was_asked = len(asked) > before
-    remembers, count = {}, len(launches)
-    for kernel in (rope._launch, varlen_attention._launch):
-        remembers[kernel], kernel.remembers = kernel.remembers, False
+    jit_called = len(jit_calls) > before
+    for kernel in kernels:
+        kernel.uses_cache = False
     call()
-    for kernel, value in remembers.items():
-        kernel.remembers = value
+    for kernel in kernels:
+        kernel.uses_cache = True
     chosen, chosen_grid, chosen_arguments = launches[-1]
     same = len(arguments) == len(chosen_arguments) and grid == chosen_grid
     for one, other in zip(arguments, chosen_arguments):
         tensors = isinstance(one, torch.Tensor)
         same &= (one.shape, one.dtype) == (other.shape, other.dtype) if tensors else type(one) is type(other)
         same &= tensors or "Descriptor" in type(one).__name__ or one == other
-    return hash_, chosen, was_asked, bool(same)
+    return hash_, chosen, jit_called, bool(same)
 
-variants = [
-    turn(), turn(tokens=41), turn(torch.float16), turn(first=1), turn(positions=torch.int64), turn(head_dim=40),
-    attend(), attend(tokens=2000), attend(lse=True), attend(first=1), attend(torch.float16), attend(loads="descriptors"),
+calls = [
+    rotate(), rotate(tokens=41), rotate(torch.float16), rotate(first=1), rotate(positions=torch.int64), rotate(head_dim=40),
+    attend(), attend(tokens=2000), attend(lse=True), attend(first=1), attend(torch.float16), attend(use_tma=True),
+    attend(scheduled=False), attend(scheduled=False, tokens=2000),
 ]
 with torch.inference_mode():
-    first, again = [both(call) for call in variants], [both(call) for call in variants]
+    first, again = [launch_both(call) for call in calls], [launch_both(call) for call in calls]
     before = len(launches)
     with launch.compile_only():
-        for call in variants:
+        for call in calls:
             call()
 print(json.dumps([first, again, len(launches) - before]))
 """
+# Calls that differ from the call before them in the number of tokens only
+SAME_SPECIALIZATION = (1, 7, 13)
 
 
-def test_the_variant_launched_is_the_one_that_the_jit_chooses(tmp_path):
+def test_launches_run_the_specialization_that_the_jit_chooses(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", CALLS]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    first, again, launched = json.loads(run.stdout)
+    first, again, compile_only_launches = json.loads(run.stdout)
     assert all(launched == chosen and same for launched, chosen, _, same in [*first, *again])
-    # Only the number of tokens differs in the second call of each kernel
-    assert [asked for _, _, asked, _ in first] == [True, False, *[True] * 5, False, *[True] * 4]
-    assert not any(asked for _, _, asked, _ in again)
+    assert [index for index, call in enumerate(first) if not call[2]] == list(SAME_SPECIALIZATION)
+    assert not any(jit_called for _, _, jit_called, _ in again)
     hashes = [launched for launched, *_ in first]
     assert hashes == [launched for launched, *_ in again]
-    assert len(set(hashes)) == 10 and hashes[0] == hashes[1] and hashes[6] == hashes[7]
-    assert launched == 0
+    assert all(hashes[index] == hashes[index - 1] for index in SAME_SPECIALIZATION)
+    assert len(set(hashes)) == len(hashes) - len(SAME_SPECIALIZATION)
+    assert compile_only_launches == 0

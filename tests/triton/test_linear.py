@@ -18,9 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["
 def inputs(rows, width, columns, dtype):
     """x [rows, width], weight [columns, width] and bias [columns]."""
     generator = torch.Generator().manual_seed(rows + width + columns)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator) for shape in ((rows, width), (columns, width), (columns,))
-    )
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, width), (columns, width), (columns,)))
     return x.to(dtype), (weight * width**-0.5).to(dtype), bias.to(dtype)
 
 

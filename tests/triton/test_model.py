@@ -1,4 +1,4 @@
-"""The whole model through the kernels, in the interpreter: the golden tokens, autograd, registration, torch.compile."""
+"""The whole model with the kernels in the interpreter: golden tokens, autograd, operator registration, torch.compile."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.library import opcheck
 import keye_kernels as kk
 from examples.train_small import world
 from examples.train_small.evaluate import answer, evaluation_samples
+from keye_kernels import segments
 from tests.helpers.golden import LOGITS_TOLERANCE, golden, load_case
 from tests.helpers.tiny import prompt, tiny_model
 
@@ -66,7 +67,7 @@ def test_values_and_gradients_equal_the_reference(name, op, arguments, keywords)
         leaves = with_gradients(arguments)
         named = dict(zip(keywords, with_gradients(keywords.values()), strict=True))
         if "rope" in name:
-            leaves[3] = arguments[3]  # frequencies take no gradient
+            leaves[3] = arguments[3]  # frequencies have no gradient
         outputs = op(*leaves, **named, impl=impl)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [x for x in (*leaves, *named.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -90,9 +91,7 @@ def test_opcheck_with_the_kernels(name, op, arguments, keywords, monkeypatch):
     frozen |= {id(a) for a in args if isinstance(a, torch.Tensor) and name == "positions" and a.shape[-1] == 4}
     for dtype in (torch.float32, torch.float16):
         cast = [
-            a.to(dtype).requires_grad_()
-            if isinstance(a, torch.Tensor) and a.is_floating_point() and id(a) not in frozen
-            else a
+            a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and id(a) not in frozen else a
             for a in args
         ]
         opcheck(registered, cast, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
@@ -120,25 +119,25 @@ def test_compiles_at_two_sizes_without_recompiling():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_tower_and_decoder_read_their_offsets_once(monkeypatch, mode):
-    """27 and 36 layers on a GPU must not stall so often: the offsets come to the host once a batch."""
-    from keye_kernels.triton import schedule
+def test_the_vision_tower_builds_its_schedule_once(monkeypatch, mode):
+    """The layers share the batch's segments. A schedule per layer would make the GPU wait for the host 27 times."""
+    lengths, build = [], segments.tile_schedule
 
-    reads = []
-    read = schedule._read_offsets
-    monkeypatch.setattr(schedule, "_read_offsets", lambda offsets: reads.append(1) or read(offsets))
-    model = tiny_model(num_hidden_layers=3)
+    def count(cu_seqlens, *options):
+        lengths.append(cu_seqlens.diff().tolist())
+        return build(cu_seqlens, *options)
+
+    monkeypatch.setattr(segments, "tile_schedule", count)
+    model = tiny_model()
+    assert len(model.visual.layers) == 2
     with mode(), kk.use_impl("triton"):
-        model(**prompt([(1, 4, 2)]))
-    assert len(reads) == 2
+        for _ in range(2):
+            model(**prompt([(1, 4, 2), (2, 2, 2)]))
+    assert lengths == [[8, 8]] * 2  # one per forward
 
 
-def test_the_small_model_answers_through_the_kernels_as_through_the_reference():
-    """Two scenes' questions; of twenty described by hand, all twenty agreed."""
-    asked = [(part, question) for _, part, question, _ in evaluation_samples("image", 2) if question == world.COUNT]
-    answers = [answer(kk.small_model(dtype="float32", impl=i), kk.small_processor(), asked) for i in IMPLEMENTATIONS]
-    assert (
-        answers[0]
-        == answers[1]
-        == [right for _, _, question, right in evaluation_samples("image", 2) if question == world.COUNT]
-    )
+def test_the_small_model_gives_the_answers_of_the_reference():
+    samples = [sample for sample in evaluation_samples("image", 2) if sample[2] == world.COUNT]
+    questions = [(part, question) for _, part, question, _ in samples]
+    answers = [answer(kk.small_model(dtype="float32", impl=impl), kk.small_processor(), questions) for impl in IMPLEMENTATIONS]
+    assert answers[0] == answers[1] == [expected for *_, expected in samples]

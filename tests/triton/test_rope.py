@@ -1,3 +1,5 @@
+"""The rope kernel in the interpreter: cosine and sine, golden data, float64, exact properties, and memory traffic."""
+
 import pytest
 import torch
 import triton
@@ -12,9 +14,10 @@ from tests.helpers.golden import load_golden
 
 TEXT, VISION = [16, 24, 24], [18, 18]
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
-GOLDEN_FP32 = 2e-6  # the README's
-GOLDEN_MROPE_BF16 = 0.03  # the README's: the official path rounds every product to bfloat16
-COSINE_SINE = {131_072: 2e-6, 1_048_576: 1e-5}  # largest angle -> allowed error
+# Tolerances of tests/golden/preview/README.md. The official code rounds every product to bfloat16
+GOLDEN_FP32 = 2e-6
+GOLDEN_MROPE_BF16 = 0.03
+MAX_COS_SIN_ERROR = {131_072: 2e-6, 1_048_576: 1e-5}  # largest angle -> allowed error
 
 
 def inverse_frequencies(count: int, theta: float) -> Tensor:
@@ -22,7 +25,7 @@ def inverse_frequencies(count: int, theta: float) -> Tensor:
 
 
 def make(kind: str, tokens: int, dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> dict:
-    """Arguments of one call of the text model's (with norms) or the vision tower's kind; q and k of a fused buffer."""
+    """Arguments of one call as in the text model (with norms) or in the vision tower. q and k are views of one buffer."""
     torch.manual_seed(tokens)
     head_dim, sections, inv_freq = {
         "text": (128, TEXT, inverse_frequencies(64, 1e6)),
@@ -60,8 +63,8 @@ def cos_sin_kernel(cos_ptr, sin_ptr, angle_ptr, COUNT: tl.constexpr):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fma", "separate"])
-@pytest.mark.parametrize("largest", COSINE_SINE)
-def test_cosine_and_sine_keep_their_bounds(largest, fused, monkeypatch):
+@pytest.mark.parametrize("largest", MAX_COS_SIN_ERROR)
+def test_cos_sin_error_is_bounded(largest, fused, monkeypatch):
     def create_fma(self, x, y, z):
         product = x.data.astype("float64" if fused else "float32") * y.data
         return TensorHandle((product + z.data).astype("float32"), x.dtype.scalar)
@@ -75,19 +78,19 @@ def test_cosine_and_sine_keep_their_bounds(largest, fused, monkeypatch):
     for angle in (angle, -angle):  # noqa: B020
         cos, sin = torch.empty_like(angle), torch.empty_like(angle)
         cos_sin_kernel[(1,)](cos, sin, angle, COUNT=angle.numel())
-        assert (cos - angle.double().cos()).abs().max() <= COSINE_SINE[largest]
-        assert (sin - angle.double().sin()).abs().max() <= COSINE_SINE[largest]
+        assert (cos - angle.double().cos()).abs().max() <= MAX_COS_SIN_ERROR[largest]
+        assert (sin - angle.double().sin()).abs().max() <= MAX_COS_SIN_ERROR[largest]
 
 
-@pytest.mark.parametrize("largest", COSINE_SINE)
+@pytest.mark.parametrize("largest", MAX_COS_SIN_ERROR)
 def test_angles_are_float32_products_up_to_the_largest_positions(largest):
     torch.manual_seed(0)
     position_ids = largest - torch.randint(0, 1000, (1, 100))
-    q = torch.cat([torch.ones(100, 1, 4), torch.zeros(100, 1, 4)], dim=2)  # turned, it holds cosines and sines
+    q = torch.cat([torch.ones(100, 1, 4), torch.zeros(100, 1, 4)], dim=2)  # rotated, it holds cosines and sines
     inv_freq = torch.tensor([1.0, 0.7853, 0.31, 1e-3])
     cos_sin, _ = rope(q, q[:, :0], position_ids, inv_freq, [4])
     expected, _ = reference.rope(q.double(), q[:, :0].double(), position_ids, inv_freq, [4])
-    assert (cos_sin - expected).abs().max() <= COSINE_SINE[largest]
+    assert (cos_sin - expected).abs().max() <= MAX_COS_SIN_ERROR[largest]
 
 
 def test_rope_matches_golden_mrope():
@@ -98,7 +101,7 @@ def test_rope_matches_golden_mrope():
         for out, name in zip(rope(q, k, *call), "qk", strict=True):
             expected = data[f"{name}_out_f64"][row].transpose(0, 1)
             assert (out - expected).abs().max() <= GOLDEN_FP32
-        # rounded at the end by PyTorch, since the interpreter truncates where a GPU rounds
+        # PyTorch rounds the float32 result: the interpreter truncates, a GPU rounds
         for out, name in zip(rope(q.bfloat16().float(), k.bfloat16().float(), *call), "qk", strict=True):
             expected = data[f"{name}_out_bf16"][row].transpose(0, 1)
             assert (out.bfloat16().float() - expected.float()).abs().max() <= GOLDEN_MROPE_BF16
@@ -111,20 +114,20 @@ def test_rope_matches_golden_vision_rope():
     for out, out_bf16, name in zip(rope(q, k, *call), rope(q.bfloat16(), k.bfloat16(), *call), "qk", strict=True):
         assert (out - data[f"{name}_out_f64"]).abs().max() <= GOLDEN_FP32
         expected = data[f"{name}_out_bf16"].double()
-        # one ulp: the interpreter truncates where a GPU rounds
+        # One ulp: the interpreter truncates, a GPU rounds
         assert ((out_bf16.double() - expected).abs() <= ulp(expected, torch.bfloat16)).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 100, 257], ids=lambda tokens: f"T{tokens}")
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_rope_matches_float64_in_fp32(kind, tokens, poisoned_empty):
+def test_fp32_matches_float64(kind, tokens, poisoned_empty):
     arguments = make(kind, tokens, torch.float32)
     for out, expected in zip(rope(**arguments), exact(arguments), strict=True):
         torch.testing.assert_close(out.double(), expected, **FP32)
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_rope_errs_as_little_as_eager_in_fp16(kind, poisoned_empty):
+def test_fp16_error_is_like_that_of_eager_fp16(kind, poisoned_empty):
     arguments = make(kind, 63, torch.float16)
     for out, eager, expected in zip(rope(**arguments), reference.rope(**arguments), exact(arguments), strict=True):
         allowed = 2 * ((eager - expected).abs().max() + torch.finfo(torch.float16).eps * expected.abs().max())
@@ -132,17 +135,17 @@ def test_rope_errs_as_little_as_eager_in_fp16(kind, poisoned_empty):
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_rope_is_within_one_ulp_in_bf16(kind, poisoned_empty):
+def test_bf16_is_within_one_ulp(kind, poisoned_empty):
     arguments = make(kind, 63, torch.bfloat16)
     for out, expected in zip(rope(**arguments), exact(arguments), strict=True):
-        # What float32 arithmetic loses where the two products cancel comes on top
+        # atol: the error of float32 arithmetic where the two products cancel
         allowed = ulp(expected, torch.bfloat16) + FP32["atol"]
         assert ((out.double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 80, 88, 256], ids=lambda dim: f"D{dim}")
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_rope_serves_other_head_dims(head_dim, norm, poisoned_empty):
+def test_other_head_dims_match(head_dim, norm, poisoned_empty):
     torch.manual_seed(0)
     q, k, weight = torch.randn(5, 6, head_dim), torch.randn(5, 3, head_dim), torch.randn(head_dim) if norm else None
     half = head_dim // 2
@@ -171,7 +174,7 @@ def test_eps_keeps_heads_of_zeros_finite():
         torch.testing.assert_close(out.double(), expected, **FP32)
 
 
-def test_q_k_and_weights_of_different_dtypes_keep_their_own():
+def test_q_k_and_weights_may_have_different_dtypes():
     arguments = make("text", 9, torch.float32)
     arguments["q"] = arguments["q"].half()
     q_out, k_out = rope(**arguments)
@@ -195,11 +198,9 @@ def test_conjugate_is_the_gradient(kind):
     arguments = make(kind, 9, torch.float32) | {"q_norm_weight": None, "k_norm_weight": None}
     q, k = arguments["q"].double().requires_grad_(), arguments["k"].double().requires_grad_()
     gradients = torch.randn(9, 4, q.shape[2]), torch.randn(9, 2, q.shape[2])
-    expected = torch.autograd.grad(
-        reference.rope(**arguments | {"q": q, "k": k}), (q, k), [g.double() for g in gradients]
-    )
-    turned_back = rope(**arguments | {"q": gradients[0], "k": gradients[1]}, conjugate=True)
-    for out, gradient in zip(turned_back, expected, strict=True):
+    expected = torch.autograd.grad(reference.rope(**arguments | {"q": q, "k": k}), (q, k), [g.double() for g in gradients])
+    rotated_back = rope(**arguments | {"q": gradients[0], "k": gradients[1]}, conjugate=True)
+    for out, gradient in zip(rotated_back, expected, strict=True):
         torch.testing.assert_close(out.double(), gradient, **FP32)
 
 
@@ -219,7 +220,7 @@ def test_any_stride_gives_the_same_bits(kind, poisoned_empty):
             assert torch.equal(out, wanted) and out.is_contiguous()
 
 
-def test_expanded_positions_are_read():
+def test_expanded_positions_match():
     arguments = make("text", 5, torch.float32)
     arguments["position_ids"] = torch.tensor([[77]]).expand(3, 5)
     for out, expected in zip(rope(**arguments), exact(arguments), strict=True):
@@ -227,10 +228,9 @@ def test_expanded_positions_are_read():
 
 
 @pytest.mark.parametrize("strides", [(2**31, 8, 1), (8, 2**31, 1)], ids=["tokens", "heads"])
-def test_offsets_past_2_31_are_reached(strides):
-    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided(
-        (2, 2, 8), strides
-    )  # only its pages in use take memory
+def test_offsets_above_2_31_are_exact(strides):
+    # Only the pages in use take memory
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 2, 8), strides)
     far.copy_(torch.randn(2, 2, 8))
     call = (torch.tensor([[5, 9]]), inverse_frequencies(4, 1e4), [4])
     for q, k in ((far, far.contiguous()), (far.contiguous(), far)):
@@ -238,7 +238,7 @@ def test_offsets_past_2_31_are_reached(strides):
             assert torch.equal(out, expected)
 
 
-def test_tokens_do_not_see_each_other_and_inputs_stay():
+def test_other_tokens_change_no_bit_and_inputs_are_not_modified():
     arguments = make("text", 6, torch.float32)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
     first = rope(**arguments)
@@ -260,12 +260,12 @@ def test_no_tokens_give_empty_outputs():
 @pytest.mark.parametrize(
     ("kind", "heads", "requested", "unique"), [("text", (32, 8), 1.07, 1.02), ("vision", (16, 16), 1.05, 1.02)]
 )
-def test_one_launch_moves_little_more_than_the_floor(kind, heads, requested, unique):
+def test_memory_traffic_is_close_to_the_floor(kind, heads, requested, unique):
     arguments = make(kind, 32, torch.float16, heads)
     inputs = [x for x in arguments.values() if isinstance(x, Tensor)]
     with count_traffic() as traffic:
         outputs = rope(**arguments)
-    # no frequencies: they are the kernel's own way to an angle
+    # Without the frequencies, which another implementation does not need
     floor = tensor_bytes(*inputs, *outputs) - tensor_bytes(arguments["inv_freq"])
     assert len(traffic.launches) == 1 and traffic.idle_programs == 0 and not traffic.eager_operators
     assert traffic.requested <= requested * floor

@@ -19,9 +19,7 @@ def run_both(monkeypatch):
     """A function that launches with pointers, then with descriptors. It also returns the block shapes of all descriptors."""
     descriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
     from_tensor, shapes = descriptor.from_tensor, []
-    monkeypatch.setattr(
-        descriptor, "from_tensor", staticmethod(lambda x, shape: shapes.append(shape) or from_tensor(x, shape))
-    )
+    monkeypatch.setattr(descriptor, "from_tensor", staticmethod(lambda x, shape: shapes.append(shape) or from_tensor(x, shape)))
 
     def run(launch, **blocks):
         results = [launch(CONFIG | blocks | {"use_tma": use_tma}) for use_tma in (False, True)]

@@ -133,9 +133,7 @@ def test_rows_of_a_block_may_be_more_than_32_bits_apart():
     assert_same_bits(attend(q, far, v, cu_seqlens), attend(q, k, v, cu_seqlens))
 
 
-@pytest.mark.parametrize(
-    "scale", [-8.0, 0.0, 2.0]
-)  # with -8, exp2 of a score overflows unless the maximum is subtracted
+@pytest.mark.parametrize("scale", [-8.0, 0.0, 2.0])  # with -8, exp2 of a score overflows unless the maximum is subtracted
 def test_any_scale_matches(scale):
     assert_matches_float64(*packed([70], head_dim=16, dtype=torch.float32), scale=scale)
 
@@ -169,9 +167,7 @@ def test_without_tokens_in_segments_all_outputs_are_zero(cu_seqlens, poisoned_em
 def test_no_tokens_give_empty_outputs(cu_seqlens):
     q, k, v, _ = packed([0])
     for covers_all_tokens in (False, True):
-        out, lse = varlen_attention(
-            q, k, v, torch.tensor(cu_seqlens).int(), 0, 1.0, False, True, None, covers_all_tokens
-        )
+        out, lse = varlen_attention(q, k, v, torch.tensor(cu_seqlens).int(), 0, 1.0, False, True, None, covers_all_tokens)
         assert out.shape == q.shape and lse.shape == (2, 0)
 
 

@@ -19,9 +19,7 @@ BUILD_INPUTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Runs a command outside the source tree, without settings of the test process."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_", "KEYE_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_", "KEYE_"))}
     result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -60,9 +58,10 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def test_wheel_has_every_file_of_the_package_and_no_other(wheel):
-    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    source = wheel.parents[1]
+    files = {path.relative_to(source).as_posix() for path in (source / "keye_kernels").rglob("*") if path.is_file()}
     packed = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == {name for name in files if "__pycache__" not in name}
+    assert packed == files
     assert {"keye_kernels/py.typed", "keye_kernels/assets/small/model.safetensors"} <= packed
 
 

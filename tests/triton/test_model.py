@@ -43,6 +43,8 @@ def operators():
     qkv, cu_seqlens = torch.randn(11, 3, 2, 24).unbind(1), torch.tensor([0, 4, 4, 11], dtype=torch.int32)
     yield "attention", kk.ops.varlen_attention, (*qkv, cu_seqlens, 7), {}
     yield "attention-causal", kk.ops.varlen_attention, (*qkv, cu_seqlens, 7), {"causal": True, "return_lse": True}
+    shared = segments.Segments.from_lengths([4, 0, 7], qkv[0].device)
+    yield "attention-segments", kk.ops.varlen_attention, (*qkv, shared, 7), {"return_lse": True}
     grid = torch.tensor([[1, 4, 2], [2, 2, 2]])
     features, table = torch.randn(16, 16), torch.randn(9, 16)
     for name, norm_size in (("before", 16), ("after", 64)):

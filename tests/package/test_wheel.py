@@ -29,7 +29,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: a build in the source tree would also pack what an earlier build left there."""
+    """Built from a copy: a build in the source tree would also pack files that an earlier build left there."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(PACKAGE, source / "keye_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     for name in BUILD_INPUTS:
@@ -42,7 +42,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The bin folder of a virtual environment with the wheel, which also sees the dependencies of this environment.
+    """The bin folder of a virtual environment with the wheel, which can also import the dependencies of this environment.
 
     The folder of the dependencies is listed in a .pth file. Python does not process the .pth files inside of that folder,
     so an editable install of the package there has no effect.

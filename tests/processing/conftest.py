@@ -14,9 +14,7 @@ from tests.helpers.small_tokenizer import write_processor_files
 def processors(tmp_path_factory):
     """The processor of each edition, by its name."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {
-        edition: KeyeProcessor.from_pretrained(write_processor_files(folder / edition, edition)) for edition in EDITIONS
-    }
+    return {edition: KeyeProcessor.from_pretrained(write_processor_files(folder / edition, edition)) for edition in EDITIONS}
 
 
 @pytest.fixture(params=EDITIONS)

@@ -1,4 +1,4 @@
-"""The image processor: its settings, patches and normalisation, and the packing of slow and fast frames."""
+"""The image processor: its settings, patches and normalization, and the packing of slow and fast frames."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,7 @@ def test_patches_equal_the_official_ones(name):
     patches, grid = PatchConfig().frames_to_patches(frames if name == "video0" else [frames])
     grids = tensors[f"{name}.video_grid_thw" if name == "video0" else f"{name}.image_grid_thw"]
     assert [list(grid)] == grids.tolist()
-    torch.testing.assert_close(
-        PatchConfig().normalize(patches), tensors[f"{name}.pixel_values"], atol=PIXEL_ATOL, rtol=0
-    )
+    torch.testing.assert_close(PatchConfig().normalize(patches), tensors[f"{name}.pixel_values"], atol=PIXEL_ATOL, rtol=0)
 
 
 def test_the_first_frame_determines_the_size_of_a_video():

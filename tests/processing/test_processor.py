@@ -108,18 +108,16 @@ def test_max_pixels_of_from_pretrained_limits_every_image(tmp_path):
     folder = write_processor_files(tmp_path, "preview")
     limited = KeyeProcessor.from_pretrained(folder, max_pixels=3136)
     assert limited(IMAGE, images=random_image(560, 560)).image_grid_thw.tolist() == [[1, 4, 4]]
-    assert KeyeProcessor.from_pretrained(folder)(IMAGE, images=random_image(560, 560)).image_grid_thw.tolist() == [
-        [1, 40, 40]
-    ]
+    assert KeyeProcessor.from_pretrained(folder)(IMAGE, images=random_image(560, 560)).image_grid_thw.tolist() == [[1, 40, 40]]
 
 
-def test_a_side_shrunk_to_zero_names_max_pixels(tmp_path):
+def test_a_side_that_max_pixels_shrinks_to_zero_is_rejected(tmp_path):
     folder = write_processor_files(tmp_path, "preview", max_pixels=100352)
     with pytest.raises(ValueError, match="max_pixels=100352"):
         KeyeProcessor.from_pretrained(folder)(IMAGE, images=Image.new("RGB", (1999, 10)))
 
 
-def test_tokenize_also_loads_the_images(processor):
+def test_chat_template_with_tokenize_loads_the_images(processor):
     messages = user({"type": "image", "image": random_image()}, text_part("Hi"))
     inputs = processor.apply_chat_template(messages, tokenize=True)
     expected = processor(processor.apply_chat_template(messages), images=random_image())

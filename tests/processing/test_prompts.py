@@ -39,9 +39,7 @@ def test_a_batch_of_conversations_gives_a_list(processor):
     assert isinstance(processor.apply_chat_template(user(text_part("a"))), str)
 
 
-@pytest.mark.parametrize(
-    ("thinking", "suffix"), [(None, ""), ("auto", ""), ("think", "/think"), ("no_think", "/no_think")]
-)
+@pytest.mark.parametrize(("thinking", "suffix"), [(None, ""), ("auto", ""), ("think", "/think"), ("no_think", "/no_think")])
 def test_thinking_modes_append_to_the_last_user_text_without_changing_the_messages(processor, thinking, suffix):
     messages = [
         *user(text_part("first")),
@@ -159,8 +157,8 @@ def test_the_template_agrees_with_transformers():
     ],
 )
 def test_split_thinking_splits_answers(text, expected):
-    assert split_thinking(text) == expected
-    assert split_thinking(text)._fields == ("analysis", "thought", "answer")
+    parts = split_thinking(text)
+    assert (parts.analysis, parts.thought, parts.answer) == expected
 
 
 def test_split_thinking_never_returns_a_tag_during_streaming():

@@ -128,7 +128,7 @@ def test_resized_and_original_frames_give_the_same_inputs(processors):
     assert (kwargs["fast_height"], kwargs["fast_width"]) == ([fast[0]], [fast[1]])
 
 
-@pytest.mark.parametrize("limit", [0, 400_000, 10**9], ids=["second-pass", "late-second-pass", "waiting"])
+@pytest.mark.parametrize("limit", [0, 400_000, 10**9], ids=["none-buffered", "some-buffered", "all-buffered"])
 def test_resizing_does_not_depend_on_how_many_frames_are_buffered(monkeypatch, limit):
     # With this pixel budget, the sizes depend on the number of slow frames.
     options = {"video": encode_clip(40, fps=5, height=240, width=320), "video_total_pixels": 16 * 50_000}
@@ -140,8 +140,7 @@ def test_resizing_does_not_depend_on_how_many_frames_are_buffered(monkeypatch, l
     for frame, original, size in zip(sampled.frames, expected.frames, sizes, strict=True):
         assert frame.nbytes <= original.nbytes
         resized = [
-            torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)
-            for image in (frame, original)
+            torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True) for image in (frame, original)
         ]
         assert torch.equal(*resized)
     assert len({frame.shape for frame in sampled.frames}) == 2

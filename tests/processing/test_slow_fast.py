@@ -71,17 +71,17 @@ def test_frame_types_and_similarities_equal_the_official_ones():
         classify = SlowFastClassifier(case["frame_height"], case["frame_width"], case["threshold"])
         assert classify.size == (case["similarity_height"], case["similarity_width"])
         resized = torch.nn.functional.interpolate(frames, classify.size, mode="bilinear", antialias=True)
-        key = None
+        last_slow = None
         for frame, small, kind, expected in zip(
             frames, resized, case["frame_types"], case["similarity_to_last_slow"], strict=True
         ):
             patches = hsv_blocks(small)
-            if key is not None:
-                similarity = block_similarity(key, patches)
+            if last_slow is not None:
+                similarity = block_similarity(last_slow, patches)
                 expected = math.nan if expected is None else expected
                 assert similarity == pytest.approx(expected, abs=SIMILARITY_ATOL, nan_ok=True), case
             assert classify(frame) == kind, case
-            key = patches if kind == SLOW else key
+            last_slow = patches if kind == SLOW else last_slow
 
 
 def test_lossless_files_have_the_official_types_times_and_sizes():
@@ -128,35 +128,35 @@ def test_hsv_equals_opencv():
         (254, 255, 253): (45, 2, 255),
         (90, 45, 44): (1, 130, 90),
     }
-    colours = torch.tensor(list(expected), dtype=torch.uint8).T[:, None]
-    assert rgb_to_hsv(colours).dtype == torch.uint8
-    assert [tuple(colour) for colour in rgb_to_hsv(colours)[:, 0].T.tolist()] == list(expected.values())
+    colors = torch.tensor(list(expected), dtype=torch.uint8).T[:, None]
+    assert rgb_to_hsv(colors).dtype == torch.uint8
+    assert [tuple(color) for color in rgb_to_hsv(colors)[:, 0].T.tolist()] == list(expected.values())
 
 
 def test_a_video_one_block_high_or_wide_is_classified():
     for height, width in ((10, 1900), (1900, 10)):
         classify = SlowFastClassifier(height, width)
         assert 28 in classify.size
-        grey = torch.full((3, height, width), 128, dtype=torch.uint8)
+        gray = torch.full((3, height, width), 128, dtype=torch.uint8)
         blue = torch.tensor([0, 0, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
-        assert [classify(frame) for frame in (grey, grey, blue, blue)] == [SLOW, FAST, SLOW, FAST]
+        assert [classify(frame) for frame in (gray, gray, blue, blue)] == [SLOW, FAST, SLOW, FAST]
 
 
 def test_blocks_that_are_black_in_both_frames_do_not_count():
-    black, grey, blue = ((0, 0, 0), (128, 128, 128), (0, 0, 255))
+    black, gray, blue = ((0, 0, 0), (128, 128, 128), (0, 0, 255))
     a, b = torch.zeros(2, 3, 28, 84, dtype=torch.uint8)
-    for image, colours in ((a, (black, grey, grey)), (b, (black, grey, blue))):
-        for column, colour in enumerate(colours):
-            image[:, :, 28 * column : 28 * column + 28] = torch.tensor(colour).view(3, 1, 1)
+    for image, colors in ((a, (black, gray, gray)), (b, (black, gray, blue))):
+        for column, color in enumerate(colors):
+            image[:, :, 28 * column : 28 * column + 28] = torch.tensor(color).view(3, 1, 1)
     assert block_similarity(hsv_blocks(a), hsv_blocks(b)) == 0.5
     assert math.isnan(block_similarity(hsv_blocks(a)[:1], hsv_blocks(b)[:1]))
 
 
-def test_a_similarity_equal_to_the_threshold_in_float32_is_slow_as_in_the_official_package():
-    # 9 of 10 blocks in float32 is less than 0.9 in float64.
-    grey = torch.full((3, 56, 140), 128, dtype=torch.uint8)
-    other = grey.clone()
+def test_nine_of_ten_equal_blocks_are_below_the_threshold_as_in_the_official_package():
+    # The mean 0.9 in float32 is less than the threshold 0.9 in float64.
+    gray = torch.full((3, 56, 140), 128, dtype=torch.uint8)
+    other = gray.clone()
     other[:, :28, :28] = torch.tensor([0, 0, 255]).view(3, 1, 1)
-    similarity = block_similarity(hsv_blocks(grey), hsv_blocks(other))
+    similarity = block_similarity(hsv_blocks(gray), hsv_blocks(other))
     assert similarity == pytest.approx(0.9)
     assert similarity < 0.9

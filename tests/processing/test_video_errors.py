@@ -108,7 +108,7 @@ def test_declared_size_is_the_size_of_a_complete_file():
         assert declared_size(io.BytesIO(content)) is None
 
 
-def test_a_file_without_video_is_rejected_and_its_streams_named(tmp_path):
+def test_a_file_without_video_is_rejected_and_the_error_lists_its_streams(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "sound.wav"
     with av.open(str(path), "w") as output:
@@ -122,7 +122,7 @@ def test_a_file_without_video_is_rejected_and_its_streams_named(tmp_path):
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
-def test_frames_100000_wide_and_2_high_are_rejected(edition):
+def test_an_extreme_aspect_ratio_is_rejected(edition):
     with pytest.raises(ValueError, match="200 times"):
         fetch_video({"video": [Image.new("RGB", (100_000, 2))] * 2}, edition=edition)
     strip = encode_clip(4, height=2, width=2000, codec="ffv1", container="mkv")

@@ -64,11 +64,11 @@ def test_times_of_variable_rate_files_are_read_from_the_file(container):
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_rotation_metadata_is_applied(edition, rotation):
     content = encode_clip(12, fps=4, rotation=rotation)
-    turned = [np.rot90(frame, rotation / 90) for frame in decode_clip(encode_clip(12, fps=4))]
+    rotated = [np.rot90(frame, rotation / 90) for frame in decode_clip(encode_clip(12, fps=4))]
     sampled = fetch_video({"video": content}, edition=edition)
     if edition == "1.5":
         indices = torch.linspace(0, 11, 6).round().long().tolist()
-        np.testing.assert_array_equal(sampled.frames.permute(0, 2, 3, 1), np.stack([turned[i] for i in indices]))
+        np.testing.assert_array_equal(sampled.frames.permute(0, 2, 3, 1), np.stack([rotated[i] for i in indices]))
     height, width = sampled.frames.shape[-2:]
     assert (height > width) == (rotation != 180)
 

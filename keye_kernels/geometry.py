@@ -21,49 +21,25 @@ Order = Literal["block", "raster"]
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """The geometry of one packed batch. Layers receive it, so that none of them reads the values of a tensor.
-
-    Attributes:
-        segments: the attention segments.
-        position_ids: [2, T] int32, row and column of each patch.
-        corner_index, corner_weight: [T, 4] int32 and float32, the four learned positions around each patch and their weights.
-        raster_index: [T] int64, the raster index of each patch, in the order of this batch.
-        merge_index: [T/m², m²] int32, the patches that the projector merges into each row; None in block order, where they
-            are adjacent.
-    """
+    """The geometry of one packed batch. Layers receive it, so that none of them reads the values of a tensor."""
 
     segments: Segments
-    position_ids: Tensor
-    corner_index: Tensor
-    corner_weight: Tensor
-    raster_index: Tensor
-    merge_index: Tensor | None
+    position_ids: Tensor  # [2, T] int32, row and column of each patch
+    corner_index: Tensor  # [T, 4] int32, the four learned positions around each patch
+    corner_weight: Tensor  # [T, 4] float32, their weights
+    raster_index: Tensor  # [T] int64, the raster index of each patch, in the order of this batch
+    merge_index: Tensor | None  # [T/m², m²] int32, the patches of each merged row; None in block order: they are adjacent
 
     @classmethod
     def build(
-        cls,
-        grid_thw: Tensor,
-        num_patches: int,
-        *,
-        table_side: int,
-        merge_size: int = 2,
-        segment_by_frame: bool = False,
-        order: Order = "block",
-        device: torch.device | None = None,
-    ) -> "VisionBatch":
-        """Builds the geometry. Inside `torch.compile`, use `keye_kernels.ops.build_vision_batch`.
+        cls, grid_thw: Tensor, num_patches: int, *, table_side: int, merge_size: int = 2, segment_by_frame: bool = False,
+        order: Order = "block", device: torch.device | None = None,
+    ) -> "VisionBatch":  # fmt: skip
+        """Builds the geometry from grid_thw [n, 3]. Inside `torch.compile`, use `keye_kernels.ops.build_vision_batch`.
 
-        Args:
-            grid_thw: [n, 3] integers: frames, patch rows, patch columns.
-            num_patches: T.
-            table_side: side of the learned square grid of positions.
-            merge_size: m.
-            segment_by_frame: attention segments are single frames (1.5) instead of whole grids (Preview).
-            order: order of the patches in the batch.
-            device: where the tensors are placed; default: the device of `grid_thw`.
-
-        Raises:
-            ValueError: a grid is empty or not divisible by m, or the grids do not have `num_patches` patches.
+        `table_side` is the side of the learned square grid of positions. With `segment_by_frame` the attention segments are
+        single frames (1.5) instead of whole grids (Preview). `device` defaults to that of `grid_thw`. Raises ValueError if a grid
+        is empty or not divisible by m, or if the grids do not have `num_patches` patches.
         """
         device = grid_thw.device if device is None else device
         grids = check_grid_thw(grid_thw, num_patches, merge_size)
@@ -100,7 +76,8 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
     """position_ids, corner_index, corner_weight, raster_index and merge_index (see `VisionBatch`), on the CPU."""
     positions, corners, weights, raster, merged = [], [], [], [], []
     first = 0
-    for t, h, w in grids:
+    # Without grids: zero frames of one block, for the shapes of the empty tensors
+    for t, h, w in grids or [(0, merge_size, merge_size)]:
         position, index, weight, frame, by_block = _frame_tensors(h, w, table_side, merge_size, order)
         positions.append(position.repeat(1, t))
         corners.append(index.repeat(t, 1))
@@ -109,12 +86,7 @@ def patch_tensors(grids: list[Grid], table_side: int, merge_size: int, order: Or
         raster.append((starts + frame).flatten())
         merged.append((starts + by_block).view(-1, merge_size**2))
         first += t * h * w
-    if not grids:
-        with torch.device("cpu"):
-            positions, raster = [torch.zeros(2, 0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
-            corners, weights = [torch.zeros(0, 4, dtype=torch.int32)], [torch.zeros(0, 4)]
-            merged = [torch.zeros(0, merge_size**2, dtype=torch.int64)]
-    return (torch.cat(positions, dim=1), torch.cat(corners), torch.cat(weights), torch.cat(raster), torch.cat(merged).int())
+    return torch.cat(positions, dim=1), torch.cat(corners), torch.cat(weights), torch.cat(raster), torch.cat(merged).int()
 
 
 def _frame_tensors(h: int, w: int, table_side: int, merge_size: int, order: Order) -> tuple[Tensor, ...]:
@@ -129,18 +101,11 @@ def _make_frame(h: int, w: int, table_side: int, merge_size: int, order: Order) 
     # device="cpu": the default device may differ between the calls that share the cache
     rows, columns = (torch.arange(size, device="cpu") for size in (h, w))
     at = torch.arange(h * w, device="cpu").view(h, w)
-    by_block = _block_order(at, merge_size)
+    by_block = at.view(h // merge_size, merge_size, w // merge_size, merge_size).transpose(1, 2).reshape(-1)
     frame = by_block if order == "block" else at.flatten()
     position = torch.stack((rows[:, None].expand(h, w), columns.expand(h, w))).reshape(2, -1)[:, frame].int()
     index, weight = _bilinear_corners(h, w, table_side)
     return position, index[frame].int(), weight[frame], frame, by_block
-
-
-def _block_order(at: Tensor, merge_size: int) -> Tensor:
-    """The h*w entries of a frame [h, w] in block order."""
-    h, w = at.shape
-    blocks = at.view(h // merge_size, merge_size, w // merge_size, merge_size)
-    return blocks.transpose(1, 2).reshape(-1)
 
 
 def _bilinear_corners(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:

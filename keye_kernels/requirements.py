@@ -17,14 +17,9 @@ class VersionRange(NamedTuple):
 
 
 def supported_versions(name: str) -> VersionRange:
-    """Reads the supported versions of a package from the metadata of keye_kernels.
+    """The supported versions of a package that keye_kernels requires, from the metadata of keye_kernels.
 
-    Args:
-        name: name of the package in `[project]` `dependencies` or `optional-dependencies`.
-
-    Raises:
-        LookupError: keye_kernels does not require the package.
-        importlib.metadata.PackageNotFoundError: keye_kernels itself is not installed.
+    Raises LookupError if it does not require `name`, and PackageNotFoundError if keye_kernels itself is not installed.
     """
     for entry in importlib.metadata.requires(DISTRIBUTION) or ():
         requirement = entry.partition(";")[0].strip()
@@ -35,15 +30,9 @@ def supported_versions(name: str) -> VersionRange:
 
 
 def require(name: str, *, needed_by: str, distributions: tuple[str, ...] = ()) -> None:
-    """Checks that a package is installed and not too old.
+    """Raises ImportError, with the command that fixes it, if a package is missing or too old. `needed_by` is for the message.
 
-    Args:
-        name: name of the package in the metadata of keye_kernels.
-        needed_by: what needs it, for the error message.
-        distributions: names under which the package is published, if there are several.
-
-    Raises:
-        ImportError: the package is missing or too old. The message contains the command that fixes it.
+    `distributions` are the names under which the package is published, if there are several.
     """
     oldest = supported_versions(name).oldest
     command = f'pip install "{name}>={oldest}"'

@@ -11,17 +11,12 @@ from torch import Tensor
 class Segments:
     """How the T tokens of a batch are divided into attention segments. Every token belongs to one.
 
-    Attributes:
-        cu_seqlens: [S+1] int32 offsets on the device, from 0 to T.
-        max_seqlen: length of the longest segment, or an upper bound.
-        lengths: the S lengths on the host; None where only the device knows them.
-
     Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
-    lengths: tuple[int, ...] | None = None
+    cu_seqlens: Tensor  # [S+1] int32 offsets on the device, from 0 to T
+    max_seqlen: int  # length of the longest segment, or an upper bound
+    lengths: tuple[int, ...] | None = None  # on the host; None where only the device knows them
     _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -48,13 +43,10 @@ def cumulative_lengths(lengths: Sequence[int]) -> Tensor:
 def tile_schedule(offsets: Tensor, block_m: int, causal: bool) -> Tensor:
     """[tiles, 3] int32: first token and length of a segment, and the first query of one of its tiles of `block_m` queries.
 
-    A grid of (segments, longest segment) would start programs without work wherever images differ in size; here every entry has
-    work. Entries are sorted by work, most first, so that no long tile starts last. Ties keep the tiles of a segment together:
-    programs that run at the same time then read the same keys.
-
-    Args:
-        offsets: [S+1] int32 on the CPU.
-        causal: a tile attends to the keys up to its own last query instead of all keys of its segment.
+    `offsets` are [S+1] int32 on the CPU. With `causal`, a tile attends to the keys up to its own last query instead of all keys
+    of its segment. A grid of (segments, longest segment) would start programs without work wherever images differ in size; here
+    every entry has work. Entries are sorted by work, most first, so that no long tile starts last. Ties keep the tiles of a
+    segment together: programs that run at the same time then read the same keys.
     """
     offsets = offsets.to(torch.int64)
     lengths = offsets.diff()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
-AttentionResult = tuple[Tensor, Tensor]
 
 
 def why_not_torch(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, softmax_scale: float) -> str | None:
@@ -23,40 +22,18 @@ def why_not_torch(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, softmax_scal
     return None
 
 
-def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    causal: bool,
-    return_lse: bool,
-    covers_all_tokens: bool,
-) -> AttentionResult:
-    """As the operator. Raises ValueError where `why_not_torch` has a reason."""
+def torch_attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, covers_all_tokens):
+    """(out, lse) as the operator. Raises ValueError where `why_not_torch` has a reason."""
     if reason := why_not_torch(q, k, v, max_seqlen, softmax_scale):
         raise ValueError(f"impl='torch' cannot run this varlen_attention: {reason}; use impl='triton' or impl='auto'")
-    offsets = cu_seqlens.contiguous()
     # What torch.nn.attention.varlen calls, and older versions of torch have as well
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets, offsets, max_seqlen, max_seqlen, 0.0, causal, False, scale=softmax_scale
-    )
+    segments = (cu_seqlens.contiguous(), cu_seqlens.contiguous(), max_seqlen, max_seqlen)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *segments, 0.0, causal, False, scale=softmax_scale)
     return _finish(q, out, lse, cu_seqlens, return_lse, covers_all_tokens)
 
 
-def flash_attn_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    causal: bool,
-    return_lse: bool,
-    covers_all_tokens: bool,
-) -> AttentionResult:
-    """As the operator. Raises ValueError where flash-attn is missing, cannot be imported or does not take these tensors."""
+def flash_attn_attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, covers_all_tokens):
+    """(out, lse) as the operator. Raises ValueError where flash-attn cannot be imported or does not take these tensors."""
     if q.device.type != "cuda" or q.dtype not in HALF:
         raise ValueError(f"impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device, got {q.dtype} on {q.device}")
     try:
@@ -66,16 +43,13 @@ def flash_attn_attention(
             f"impl='flash_attn' cannot import flash-attn ({type(error).__name__}: {error}); "
             "install a build for this torch with `pip install flash-attn --no-build-isolation`, or use impl='triton'"
         ) from error
-    out, lse, _ = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        softmax_scale=softmax_scale, causal=causal, return_attn_probs=True,
-    )  # fmt: skip
+    segments = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = {"softmax_scale": softmax_scale, "causal": causal, "return_attn_probs": True}
+    out, lse, _ = flash_attn_varlen_func(q, k, v, *segments, **options)
     return _finish(q, out, lse, cu_seqlens, return_lse, covers_all_tokens)
 
 
-def _finish(
-    q: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, return_lse: bool, covers_all_tokens: bool
-) -> AttentionResult:
+def _finish(q, out, lse, cu_seqlens, return_lse, covers_all_tokens):
     """Fills the rows of tokens without a segment, which the libraries leave uninitialized."""
     out, lse = out.contiguous(), lse if return_lse else lse.new_empty(q.shape[1], 0)
     if not covers_all_tokens:

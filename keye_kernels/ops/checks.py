@@ -11,11 +11,9 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tup
     """TypeError or ValueError unless `x` has one of `dtypes`, this shape (a string is any size) and the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_show(shape)}, got {type(x).__name__}")
-    if x.ndim != len(shape):
+    sizes = zip(shape, x.shape, strict=False)
+    if x.ndim != len(shape) or any(not isinstance(wanted, str) and wanted != found for wanted, found in sizes):
         raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
-    for wanted, found in zip(shape, x.shape, strict=True):
-        if not isinstance(wanted, str) and wanted != found:
-            raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}")
     if x.device != like.device:
@@ -26,7 +24,12 @@ def check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """`check_tensor` for packed heads [T, H, D] with a contiguous last axis, T and D as in `like`."""
     shape = ("T", "H", "D") if like is None else (like.shape[0], "H", like.shape[2])
     check_tensor(name, x, shape, FLOATS, x if like is None else like)
-    if x.stride(2) != 1 and x.shape[2] > 1:
+    check_last_axis(name, x)
+
+
+def check_last_axis(name: str, x: Tensor) -> None:
+    """ValueError unless the last axis of `x` is contiguous."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name} must be contiguous along its last axis, got strides {list(x.stride())}")
 
 

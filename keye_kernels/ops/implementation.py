@@ -62,10 +62,7 @@ def resolve(impl: str, operator: str, device: torch.device) -> str:
     """The implementation that runs `operator` on `device`, "auto" replaced by a name.
 
     On a GPU the choice is "triton" here; varlen_attention and patch_merge_projection may then choose a library for a call, by a
-    timed table or their heuristic (`keye_kernels.triton`).
-
-    Raises:
-        ValueError: an implementation that was asked for by name cannot run here.
+    timed table or their heuristic. Raises ValueError where an implementation that was asked for by name cannot run.
     """
     if impl == "auto":
         impl = impl_for(operator, default_impl())

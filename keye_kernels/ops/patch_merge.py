@@ -6,7 +6,7 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_tensor
+from .checks import FLOATS, check_last_axis, check_tensor
 from .implementation import check_impl, is_auto, resolve
 from .registry import call, define_differentiable
 
@@ -53,8 +53,7 @@ def patch_merge_projection(
     """
     check_impl(impl, "patch_merge_projection")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
-    if features.stride(1) != 1 and features.shape[1] > 1:
-        raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
+    check_last_axis("features", features)
     channels = features.shape[1]
     width = merge_size**2 * channels
     check_tensor("norm_weight", norm_weight, ("C or 4C",), FLOATS, features)
@@ -67,10 +66,8 @@ def patch_merge_projection(
     check_tensor("linear_2_bias", linear_2_bias, (linear_2_weight.shape[0],), FLOATS, features)
     if isinstance(grid_thw, VisionBatch):
         merge_index = grid_thw.merge_index
-        if grid_thw.raster_index.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"grid_thw describes {grid_thw.raster_index.shape[0]} patches, but features has {features.shape[0]} rows"
-            )
+        if (patches := grid_thw.raster_index.shape[0]) != features.shape[0]:
+            raise ValueError(f"grid_thw describes {patches} patches, but features has {features.shape[0]} rows")
     else:
         grids = check_grid_thw(grid_thw, features.shape[0], merge_size)
         merge_index = patch_tensors(grids, 1, merge_size, "raster")[-1].to(features.device)
@@ -102,9 +99,6 @@ define_differentiable(
     "Tensor features, Tensor? merge_index, Tensor norm_weight, Tensor norm_bias, Tensor linear_1_weight, Tensor linear_1_bias, "
     "Tensor linear_2_weight, Tensor linear_2_bias, int merge_size, float eps, str impl",
     "Tensor",
-    _run,
-    _fake,
-    _reference,
-    differentiable=[0, 2, 3, 4, 5, 6, 7],
-)
+    _run, _fake, _reference, differentiable=[0, 2, 3, 4, 5, 6, 7],
+)  # fmt: skip
 _projection_op = torch.ops.keye_kernels.patch_merge_projection.default

@@ -6,7 +6,7 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_tensor
+from .checks import FLOATS, check_last_axis, check_tensor
 from .implementation import check_impl, resolve
 from .registry import call, define_differentiable
 
@@ -32,8 +32,7 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
     """
     check_impl(impl, "position_embedding_2d")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
-    if features.stride(1) != 1 and features.shape[1] > 1:
-        raise ValueError(f"features must be contiguous along its last axis, got strides {list(features.stride())}")
+    check_last_axis("features", features)
     check_tensor("table", table, ("side²", features.shape[1]), FLOATS, features)
     if isinstance(grid_thw, VisionBatch):
         index, weight = grid_thw.corner_index, grid_thw.corner_weight
@@ -68,9 +67,6 @@ define_differentiable(
     "position_embedding_2d",
     "Tensor features, Tensor table, Tensor corner_index, Tensor corner_weight, str impl",
     "Tensor",
-    _run,
-    _fake,
-    _reference,
-    differentiable=[0, 1],
-)
+    _run, _fake, _reference, differentiable=[0, 1],
+)  # fmt: skip
 _position_op = torch.ops.keye_kernels.position_embedding_2d.default

@@ -31,13 +31,10 @@ def call(operator: Callable, *arguments: Any) -> Any:
 def define_differentiable(
     name: str, arguments: str, returns: str, run: Callable, fake: Callable, reference: Callable, differentiable: list[int]
 ) -> None:
-    """`define` with a backward pass that recomputes the operator with `reference` under autograd.
+    """`define` with a backward pass that recomputes the operator with the eager `reference` (same arguments) under autograd.
 
-    The backward pass is an operator of its own, so that a compiled graph does not trace into `reference`.
-
-    Args:
-        reference: the eager function, with the schema's arguments.
-        differentiable: positions of the arguments that may receive a gradient.
+    `differentiable` are the positions of the arguments that may receive a gradient. The backward pass is an operator of its own,
+    so that a compiled graph does not trace into `reference`.
     """
     define(name, arguments, returns, run, fake)
 

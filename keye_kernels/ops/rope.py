@@ -59,8 +59,7 @@ def rope_3d(
     if q_norm_weight is not None and k_norm_weight is not None:
         check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
         check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
-    sections = list(mrope_section)
-    return call(_rope_op, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, False, impl)
+    return call(_rope_op, q, k, position_ids, inv_freq, list(mrope_section), q_norm_weight, k_norm_weight, eps, False, impl)
 
 
 def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -136,15 +135,12 @@ def _backward(ctx, grad_q, grad_k):
     position_ids, inv_freq, *normed = ctx.saved_tensors
     grad_q, grad_k = grad_q.contiguous(), grad_k.contiguous()
     weights = None, None
+    rotation = position_ids, inv_freq, ctx.sections
     if normed:
         q, k, *weights = normed
-        grad_q, grad_k, *weights = _norm_backward_op(
-            grad_q, grad_k, q, k, position_ids, inv_freq, ctx.sections, *weights, ctx.eps, ctx.impl
-        )
+        grad_q, grad_k, *weights = _norm_backward_op(grad_q, grad_k, q, k, *rotation, *weights, ctx.eps, ctx.impl)
     else:
-        grad_q, grad_k = _rope_op(
-            grad_q, grad_k, position_ids, inv_freq, ctx.sections, None, None, ctx.eps, not ctx.conjugate, ctx.impl
-        )
+        grad_q, grad_k = _rope_op(grad_q, grad_k, *rotation, None, None, ctx.eps, not ctx.conjugate, ctx.impl)
     return grad_q, grad_k, None, None, None, *weights, None, None, None
 
 
@@ -152,18 +148,14 @@ _POSITIONS = "Tensor position_ids, Tensor inv_freq, int[] sections"
 define(
     "rope",
     f"Tensor q, Tensor k, {_POSITIONS}, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, bool conjugate, str impl",
-    "(Tensor, Tensor)",
-    _run,
-    _fake,
-)
+    "(Tensor, Tensor)", _run, _fake,
+)  # fmt: skip
 define(
     "rope_norm_backward",
     f"Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, {_POSITIONS}, "
     "Tensor q_norm_weight, Tensor k_norm_weight, float eps, str impl",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _run_norm_backward,
-    _fake_norm_backward,
-)
+    "(Tensor, Tensor, Tensor, Tensor)", _run_norm_backward, _fake_norm_backward,
+)  # fmt: skip
 torch.library.register_autograd(f"{NAMESPACE}::rope", _backward, setup_context=_setup_context, lib=library)
 _rope_op = torch.ops.keye_kernels.rope.default
 _norm_backward_op = torch.ops.keye_kernels.rope_norm_backward.default

@@ -18,32 +18,16 @@ MAX_HEAD_DIM = 256
 
 @overload
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | Segments,
-    max_seqlen: int,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    return_lse: Literal[False] = False,
-    impl: str = "auto",
-) -> Tensor: ...
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Segments, max_seqlen: int, *, softmax_scale: float | None = None,
+    causal: bool = False, return_lse: Literal[False] = False, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | Segments,
-    max_seqlen: int,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    return_lse: Literal[True],
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Segments, max_seqlen: int, *, softmax_scale: float | None = None,
+    causal: bool = False, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def varlen_attention(
@@ -60,8 +44,8 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Every token attends to the tokens of its own segment; with `causal`, to those up to itself.
 
-    Memory is linear in T for every implementation. The values of `cu_seqlens` are checked on a CPU only: on a
-    GPU that would synchronize, and offsets out of range give wrong results there.
+    Memory is linear in T for every implementation. The values of `cu_seqlens` are checked on a CPU only: on a GPU that would
+    synchronize, and offsets out of range give wrong results there.
 
     Args:
         q: [T, Hq, D], any token and head stride, last axis contiguous; D a multiple of 8 up to 256.
@@ -94,8 +78,7 @@ def varlen_attention(
         raise ValueError(f"q must have a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {q.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k must have a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
-    segments = cu_seqlens if isinstance(cu_seqlens, Segments) else None
-    offsets = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Segments) else cu_seqlens
+    segments, offsets = (cu_seqlens, cu_seqlens.cu_seqlens) if isinstance(cu_seqlens, Segments) else (None, cu_seqlens)
     check_tensor("cu_seqlens", offsets, ("num_segments + 1",), (torch.int32,), q)
     if offsets.shape[0] < 1:
         raise ValueError("cu_seqlens must have shape [num_segments + 1], got [0]")
@@ -106,9 +89,8 @@ def varlen_attention(
     if segments is not None and segments.lengths is not None and not torch.compiler.is_compiling():
         impl, block_m = _choose(impl, q, k, v, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
-    out, lse = call(
-        _attention_op, q, k, v, offsets, max_seqlen, scale, causal, return_lse, impl, schedule, block_m, segments is not None
-    )
+    common = q, k, v, offsets, max_seqlen, scale, causal, return_lse
+    out, lse = call(_attention_op, *common, impl, schedule, block_m, segments is not None)
     return (out, lse) if return_lse else out
 
 
@@ -169,9 +151,6 @@ define_differentiable(
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale, bool causal, bool return_lse, "
     "str impl, Tensor? schedule, int block_m, bool covers_all_tokens",
     "(Tensor, Tensor)",
-    _run,
-    _fake,
-    _reference,
-    differentiable=[0, 1, 2],
-)
+    _run, _fake, _reference, differentiable=[0, 1, 2],
+)  # fmt: skip
 _attention_op = torch.ops.keye_kernels.varlen_attention.default

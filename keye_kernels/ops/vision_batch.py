@@ -10,15 +10,9 @@ from .registry import define
 
 
 def build_vision_batch(
-    grid_thw: Tensor,
-    num_patches: int,
-    *,
-    table_side: int,
-    merge_size: int = 2,
-    segment_by_frame: bool = False,
-    order: Order = "block",
-    device: torch.device,
-) -> VisionBatch:
+    grid_thw: Tensor, num_patches: int, *, table_side: int, merge_size: int = 2, segment_by_frame: bool = False,
+    order: Order = "block", device: torch.device,
+) -> VisionBatch:  # fmt: skip
     """`VisionBatch.build`, also inside `torch.compile`.
 
     There the grids' values are unknown: the segments have no lengths on the host, T is the upper bound of max_seqlen, and with
@@ -26,20 +20,14 @@ def build_vision_batch(
     """
     if not torch.compiler.is_compiling():
         return VisionBatch.build(
-            grid_thw,
-            num_patches,
-            table_side=table_side,
-            merge_size=merge_size,
-            segment_by_frame=segment_by_frame,
-            order=order,
-            device=device,
-        )
+            grid_thw, num_patches, table_side=table_side, merge_size=merge_size,
+            segment_by_frame=segment_by_frame, order=order, device=device,
+        )  # fmt: skip
     is_block = order == "block"
-    cu_seqlens, *tensors, merge_index = _geometry_op(
-        grid_thw, num_patches, table_side, merge_size, segment_by_frame, is_block, device
-    )
-    merge_index = None if is_block else merge_index
-    return VisionBatch(Segments(cu_seqlens, num_patches), *tensors, merge_index)  # type: ignore[call-arg]
+    sizes = num_patches, table_side, merge_size
+    cu_seqlens, *tensors, merge_index = _geometry_op(grid_thw, *sizes, segment_by_frame, is_block, device)
+    segments = Segments(cu_seqlens, num_patches)
+    return VisionBatch(segments, *tensors, None if is_block else merge_index)  # type: ignore[call-arg]
 
 
 def _run(grid_thw, num_patches, table_side, merge_size, segment_by_frame, block_order, device):
@@ -72,8 +60,6 @@ def _num_segments(grid_thw: Tensor, num_patches: int, merge_size: int, segment_b
 define(
     "vision_geometry",
     "Tensor grid_thw, SymInt num_patches, int table_side, int merge_size, bool segment_by_frame, bool block_order, Device device",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-)
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _run, _fake,
+)  # fmt: skip
 _geometry_op = torch.ops.keye_kernels.vision_geometry.default

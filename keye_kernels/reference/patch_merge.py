@@ -9,32 +9,14 @@ from .rope import compute_dtype
 
 
 def patch_merge_projection(
-    features: Tensor,
-    merge_index: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    linear_1_weight: Tensor,
-    linear_1_bias: Tensor,
-    linear_2_weight: Tensor,
-    linear_2_bias: Tensor,
-    merge_size: int = 2,
-    eps: float = 1e-5,
-) -> Tensor:
-    """linear_2(gelu(linear_1(merged))), where `merged` concatenates the patches of each merge_size x merge_size block.
+    features: Tensor, merge_index: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, linear_1_weight: Tensor,
+    linear_1_bias: Tensor, linear_2_weight: Tensor, linear_2_bias: Tensor, merge_size: int = 2, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """[T/m², out] = linear_2(gelu(linear_1(merged))), where `merged` joins the m x m blocks of features [T, C]; m is merge_size.
 
-    Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md, "Projector".
-
-    Args:
-        features: [T, C].
-        merge_index: [T/merge_size², merge_size²] integers, the patches that each row joins; None where they are adjacent.
-        norm_weight, norm_bias: [C] to normalize each patch (Preview), or [merge_size² C] to normalize after the merge (1.5).
-        linear_1_weight, linear_1_bias: [hidden, merge_size² C] and [hidden].
-        linear_2_weight, linear_2_bias: [out, hidden] and [out].
-        merge_size: patches per side of a block.
-        eps: of the LayerNorm.
-
-    Returns:
-        [T/merge_size², out].
+    merge_index: [T/m², m²] integers, the patches that each row joins; None where they are adjacent. The norm is of each patch
+    where its weights are [C] (Preview), and of the merged row where they are [m² C] (1.5). The linear layers are [hidden, m² C]
+    and [out, hidden]. Source of the maths: docs/models/keye_vl_1_5.md and docs/models/keye_vl_preview.md, "Projector".
     """
     width = merge_size**2 * features.shape[1]
     norm_before_merge = norm_weight.shape[0] == features.shape[1]

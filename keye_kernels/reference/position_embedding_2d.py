@@ -6,18 +6,10 @@ from .rope import compute_dtype
 
 
 def position_embedding_2d(features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor) -> Tensor:
-    """features + Σ_c corner_weight[:, c] * table[corner_index[:, c]].
+    """features [T, C] + Σ_c corner_weight[:, c] * table[corner_index[:, c]], in the dtype of `features`.
 
-    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower".
-
-    Args:
-        features: [T, C].
-        table: [side², C], the learned square grid, row by row.
-        corner_index: [T, 4] integers, the four table rows around each patch.
-        corner_weight: [T, 4] float32, the weights of these rows; each patch's sum is 1.
-
-    Returns:
-        [T, C] in the dtype of `features`.
+    table [side², C] is the learned square grid, row by row. corner_index and corner_weight, [T, 4], are the four table rows
+    around each patch and their float32 weights. Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower".
     """
     dtype = compute_dtype(features)
     total = features.to(dtype)

@@ -10,46 +10,25 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def rope(
-    q: Tensor,
-    k: Tensor,
-    position_ids: Tensor,
-    inv_freq: Tensor,
-    sections: list[int],
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    conjugate: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Rotates channels (i, i + D/2) of every head by `position_ids[axis(i)] * inv_freq[i % len(inv_freq)]`.
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: list[int],
+    q_norm_weight: Tensor | None = None, k_norm_weight: Tensor | None = None, eps: float = 1e-6, conjugate: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Copies of q [T, Hq, D] and k [T, Hk, D], channels (i, i + D/2) rotated by `position_ids[axis(i)] * inv_freq[i % F]`.
 
+    position_ids [axes, T] are integers. inv_freq is float32 [F]: the text model has one frequency per pair (64), the vision tower
+    uses its 18 for the row and again for the column. `sections`: number of pairs of each axis, in order; the sum is D/2. Norm
+    weights [D]: an RMSNorm of each head before the rotation. `conjugate` rotates backwards (the gradient of the rotation).
     Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower" and "3D position ids". Angles are float32 products, as there.
-
-    Args:
-        q, k: [T, Hq, D] and [T, Hk, D].
-        position_ids: [axes, T] integers.
-        inv_freq: [F] float32, F a divisor of D/2: the text model has one frequency per pair (64), the vision tower uses its 18
-            for the row and again for the column.
-        sections: number of pairs of each axis, in order; the sum is D/2.
-        q_norm_weight, k_norm_weight: [D], weights of an RMSNorm of each head before the rotation.
-        eps: of the RMSNorm.
-        conjugate: rotate backwards (the gradient of the rotation).
-
-    Returns:
-        Rotated copies of q and k.
     """
     pairs = sum(sections)
-    axis = torch.repeat_interleave(
-        torch.arange(len(sections), device=q.device), torch.tensor(sections, device=q.device), output_size=pairs
-    )
+    axes, counts = torch.arange(len(sections), device=q.device), torch.tensor(sections, device=q.device)
+    axis = torch.repeat_interleave(axes, counts, output_size=pairs)
     frequency = inv_freq.float().repeat(pairs // inv_freq.shape[0])
     angle = position_ids.float()[axis].T * frequency  # [T, D/2]
     angle = angle.to(compute_dtype(q))[:, None]
-    cos, sin = angle.cos(), angle.sin()
-    if conjugate:
-        sin = -sin
-    return _rotate(rms_norm(q, q_norm_weight, eps), cos, sin, q.dtype), _rotate(
-        rms_norm(k, k_norm_weight, eps), cos, sin, k.dtype
-    )
+    cos, sin = angle.cos(), -angle.sin() if conjugate else angle.sin()
+    q_out = _rotate(rms_norm(q, q_norm_weight, eps), cos, sin, q.dtype)
+    return q_out, _rotate(rms_norm(k, k_norm_weight, eps), cos, sin, k.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -15,18 +15,10 @@ LSE_ROWS = 512
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, softmax_scale: float, causal: bool, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q kᵀ) v, segment by segment.
+    """softmax(scale * q kᵀ) v, segment by segment. The values of cu_seqlens [S+1] are read on the host.
 
-    Args:
-        q: [T, Hq, D].
-        k, v: [T, Hk, D]; query head h uses key head h // (Hq // Hk).
-        cu_seqlens: [S+1] rising offsets of the segments. Their values are read on the host.
-        softmax_scale: factor of q kᵀ.
-        causal: mask keys after the query.
-        return_lse: also compute the log-sum-exp of the scores.
-
-    Returns:
-        out [T, Hq, D], zero for tokens of no segment, and lse [Hq, T] in float32 (empty unless `return_lse`).
+    q is [T, Hq, D]; k and v are [T, Hk, D], and query head h uses key head h // (Hq // Hk). Returns out [T, Hq, D], zero for
+    tokens of no segment, and lse [Hq, T], the log-sum-exp of the scores in float32 (empty unless `return_lse`).
     """
     offsets = cu_seqlens.tolist()
     # Adjacent segments of equal length share one SDPA call, and one in the backward pass

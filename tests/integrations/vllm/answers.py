@@ -1,9 +1,9 @@
-"""Writes vLLM's answers to fixed prompts as JSON: python -m tests.integrations.vllm.answers OUTPUT TENSOR_PARALLEL FOLDER...
+"""Writes vLLM's answers to fixed prompts as JSON: python -m tests.integrations.vllm.answers OUTPUT OPTIONS FOLDER...
 
-This is a separate program because vLLM chooses its model classes once per process. With VLLM_PLUGINS=none it runs stock vLLM;
-configurations and processors are then registered here, because the checkpoints contain no code. The result has, for each
-checkpoint, the model class, the tokens of each prompt with their log probabilities, and the number of calls of each operator
-of this package.
+OPTIONS are arguments of `vllm.LLM`, as JSON. This is a separate program because vLLM chooses its model classes once per process.
+With VLLM_PLUGINS=none it runs stock vLLM; configurations and processors are then registered here, because the checkpoints
+contain no code. The result has, for each checkpoint, the model class, the tokens of each prompt with their log probabilities,
+and the number of calls of each operator of this package.
 """
 
 import json
@@ -50,7 +50,7 @@ def prompts(model_type: str) -> list[dict]:
     return [*found, video]
 
 
-def answer(folder: str, tensor_parallel: int, calls: Counter) -> dict:
+def answer(folder: str, options: dict, calls: Counter) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -59,12 +59,12 @@ def answer(folder: str, tensor_parallel: int, calls: Counter) -> dict:
         folder,
         dtype="float32",
         max_model_len=2048,
-        tensor_parallel_size=tensor_parallel,
-        distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
+        distributed_executor_backend="mp" if options.get("tensor_parallel_size", 1) > 1 else "uni",
         enforce_eager=True,
         kv_cache_memory_bytes=128 << 20,
         limit_mm_per_prompt={"image": 2, "video": 1},
         skip_mm_profiling=True,
+        **options,
     )
     model_type = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["model_type"]
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
@@ -72,9 +72,7 @@ def answer(folder: str, tensor_parallel: int, calls: Counter) -> dict:
     result = {
         "classes": llm.collective_rpc(model_class),
         "tokens": [list(output.token_ids) for output in outputs],
-        "logprobs": [
-            [step[token].logprob for token, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs
-        ],
+        "logprobs": [[step[token].logprob for token, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
         "calls": dict(calls),
     }
     llm.llm_engine.engine_core.shutdown()
@@ -99,7 +97,7 @@ def counted(name: str, calls: Counter):
 
 
 def main() -> None:
-    output, tensor_parallel, *folders = sys.argv[1:]
+    output, options, *folders = sys.argv[1:]
     if os.environ.get("VLLM_PLUGINS") == "none":
         from keye_kernels.integrations.transformers import register_processors
 
@@ -107,7 +105,7 @@ def main() -> None:
     calls = Counter()
     for name in OPERATORS:
         setattr(ops, name, counted(name, calls))
-    answers = {folder: answer(folder, int(tensor_parallel), calls) for folder in folders}
+    answers = {folder: answer(folder, json.loads(options), calls) for folder in folders}
     Path(output).write_text(json.dumps(answers), encoding="utf-8")
 
 

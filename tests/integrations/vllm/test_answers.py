@@ -26,9 +26,7 @@ from keye_kernels.small import SMALL
 from tests.helpers.random_checkpoint import write_random_checkpoint
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip(
-        "needs vLLM: build an environment with tests/integrations/vllm/make_environment FOLDER", allow_module_level=True
-    )
+    pytest.skip("needs vLLM: build an environment with tests/integrations/vllm/make_environment FOLDER", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[3]
 ASSETS = SMALL.parent
@@ -49,14 +47,14 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, **OFFLINE, **variables}
 
 
-def answers(folders: dict[str, Path], output: Path, tensor_parallel: int = 1, **variables: str) -> dict[str, dict]:
+def answers(folders: dict[str, Path], output: Path, options: dict | None = None, **variables: str) -> dict[str, dict]:
     """Runs tests.integrations.vllm.answers on these checkpoints. Returns its results by name, and its output as "log"."""
     command = [
         sys.executable,
         "-m",
         "tests.integrations.vllm.answers",
         str(output),
-        str(tensor_parallel),
+        json.dumps(options or {}),
         *map(str, folders.values()),
     ]
     run = subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False)
@@ -118,9 +116,7 @@ def test_answers_depend_on_the_image(stock, name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_layer_runs_the_operators(folders, stock, plugged, name):
-    layers = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["vision_config"][
-        "num_hidden_layers"
-    ]
+    layers = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["vision_config"]["num_hidden_layers"]
     calls = plugged[name]["calls"]
     encodings = calls["patch_merge_projection"]
     assert encodings > 0
@@ -145,12 +141,22 @@ def test_two_tensor_parallel_ranks_match_one(folders, plugged, tmp_path):
     found = answers(
         chosen,
         tmp_path / "answers.json",
-        tensor_parallel=2,
+        {"tensor_parallel_size": 2},
         VLLM_CPU_OMP_THREADS_BIND="0|1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
     for name in chosen:
         assert found[name]["classes"] == [f"{OURS}.{CLASSES[name][1]}"] * 2
+        assert found[name]["tokens"] == plugged[name]["tokens"]
+
+
+def test_lora_on_the_projector_runs_vllms_projector(folders, plugged, tmp_path):
+    chosen = {name: folders[name] for name in ("Keye", "KeyeVL1_5")}
+    options = {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 8}
+    found = answers(chosen, tmp_path / "answers.json", options, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    for name in chosen:
+        expected = {operator: n for operator, n in plugged[name]["calls"].items() if operator != "patch_merge_projection"}
+        assert found[name]["calls"] == expected
         assert found[name]["tokens"] == plugged[name]["tokens"]
 
 

@@ -11,7 +11,7 @@ Like the official code it has:
 - logits of every position.
 
 One difference: in the vision tower the official code calls flash-attn. This code runs eager attention on each segment instead,
-because the official eager fallback attends across images and computes something else.
+because the official eager fallback attends across images and gives other results.
 
 The weights are those of a `kk.Keye`, under the names of the checkpoint. The integer positions of a prompt come from
 keye_kernels. Symbols: B sequences, S tokens, T patches, H heads, D head dim.
@@ -185,9 +185,7 @@ class Baseline:
         for index in range(config.num_hidden_layers):
             name = f"{VISION}encoder.layers.{index}"
             h = self.layer_norm(x, f"{name}.layer_norm1")
-            q, k, v = (
-                self.linear(h, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, config.head_dim)) for part in "qkv"
-            )
+            q, k, v = (self.linear(h, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, config.head_dim)) for part in "qkv")
             q, k = rotate_vision(q, k, cos, sin)
             x = x + self.linear(attend_segments(q, k, v, offsets).flatten(1), f"{name}.self_attn.out_proj")
             h = self.layer_norm(x, f"{name}.layer_norm2")
@@ -238,9 +236,7 @@ class Baseline:
         for index in range(config.num_hidden_layers):
             name = f"model.layers.{index}"
             h = self.rms_norm(x, f"{name}.input_layernorm")
-            q, k, v = (
-                self.linear(h, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, config.head_dim)) for part in "qkv"
-            )
+            q, k, v = (self.linear(h, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, config.head_dim)) for part in "qkv")
             q, k = self.rms_norm(q, f"{name}.self_attn.q_norm"), self.rms_norm(k, f"{name}.self_attn.k_norm")
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             q, k = rotate_text(q, k, cos, sin, config.mrope_section)

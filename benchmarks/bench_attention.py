@@ -61,8 +61,6 @@ def test_varlen_attention(measure, impl, size, dtype, device, is_timed):
         peers.check_ours(impl, device)
         return lambda: kk.ops.varlen_attention(q, k, v, segments, max_seqlen, causal=causal, impl=impl)
 
-    expected = kk.ops.varlen_attention(
-        q.float(), k.float(), v.float(), cu_seqlens, max_seqlen, causal=causal, impl="reference"
-    )
+    expected = kk.ops.varlen_attention(q.float(), k.float(), v.float(), cu_seqlens, max_seqlen, causal=causal, impl="reference")
     num_scores = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     measure(make, expected, RequiredWork(tokens, nbytes(q, k, v, q), 4 * head_dim * heads * num_scores))

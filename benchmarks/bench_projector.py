@@ -44,6 +44,4 @@ def test_patch_merge_projection(measure, impl, size, dtype, device, is_timed):
     expected = project(features.float(), [w.float() for w in weights], "reference")
     rows = tokens // 4
     out = rows * width * features.element_size()
-    measure(
-        make, expected, RequiredWork(tokens, nbytes(features, *weights) + out, 2 * rows * merged * (merged + width))
-    )
+    measure(make, expected, RequiredWork(tokens, nbytes(features, *weights) + out, 2 * rows * merged * (merged + width)))

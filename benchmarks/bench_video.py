@@ -98,14 +98,10 @@ def measure(python: str, name: str, clip: Path, threads: int) -> dict[str, objec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--official", required=True, help="Python executable of the environment with keye-vl-utils 1.5.2"
-    )
+    parser.add_argument("--official", required=True, help="Python executable of the environment with keye-vl-utils 1.5.2")
     parser.add_argument("--clip", type=Path, help="video file (default: a generated clip)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each package (default: 3)")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="number of torch threads; video decoders choose their own"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="number of torch threads; video decoders choose their own")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         clip = arguments.clip
@@ -119,8 +115,7 @@ def main() -> None:
             for _ in range(arguments.runs)
         ]
     medians = {
-        name: {key: statistics.median(run[name][key] for run in runs) for key in ("seconds", "peak_mib")}
-        for name in pythons
+        name: {key: statistics.median(run[name][key] for run in runs) for key in ("seconds", "peak_mib")} for name in pythons
     }
     for name, values in medians.items():
         print(f"{name:12}  {values['seconds']:7.2f} s  {values['peak_mib']:7.0f} MiB")
@@ -128,9 +123,7 @@ def main() -> None:
     types = [runs[0][name]["frame_types"] for name in pythons]
     print(f"speedup {official['seconds'] / ours['seconds']:.2f}x")
     print(f"peak memory of keye_kernels / official: {ours['peak_mib'] / official['peak_mib']:.2f}")
-    print(
-        f"frame types {'equal' if types[0] == types[1] else 'DIFFER'}: {types[0].count(0)} slow, {sum(types[0])} fast"
-    )
+    print(f"frame types {'equal' if types[0] == types[1] else 'DIFFER'}: {types[0].count(0)} slow, {sum(types[0])} fast")
     print(f"sizes {'equal' if runs[0]['official']['sizes'] == runs[0]['keye_kernels']['sizes'] else 'DIFFER'}")
 
 

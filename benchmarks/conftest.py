@@ -34,9 +34,7 @@ SLOW_CALL_ROUNDS = 7
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--keye-real", action="store_true", help="use the real sizes on a machine without a GPU too (takes hours)"
-    )
+    parser.addoption("--keye-real", action="store_true", help="use the real sizes on a machine without a GPU too (takes hours)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -117,9 +115,7 @@ def measure(request: pytest.FixtureRequest, is_timed: bool, device: torch.device
     the tolerance, the case fails and no time is recorded.
     """
 
-    def check(
-        make: Callable[[], Callable[[], Any]], expected: Any, work: RequiredWork, tolerance: float | None = None
-    ) -> None:
+    def check(make: Callable[[], Callable[[], Any]], expected: Any, work: RequiredWork, tolerance: float | None = None) -> None:
         tolerance = TOLERANCES[getattr(torch, dtype)] if tolerance is None else tolerance
         with torch.inference_mode():
             try:

@@ -34,8 +34,7 @@ class Matmuls(NamedTuple):
         like = self.linear[0][1]
         inputs = {(rows, w.shape[1]): torch.randn(rows, w.shape[1]).to(like) for rows, w in self.linear}
         qkv = {
-            a: tuple(torch.randn(a.heads, n, a.head_dim).to(like) for n in (a.queries, a.keys, a.keys))
-            for a in self.attention
+            a: tuple(torch.randn(a.heads, n, a.head_dim).to(like) for n in (a.queries, a.keys, a.keys)) for a in self.attention
         }
 
         def call() -> Tensor:

@@ -34,7 +34,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class RequiredWork:
-    """The least that a call must do: read every input once, write every output once, and no FLOPs on padding."""
+    """The minimum of a call: every input is read once, every output is written once, and no FLOPs are spent on padding."""
 
     tokens: int
     bytes: int
@@ -55,8 +55,7 @@ def relative_error(output: Any, expected: Any) -> float:
     if [x.shape for x in outputs] != [x.shape for x in references]:
         return float("inf")
     errors = [
-        float((x.double() - y.double()).abs().amax() / y.double().abs().amax())
-        for x, y in zip(outputs, references, strict=True)
+        float((x.double() - y.double()).abs().amax() / y.double().abs().amax()) for x, y in zip(outputs, references, strict=True)
     ]
     return max(error if error == error else float("inf") for error in errors)
 

@@ -58,7 +58,7 @@ def build_model(config: KeyeConfig, dtype: torch.dtype, device: torch.device) ->
         model = Keye(config)
     allocate(model, dtype, device)
     model._tie_embeddings()
-    # Copying one block of noise is much faster than drawing 8 billion numbers
+    # Copying one block of noise is much faster than generating 8 billion random numbers
     generator = torch.Generator().manual_seed(0)
     noise = (torch.randn(NOISE_LENGTH, generator=generator) * config.initializer_range).to(device, dtype)
     start = 0

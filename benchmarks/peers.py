@@ -56,9 +56,7 @@ def check_ours(impl: str, device: torch.device) -> None:
         raise Unavailable(f"{impl}: {error}") from error
 
 
-def compiled(
-    function: Callable[..., Any], *arguments: Any, is_timed: bool, loop_iterations: int = 1
-) -> Callable[[], Any]:
+def compiled(function: Callable[..., Any], *arguments: Any, is_timed: bool, loop_iterations: int = 1) -> Callable[[], Any]:
     """`torch.compile` of `function`, compiled for `arguments` before it is returned.
 
     Args:
@@ -121,9 +119,7 @@ def flash_rope_2d(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> Callab
     return lambda: (rotate(q), rotate(k))
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
-) -> Callable[[], Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Callable[[], Tensor]:
     """`flash_attn_varlen_func` of the flash-attn package."""
     _require_cuda(FLASH_ATTN, q)
     with _imports(FLASH_ATTN, "flash-attn"):
@@ -131,9 +127,7 @@ def flash_attention(
     return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
 
 
-def torch_flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
-) -> Callable[[], Tensor]:
+def torch_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Callable[[], Tensor]:
     """The operator behind `torch.nn.attention.varlen`, called directly: older torch releases have only the operator."""
     _require_cuda(TORCH_FLASH, q)
     attend = torch.ops.aten._flash_attention_forward
@@ -164,6 +158,5 @@ def _imports(name: str, package: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise Unavailable(
-            f"{name}: the import failed ({type(error).__name__}: {str(error)[:200]}); "
-            f"pip install {package} --no-build-isolation"
+            f"{name}: the import failed ({type(error).__name__}: {str(error)[:200]}); pip install {package} --no-build-isolation"
         ) from error

@@ -33,7 +33,7 @@ class BenchmarkCase:
     """One workload and its implementations.
 
     Attributes:
-        work: what every implementation must at least do.
+        work: the minimum that every implementation must do.
         make: by implementation, a function that returns the call or raises `Unavailable`. All calls return the same tensor.
         floor: a function that returns a call with the least possible time, None if there is no such call.
     """
@@ -178,8 +178,8 @@ def decode(model: Keye, batch_size: int, cached: int) -> BenchmarkCase:
 def loading(path: Path, device: torch.device, dtype: torch.dtype) -> BenchmarkCase:
     """From a checkpoint folder to a model on `device`, with every weight read once. The floor reads the file into memory.
 
-    Reading the weights is included because transformers maps a file that needs no conversion, and the first forward then
-    pays for the reads.
+    Reading the weights is included because transformers maps a file that needs no conversion, and would read it in the first
+    forward.
     """
     file = path / "model.safetensors"
 

@@ -1,10 +1,10 @@
-"""Uses this package's layers through the Hub's `kernels` package.
+"""Use this package's layers through the Hugging Face `kernels` package.
 
     pip install kernels
     python examples/hub_layers.py
 
-A decorator names the layer that can replace a module's forward. A mapping says where the layer comes from: usually a repository
-on the Hub (`LayerRepository`), here the installed package.
+A decorator gives the name of the layer that can replace a module's forward. A mapping gives the source of the layer: usually a
+repository on the Hub (`LayerRepository`), here the installed package.
 """
 
 from dataclasses import dataclass

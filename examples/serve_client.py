@@ -3,7 +3,7 @@
     pip install openai
     python examples/serve_client.py --base-url http://127.0.0.1:8000/v1
 
-How to start the server: docs/serving.md. Files travel inside the request as data URLs; the server needs no access to
+To start a server, see docs/serving.md. The files are sent inside the request as data URLs, so the server needs no access to
 the client's disk.
 """
 

@@ -56,7 +56,7 @@ class Recipe:
 
 
 class Batches(Dataset):
-    """The batches of a run. Batch i depends only on the recipe and i, so that worker processes and resumed runs give the same."""
+    """The batches of a run. Batch i depends only on the recipe and i, so that a resumed run continues with the same batches."""
 
     def __init__(self, processor: kk.KeyeProcessor, config: kk.KeyeConfig, recipe: Recipe):
         self.processor, self.config, self.recipe = processor, config, recipe
@@ -85,9 +85,7 @@ class Batches(Dataset):
                 backwards = features.view(grid[0], -1).flip(0).flatten()
                 indexed += [(question, world.OPPOSITE[answer], backwards) for question, answer in pairs]
             kind = "video" if isinstance(sample, world.Clip) else "image"
-            sequences += [
-                (*self._sequence(kind, int(count), *pair, rng), kind, grid, index) for *pair, index in indexed
-            ]
+            sequences += [(*self._sequence(kind, int(count), *pair, rng), kind, grid, index) for *pair, index in indexed]
         sequences.sort(key=lambda sequence: len(sequence[0]))
         # Keeps torch.cat valid in a batch without questions
         empty = torch.zeros(0, dtype=torch.int64)
@@ -190,10 +188,7 @@ def _attributes(sample: world.Scene | world.Clip, grid: tuple[int, int, int]) ->
     labels[..., 3], labels[..., 4] = (3 * y).long(), (3 * x).long()
     for frame, (_, objects, _) in zip(labels, _frames(sample), strict=True):
         classes = torch.tensor(
-            [
-                [sizes.index(obj.size) + 1, colours.index(obj.colour) + 1, world.SHAPES.index(obj.shape) + 1]
-                for obj in objects
-            ]
+            [[sizes.index(obj.size) + 1, colours.index(obj.colour) + 1, world.SHAPES.index(obj.shape) + 1] for obj in objects]
         )
         dx = (x - torch.tensor([[obj.x] for obj in objects])).abs()
         dy = (y - torch.tensor([[obj.y] for obj in objects])).abs()

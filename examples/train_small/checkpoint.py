@@ -72,9 +72,7 @@ def build_tokenizer() -> Tokenizer:
     )
     words = sorted(set(texts.replace("?", "").split()))
     entries = [bytes_to_characters[byte] for byte in range(256)]
-    entries += [
-        space + word for space in ("", bytes_to_characters[ord(" ")]) for word in words if len(space + word) > 1
-    ]
+    entries += [space + word for space in ("", bytes_to_characters[ord(" ")]) for word in words if len(space + word) > 1]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

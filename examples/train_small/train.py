@@ -249,9 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"train: interrupted; the same command resumes from the last save in {options.out}", file=sys.stderr)
         return 130
-    print(
-        f"{run.step} steps in {run.seconds / 60:.0f} minutes; wrote the checkpoint {run.out} and the loss curve loss.png"
-    )
+    print(f"{run.step} steps in {run.seconds / 60:.0f} minutes; wrote the checkpoint {run.out} and the loss curve loss.png")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands and outputs in docs/examples.md, and the client against a stand-in server."""
+"""The commands and outputs in docs/examples.md, and the client with a test server."""
 
 import base64
 import json
@@ -54,7 +54,7 @@ def test_every_example_is_documented():
 
 @pytest.fixture
 def openai_server():
-    """An OpenAI-compatible server that records request bodies and answers with the kind of the media part."""
+    """An OpenAI-compatible server that records request bodies and answers with the type of the media part."""
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 
 import pytest
 import torch
@@ -13,23 +14,7 @@ OBJECT = (
     r"a (large|small) (red|green|blue|yellow|purple|orange|white|black) (circle|square|triangle|star|cross|ring) "
     r"at (top|middle|bottom) (left|center|right)"
 )
-TINY = [
-    "--steps",
-    "4",
-    "--decay",
-    "1",
-    "--warmup",
-    "2",
-    "--scenes",
-    "2",
-    "--crowds",
-    "3",
-    "--perception",
-    "1",
-    "--save-every",
-    "2",
-    "--no-worker",
-]
+TINY = shlex.split("--steps 4 --decay 1 --warmup 2 --scenes 2 --crowds 3 --perception 1 --save-every 2 --no-worker")
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +59,10 @@ def test_scenes_follow_the_rules():
         assert cells == sorted(set(cells))
 
 
-def test_objects_and_background_have_the_expected_colours():
+def test_objects_and_background_have_the_expected_colors():
     for seed in range(150):
         scene = world.random_scene(random.Random(seed))
-        # The centre of a cell without an object shows the background
+        # The center of a cell without an object shows the background
         empty = next(
             c
             for c in range(9)
@@ -136,7 +121,7 @@ def test_question_about_one_object_predicts_the_answer_at_its_end(small):
     assert int((labels >= 0).sum()) == 2
 
 
-def test_clip_moves_along_its_main_axis_by_at_least_a_third():
+def test_clip_moves_along_its_main_axis_by_at_least_a_third_of_the_frame():
     for seed in range(150):
         clip = world.random_clip(random.Random(seed))
         width, height = clip.frames[0].size

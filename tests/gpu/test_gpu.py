@@ -82,7 +82,7 @@ def test_torch_compile_of_the_whole_forward_gives_the_same_logits(dtype):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_prompt_synchronizes_a_few_times_and_not_in_every_layer(mode):
+def test_synchronizations_of_a_prompt_do_not_grow_with_the_layers(mode):
     """The host reads the token ids and the segment offsets of decoder and tower once per forward."""
     model, inputs = tiny_model(num_hidden_layers=6).to(CUDA), on_gpu(prompt([(1, 4, 6)]))
     with mode():
@@ -143,7 +143,7 @@ def test_warmup_leaves_nothing_to_compile():
 
     model = tiny_model().to(CUDA, torch.bfloat16)
     report = kk.warmup(model, grids=[(1, 8, 10)], prompt_lengths=[40])
-    assert report.compiled + report.cached > 0 and "1 sizes" not in report.note
+    assert report.compiled + report.cached > 0 and report.note == f"2 sizes on {model.device}"
     compilations = []
     before, knobs.compilation.listener = knobs.compilation.listener, lambda **event: compilations.append(event)
     try:

@@ -27,7 +27,7 @@ class RecordingStreamer:
 
 
 def test_cached_steps_equal_one_forward(model):
-    """With one or several tokens per step."""
+    """A step may have one token or several."""
     inputs = prompt([(1, 4, 6), (1, 2, 2)])
     extra = torch.randint(0, 100, (1, 7), generator=torch.Generator().manual_seed(3))
     whole = {**inputs, "input_ids": torch.cat((inputs["input_ids"], extra), dim=1)}
@@ -43,21 +43,21 @@ def test_cached_steps_equal_one_forward(model):
 
 
 def test_left_padded_batch_equals_single_sequences(model):
-    rows = [prompt([(1, 4, 4)], lead=2, seed=1), prompt([(1, 2, 6), (1, 2, 2)], lead=9, seed=2), prompt([], seed=3)]
-    length = max(row["input_ids"].shape[1] for row in rows)
+    sequences = [prompt([(1, 4, 4)], lead=2, seed=1), prompt([(1, 2, 6), (1, 2, 2)], lead=9, seed=2), prompt([], seed=3)]
+    length = max(sequence["input_ids"].shape[1] for sequence in sequences)
     ids, mask = torch.zeros(3, length, dtype=torch.int64), torch.zeros(3, length, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        n = row["input_ids"].shape[1]
-        ids[i, -n:], mask[i, -n:] = row["input_ids"][0], 1
+    for i, sequence in enumerate(sequences):
+        n = sequence["input_ids"].shape[1]
+        ids[i, -n:], mask[i, -n:] = sequence["input_ids"][0], 1
     batch = {
         "input_ids": ids,
         "attention_mask": mask,
-        "pixel_values": torch.cat([row["pixel_values"] for row in rows[:2]]),
-        "image_grid_thw": torch.cat([row["image_grid_thw"] for row in rows[:2]]),
+        "pixel_values": torch.cat([sequence["pixel_values"] for sequence in sequences[:2]]),
+        "image_grid_thw": torch.cat([sequence["image_grid_thw"] for sequence in sequences[:2]]),
     }
     together = model.generate(**batch, max_new_tokens=6, eos_token_id=())[:, length:]
-    for i, row in enumerate(rows):
-        alone = model.generate(**row, max_new_tokens=6, eos_token_id=())[0, row["input_ids"].shape[1] :]
+    for i, sequence in enumerate(sequences):
+        alone = model.generate(**sequence, max_new_tokens=6, eos_token_id=())[0, sequence["input_ids"].shape[1] :]
         assert torch.equal(together[i], alone)
 
 
@@ -86,10 +86,10 @@ def test_generation_stops_at_any_end_token_and_pads(model):
     new = free[:, 5:].tolist()
     ends = [new[0][2], new[1][5]]
     stopped = model.generate(**inputs, max_new_tokens=12, eos_token_id=ends, pad_token_id=119)[:, 5:].tolist()
-    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), 12) for row in new]
+    lengths = [next((i + 1 for i, token in enumerate(tokens) if token in ends), 12) for tokens in new]
     assert len(stopped[0]) == max(lengths)
-    for row, length, got in zip(new, lengths, stopped, strict=True):
-        assert got == row[:length] + [119] * (len(got) - length)
+    for tokens, length, found in zip(new, lengths, stopped, strict=True):
+        assert found == tokens[:length] + [119] * (len(found) - length)
 
 
 def test_generation_config_gives_the_defaults():
@@ -173,9 +173,7 @@ def test_invalid_calls_raise_with_the_reason(model):
         model(image, pixel_values=torch.randn(8, 3, 14, 14), image_grid_thw=grid)
     with pytest.raises(ValueError, match="pixel_values must have shape"):
         model(image, pixel_values=pixels.flatten(1), image_grid_thw=grid)
-    with pytest.raises(
-        ValueError, match="pixel_values and image_grid_thw must be given together, got only pixel_values"
-    ):
+    with pytest.raises(ValueError, match="pixel_values and image_grid_thw must be given together, got only pixel_values"):
         model(image, pixel_values=pixels)
     with pytest.raises(ValueError, match="must not end with"):
         model(torch.tensor([[1, 112]]))

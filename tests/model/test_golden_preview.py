@@ -113,9 +113,7 @@ def test_window_attention_of_the_official_tower(model):
         raster_index=order,
     )
     found = {}
-    hook = tower.layers[0].register_forward_hook(
-        lambda module, args, output: found.update(patch_embeds=args[0], layer0=output)
-    )
+    hook = tower.layers[0].register_forward_hook(lambda module, args, output: found.update(patch_embeds=args[0], layer0=output))
     with torch.no_grad():
         found["post_ln"] = tower(patches, windows)
     hook.remove()

@@ -42,9 +42,7 @@ def test_every_stage_matches(model, name):
 def test_positions_are_exact(model, name):
     inputs, outputs = load_case("v1_5", name)
     grids = {k: inputs[k] for k in ("image_grid_thw", "video_grid_thw") if k in inputs}
-    position_ids, rope_deltas = model.get_rope_index(
-        inputs["input_ids"], **grids, attention_mask=inputs["attention_mask"]
-    )
+    position_ids, rope_deltas = model.get_rope_index(inputs["input_ids"], **grids, attention_mask=inputs["attention_mask"])
     assert torch.equal(position_ids, outputs["position_ids"])
     assert torch.equal(rope_deltas, outputs["rope_deltas"])
 

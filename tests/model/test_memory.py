@@ -10,9 +10,7 @@ HIDDEN, INTERMEDIATE = 288, 1072  # a ratio of about 4, as in the released tower
 
 def peak_bytes(images):
     """Peak bytes that a forward allocates for `images` images of 1024 patches."""
-    config = VisionConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=2, num_attention_heads=4
-    )
+    config = VisionConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=2, num_attention_heads=4)
     tower = VisionTower(config, False, "reference")
     grid_thw = torch.tensor([[1, 32, 32]] * images)
     patches = torch.zeros(1024 * images, 3, 14, 14)
@@ -31,9 +29,9 @@ def test_doubling_the_images_doubles_the_peak():
 
 def test_a_layer_allocates_each_activation_once():
     bytes_per_channel = 4 * 1024 * 4  # float32, all patches
-    # Layer input, normalized input, q, k, v, rotated q and k
+    # At attention: layer input, normalized input, q, k, v, rotated q and k
     attention = 7 * HIDDEN
-    # Layer input, input plus attention, output of fc2; output of fc1
+    # At the MLP: layer input, input plus attention, output of fc2; output of fc1
     mlp = 3 * HIDDEN + INTERMEDIATE
     # Geometry of the batch; rope angles with sine and cosine
     others = 12 + 5 * 36

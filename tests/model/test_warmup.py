@@ -1,4 +1,4 @@
-"""`warmup` compiles what the model launches later, and a second process finds all of it in the cache.
+"""`warmup` compiles what the model launches later, and a second process finds all kernels in the cache.
 
 No GPU is needed: a driver without a device makes Triton compile for an H100, and launches do nothing. tests/gpu runs the kernels.
 """
@@ -115,6 +115,6 @@ def test_sizes_must_be_lists(sizes):
         kk.warmup(tiny_model(), **sizes)
 
 
-def test_other_models_are_refused():
+def test_other_models_are_rejected():
     with pytest.raises(TypeError, match=r"model must be a keye_kernels.Keye, got Linear"):
         kk.warmup(torch.nn.Linear(2, 2))

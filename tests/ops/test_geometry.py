@@ -1,4 +1,4 @@
-"""The geometry of a packed vision batch: its segments, and its cache."""
+"""The geometry of a packed vision batch: segments by frame or by video, and the cache of frames."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -12,10 +12,11 @@ from keye_kernels.ops.linear import linear
 from keye_kernels.reference import linear as reference
 from tests.helpers.tiny import prompt, tiny_model
 
-# Relative to the largest output. The rounding error of a sum of 2048 float32 products is about sqrt(2048) / 2 eps = 3e-6 standard
-# deviations of the output. The worst of 2^16 elements has 4 times that error, and the largest of them is 4 standard deviations.
+# Allowed error relative to the largest output. A sum of 2048 float32 products has a rounding error of about sqrt(2048) / 2 eps =
+# 3e-6 standard deviations of the output. Among 2^16 outputs, the largest error and the largest output are both about 4 of their
+# own standard deviations, so their ratio is 3e-6 as well.
 FP32 = 3e-6
-LARGE = (1024, 2048)  # exceeds MIN_MULTIPLIES from one row on, so one row runs as a split GEMV and more rows run in oneDNN
+LARGE = (1024, 2048)  # above MIN_MULTIPLIES for any number of rows: one row runs as a split GEMV, more rows run in oneDNN
 
 
 def make_inputs(rows, out=LARGE[0], width=LARGE[1], dtype=torch.float32, leading=()):
@@ -49,7 +50,7 @@ def test_leading_dimensions_are_kept(leading, rows):
     assert_close(reference(x, weight, bias), x, weight, bias)
 
 
-def test_strided_views_are_read_and_not_changed():
+def test_strided_inputs_match_and_are_not_modified():
     x, weight, bias = make_inputs(6)
     wide = torch.randn(6, 3 * LARGE[1])
     before = wide[:, 5 : 5 + LARGE[1]].copy_(x).clone()
@@ -102,7 +103,7 @@ def test_tensor_subclasses_keep_their_own_linear(rows):
     torch.testing.assert_close(linear(x, weight.as_subclass(Scaled), bias), 2 * F.linear(x, weight, bias))
 
 
-def test_without_onednn_torch_runs(monkeypatch):
+def test_without_onednn_torch_computes_the_matmul(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(reference(*make_inputs(4)), F.linear(*make_inputs(4)))
 

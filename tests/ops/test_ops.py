@@ -51,7 +51,7 @@ def test_block_order_and_raster_order_give_the_same_output():
     assert torch.equal(raster[batch.raster_index], block)
 
 
-def test_position_zero_is_the_identity_and_conjugate_undoes_the_rotation():
+def test_position_0_is_the_identity_and_conjugate_undoes_the_rotation():
     (q, k, positions, inv_freq, sections), _ = rope_3d_arguments()
     same_q, same_k = kk.ops.rope_3d(q, k, torch.zeros_like(positions), inv_freq, sections)
     assert torch.equal(same_q, q) and torch.equal(same_k, k)
@@ -60,7 +60,7 @@ def test_position_zero_is_the_identity_and_conjugate_undoes_the_rotation():
     torch.testing.assert_close(restored, (q, k))
 
 
-def test_attention_ignores_other_segments_and_writes_zero_outside_of_all_segments():
+def test_attention_ignores_other_segments_and_is_zero_outside_all_segments():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 30, 4, 24).unbind(0)
     cu_seqlens = torch.tensor([2, 9, 9, 20], dtype=torch.int32)
@@ -116,18 +116,18 @@ def needs_gradient(x):
 
 
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
-def test_gradients_are_exact(name, op, arguments, keywords):
+def test_gradients_match_finite_differences(name, op, arguments, keywords):
     keywords = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     named = [k for k, v in keywords.items() if needs_gradient(v)]
-    places = [i for i, x in enumerate(arguments) if needs_gradient(x)]
+    indices = [i for i, x in enumerate(arguments) if needs_gradient(x)]
 
     def call(*leaves):
         changed = list(arguments)
-        for i, leaf in zip(places, leaves, strict=False):
+        for i, leaf in zip(indices, leaves, strict=False):
             changed[i] = leaf
-        return op(*changed, **{**keywords, **dict(zip(named, leaves[len(places) :], strict=True))})
+        return op(*changed, **{**keywords, **dict(zip(named, leaves[len(indices) :], strict=True))})
 
-    leaves = [*(arguments[i] for i in places), *(keywords[k] for k in named)]
+    leaves = [*(arguments[i] for i in indices), *(keywords[k] for k in named)]
     assert torch.autograd.gradcheck(call, [x.clone().requires_grad_() for x in leaves])
 
 
@@ -144,9 +144,7 @@ def test_opcheck(name, op, arguments, keywords, monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         cast = [a.to(dtype).requires_grad_() if needs_gradient(a) else a for a in args]
         # Tracing takes seconds and does not depend on the dtype
-        opcheck(
-            registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor")
-        )
+        opcheck(registered, cast, test_utils=ALL_UTILS if dtype == torch.float32 else ("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
@@ -191,7 +189,7 @@ def test_auto_logs_its_choice_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["rope_3d on cpu runs impl='reference'"]
 
 
-def test_flash_attn_raises_with_the_reason():
+def test_flash_attn_on_a_cpu_raises_with_the_reason():
     q = torch.randn(4, 2, 8)
     with pytest.raises(ValueError, match="impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device"):
         kk.ops.varlen_attention(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, impl="flash_attn")
@@ -256,9 +254,7 @@ def invalid_calls():
     yield ValueError, "table must be a square", lambda: kk.ops.position_embedding_2d(features, torch.randn(7, 8), grid)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message", "call"), list(invalid_calls()), ids=lambda x: x if isinstance(x, str) else ""
-)
+@pytest.mark.parametrize(("kind", "message", "call"), list(invalid_calls()), ids=lambda x: x if isinstance(x, str) else "")
 def test_invalid_arguments_are_named(kind, message, call):
     with pytest.raises(kind, match=message):
         call()

@@ -59,7 +59,7 @@ class Report:
 
 def check(target: str, kernel: str, variant: CompileVariant) -> Report:
     """Compiles one variant and analyses its machine code."""
-    multiprocessor, report = MULTIPROCESSORS[target], Report(target, kernel, variant.label)
+    report = Report(target, kernel, variant.label)
     try:
         compiled = compile_variant(target, variant)
     except Exception as error:  # any compiler pass may raise anything: that is a finding
@@ -74,10 +74,8 @@ def check(target: str, kernel: str, variant: CompileVariant) -> Report:
     report.loop_instructions = _count(INSTRUCTION[vendor], hot_loop(listing, vendor))
     if report.spills_in_loop:
         report.failures.append(f"spills inside a loop ({report.spills_in_loop} instructions)")
-    if report.shared_bytes > multiprocessor.shared_bytes_per_block:
-        report.failures.append(
-            f"needs {report.shared_bytes} bytes of shared memory, a block has {multiprocessor.shared_bytes_per_block}"
-        )
+    if report.shared_bytes > (limit := MULTIPROCESSORS[target].shared_bytes_per_block):
+        report.failures.append(f"needs {report.shared_bytes} bytes of shared memory, a block has {limit}")
     elif not report.resident_blocks:
         report.failures.append("needs more registers than a multiprocessor has")
     if variant.uses_tensor_cores and not report.tensor_core_instructions:
@@ -121,8 +119,7 @@ def analyse_nvidia(compiled: Any, report: Report) -> list[str]:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     report.registers, report.stack_bytes, report.shared_bytes = int(registers), int(stack), compiled.metadata.shared
     # Warp specialization launches more warps than requested
-    threads = re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])
-    warps = int(threads[1]) // 32
+    warps = int(re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])[1]) // 32
     by_warp = -(-report.registers * 32 // 256) * 256
     multiprocessor = MULTIPROCESSORS[report.target]
     report.resident_blocks = min(
@@ -147,9 +144,7 @@ def _analyse_amd(compiled: Any, report: Report) -> list[str]:
     report.stack_bytes, report.shared_bytes = number("private_segment_fixed_size"), compiled.metadata.shared
     warps, multiprocessor = compiled.metadata.num_warps, MULTIPROCESSORS[report.target]
     by_simd = min(multiprocessor.warps // 4, VECTOR_REGISTERS // (-(-max(report.registers, 1) // 8) * 8))
-    shared_limit = multiprocessor.blocks
-    if report.shared_bytes:
-        shared_limit = multiprocessor.shared_bytes // report.shared_bytes
+    shared_limit = multiprocessor.shared_bytes // max(report.shared_bytes, 1)
     report.resident_blocks = min(4 * by_simd // warps, multiprocessor.blocks, shared_limit)
     return text.splitlines()
 
@@ -157,8 +152,8 @@ def _analyse_amd(compiled: Any, report: Report) -> list[str]:
 def _loops(listing: list[str], vendor: str) -> list[range]:
     """The line ranges from a label to a jump back to it."""
     labels = {match[1]: line for line, text in enumerate(listing) if (match := re.search(LABEL[vendor], text))}
-    jumps = [(labels.get(match[1], line), line) for line, text in enumerate(listing)
-             if (match := re.search(JUMP[vendor], text))]  # fmt: skip
+    found = ((line, re.search(JUMP[vendor], text)) for line, text in enumerate(listing))
+    jumps = [(labels.get(match[1], line), line) for line, match in found if match]
     return [range(start, end) for start, end in jumps if start < end]
 
 
@@ -192,18 +187,9 @@ def check_kernel(target: str, kernel: str) -> list[Report]:
 def table(reports: list[Report]) -> str:
     """One line per variant."""
     head = (
-        "target",
-        "kernel",
-        "variant",
-        "registers",
-        "stack bytes",
-        "spills in loop",
-        "shared bytes",
-        "blocks",
-        "tensor-core instructions",
-        "instructions",
-        "in hot loop",
-    )
+        "target", "kernel", "variant", "registers", "stack bytes", "spills in loop", "shared bytes", "blocks",
+        "tensor-core instructions", "instructions", "in hot loop",
+    )  # fmt: skip
     rows = [head, *(tuple(map(str, list(asdict(report).values())[:-1])) for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = []
@@ -234,8 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Triton decides at its first import whether it interprets or compiles: use fresh processes
     os.environ["TRITON_INTERPRET"] = "0"
     with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        cases = list(product(targets, kernels))
-        done = pool.map(check_kernel, *zip(*cases, strict=True))
+        done = pool.map(check_kernel, *zip(*product(targets, kernels), strict=True))
         reports = [report for part in done for report in part]
 
     failures = [f"{r.target} {r.kernel} {r.label}: {failure}" for r in reports for failure in r.failures]

@@ -38,12 +38,12 @@ class Checker:
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """New memory holds NaN: elements that a config leaves unwritten would otherwise hold the right result of an earlier one."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warns, fills = (torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills

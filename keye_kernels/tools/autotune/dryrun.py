@@ -23,12 +23,9 @@ def dry_run(targets: list[str], shapes: list[TuningShape], dtype: str, workers: 
             for config in candidates(shape, dtype, Arch(target)):
                 variants[TuningVariant.of(target, shape.kernel, shape.part, dtype, config)] = config
     lines = []
-    with (
-        compiler(workers) as pool,
-        tqdm(variants.items(), desc="compiling", unit="config", file=sys.stderr, disable=None) as progress,
-    ):
+    with compiler(workers) as pool:
         pool.submit(variants)
-        for variant, config in progress:
+        for variant, config in tqdm(variants.items(), desc="compiling", unit="config", file=sys.stderr, disable=None):
             text = " ".join(f"{name}={value}" for name, value in sorted(config.items()))
             lines.append(f"{variant.target} {variant.kernel} {variant.part}: {text}: {_resources(variant, pool)}")
     return lines

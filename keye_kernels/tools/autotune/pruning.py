@@ -8,6 +8,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 from keye_kernels.tools.compile import Report
 from keye_kernels.triton.device import Arch
@@ -65,21 +66,16 @@ class Compiler:
 @contextmanager
 def compiler(workers: int | None = None) -> Iterator[Compiler]:
     """A compiler in processes of its own: Triton decides at its first import whether it interprets or compiles."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0"
     # Ctrl-C reaches all processes of a terminal. If it ended the workers, the pool would wait for them forever
     ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn, initializer=ignore_interrupts)
-    try:
-        yield Compiler(executor)
-    finally:
-        # Do not wait for running compilations or, after a second Ctrl-C, for the queue
-        processes = list((executor._processes or {}).values())
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
+    with patch.dict(os.environ, TRITON_INTERPRET="0"):
+        try:
+            yield Compiler(executor)
+        finally:
+            # Do not wait for running compilations or, after a second Ctrl-C, for the queue
+            processes = list((executor._processes or {}).values())
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()

@@ -3,11 +3,11 @@
 import json
 import logging
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from keye_kernels import __version__
 from keye_kernels.triton.launch_config import Config, table_path, triton_version, write_atomically
 from keye_kernels.triton.spec import TuningShape
 
@@ -38,12 +38,12 @@ class SweepRecords:
     def open(self, shape: TuningShape, dtype: str, resume: bool) -> SweepRecord:
         """The record of a shape: an empty one, or with `resume` the saved one."""
         known = next((record for record in self.all if (record.shape, record.dtype) == (shape, dtype)), None)
-        if known is None or not resume:
-            if known is not None:
-                self.all.remove(known)
-            known = SweepRecord(shape, dtype)
-            self.all.append(known)
-        return known
+        if known and resume:
+            return known
+        if known:
+            self.all.remove(known)
+        self.all.append(SweepRecord(shape, dtype))
+        return self.all[-1]
 
     def save(self) -> None:
         """Raises OSError where the file cannot be written."""
@@ -74,8 +74,4 @@ def _read(path: Path, head: dict) -> list[SweepRecord]:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        own = version("keye_kernels")
-    except PackageNotFoundError:  # run from a checkout
-        own = "unknown"
-    return {"keye_kernels": own, "torch": torch.__version__, "triton": triton_version()}
+    return {"keye_kernels": __version__, "torch": torch.__version__, "triton": triton_version()}

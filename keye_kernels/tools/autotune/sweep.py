@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -89,22 +90,18 @@ class SweepResult:
 def sweep(
     machine: Machine, shapes: list[TuningShape], dtype: str, save_dir: str | Path | None = None, resume: bool = False
 ) -> SweepResult:
-    """Tunes each shape and saves after each.
+    """Tunes each shape and saves after each. A folder that cannot be written is reported once, and the sweep continues.
 
-    A folder that cannot be written is reported once, and the sweep continues. On Ctrl-C, the results so far are saved, the
-    command that resumes is printed, and KeyboardInterrupt is raised again.
-
-    Raises:
-        RuntimeError: the device stopped responding, or launches do not find a saved entry.
+    On Ctrl-C, the results so far are saved, the command that resumes is printed, and KeyboardInterrupt is raised again. Raises
+    RuntimeError where the device stopped responding, or launches do not find a saved entry.
     """
     name = device_name(machine.device)
     folder = Path(save_dir or launch_config.table_folders()[0])
     records = SweepRecords(name, folder)
     result = SweepResult(name, launch_config.table_path(name, folder))
-    plans = {shape: candidates(shape, dtype, machine.arch) for shape in shapes}
     opened = {shape: records.open(shape, dtype, resume) for shape in shapes}
     result.records = list(opened.values())
-    left = {shape: [c for c in plans[shape] if not opened[shape].knows(c)] for shape in shapes}
+    left = {shape: [c for c in candidates(shape, dtype, machine.arch) if not opened[shape].knows(c)] for shape in shapes}
     done = 0
     with (
         _tables_from(folder),
@@ -127,8 +124,8 @@ def sweep(
         except (KeyboardInterrupt, RuntimeError):
             _save(machine, records, shape.kernel, result)
             where = "nothing could be saved" if result.unwritable else f"the results are in {result.path}"
-            print(f"stopped after {done} of {len(shapes)} shapes; {where}; run the same command with --resume to continue",
-                  file=sys.stderr)  # fmt: skip
+            text = f"stopped after {done} of {len(shapes)} shapes; {where}; run the same command with --resume to continue"
+            print(text, file=sys.stderr)
             raise
     return result
 
@@ -176,9 +173,8 @@ def _check_device(device: torch.device, config: Config) -> None:
 def _save(machine: Machine, records: SweepRecords, kernel: str, result: SweepResult) -> None:
     """Saves records and table, and checks that a launch would find the new entries."""
     spec = kernel_spec(kernel)
-    timed = [record for record in records.all if record.shape.kernel == kernel and record.timings]
     measured, timings_of = [], {}
-    for record in timed:
+    for record in (one for one in records.all if one.shape.kernel == kernel and one.timings):
         heuristic = spec.heuristic(record.shape, record.dtype, machine.arch)
         timings = [(heuristic | config, times) for config, times in record.timings]  # an older record may lack a field
         medians = [(config, times[0]) for config, times in timings]
@@ -200,9 +196,8 @@ def _save(machine: Machine, records: SweepRecords, kernel: str, result: SweepRes
             launch_config.save_entries(result.device, kernel, entries, result.path.parent)
     except OSError as error:
         if result.unwritable is None:
-            print(
-                f"{result.path} cannot be written: {error}; the sweep continues and prints its table at the end", file=sys.stderr
-            )
+            text = f"{result.path} cannot be written: {error}; the sweep continues and prints its table at the end"
+            print(text, file=sys.stderr)
         result.unwritable = error
         return
     for found, config in expected:
@@ -222,14 +217,9 @@ def _with_own_config(config: Config, found: MeasuredShape) -> Config:
 @contextmanager
 def _tables_from(folder: Path) -> Iterator[None]:
     """Launches look up their configs in the folder of the sweep first."""
-    before = os.environ.get("KEYE_KERNELS_TILES")
-    os.environ["KEYE_KERNELS_TILES"] = str(folder)
-    launch_config.clear_cache()
     try:
-        yield
+        with patch.dict(os.environ, KEYE_KERNELS_TILES=str(folder)):
+            launch_config.clear_cache()
+            yield
     finally:
-        if before is None:
-            del os.environ["KEYE_KERNELS_TILES"]
-        else:
-            os.environ["KEYE_KERNELS_TILES"] = before
         launch_config.clear_cache()

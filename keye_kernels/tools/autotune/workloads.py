@@ -33,8 +33,7 @@ WORKLOADS: "dict[str, Workload]" = {
 def load_shapes(name: str, kernels: tuple[str, ...]) -> "list[TuningShape]":
     """The shapes of a named workload or of a file, kernel by kernel, each once.
 
-    Raises:
-        ValueError: `name` is neither, or the file does not have the form above. The message lists the known names.
+    Raises ValueError, with the known names, if `name` is neither, or if the file does not have the form above.
     """
     workload = WORKLOADS[name] if name in WORKLOADS else _read(name)
     shapes: dict[tuple, TuningShape] = {}

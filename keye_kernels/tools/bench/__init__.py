@@ -7,32 +7,20 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument(
-        "--counted",
-        action="store_true",
-        help="count bytes, FLOPs and launches of the kernels, and read their machine code; needs no GPU, takes minutes",
-    )
+    counted_help = "count bytes, FLOPs and launches of the kernels, and read their machine code; needs no GPU, takes minutes"
+    mode.add_argument("--counted", action="store_true", help=counted_help)
     mode.add_argument("--report", metavar="DIR", help="write DIR/index.html, a page with plots of the RESULT.json files")
     mode.add_argument("--load", action="store_true", help="measure the throughput of batches packed by FLOPs")
-    parser.add_argument(
-        "results",
-        nargs="*",
-        metavar="RESULT.json",
-        help="with --report: one or two files of `pytest benchmarks/ --benchmark-json`, and one of `bench --counted --json`",
-    )
-    parser.add_argument("--select", metavar="TEXT", help="with --report: only groups and cases with TEXT in their name")
-    parser.add_argument("--force", action="store_true", help="with --report: overwrite an existing page")
-    parser.add_argument(
-        "--target", default="sm_80,sm_90,sm_100", help="with --counted: GPU architectures to compile for, or none"
-    )
-    parser.add_argument(
-        "--requests", type=int, default=48, metavar="N", help="with --load: number of requests to run (default: 48)"
-    )
-    parser.add_argument(
-        "--devices", type=int, default=8, metavar="N", help="with --load: number of simulated devices (default: 8)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --load: seed of the random requests")
-    parser.add_argument("--json", action="store_true", help="with --counted or --load: print JSON")
+    results_help = "with --report: one or two files of `pytest benchmarks/ --benchmark-json`, and one of `bench --counted --json`"
+    add = parser.add_argument
+    add("results", nargs="*", metavar="RESULT.json", help=results_help)
+    add("--select", metavar="TEXT", help="with --report: only groups and cases with TEXT in their name")
+    add("--force", action="store_true", help="with --report: overwrite an existing page")
+    add("--target", default="sm_80,sm_90,sm_100", help="with --counted: GPU architectures to compile for, or none")
+    add("--requests", type=int, default=48, metavar="N", help="with --load: number of requests to run (default: 48)")
+    add("--devices", type=int, default=8, metavar="N", help="with --load: number of simulated devices (default: 8)")
+    add("--seed", type=int, default=0, metavar="N", help="with --load: seed of the random requests")
+    add("--json", action="store_true", help="with --counted or --load: print JSON")
 
 
 def run(options: argparse.Namespace) -> int:

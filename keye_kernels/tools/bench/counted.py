@@ -24,11 +24,7 @@ Row = tuple[str, str]  # case and library
 def count(targets: Sequence[str], chosen: Sequence[str] | None = None) -> dict[str, Any]:
     """Counts cases (all if None) in the interpreter and compiles for `targets`, each in a process of its own.
 
-    Shows a progress bar on a terminal.
-
-    Raises:
-        ImportError: Triton is not installed.
-        ValueError: unknown case or target.
+    Raises ImportError if Triton is not installed, and ValueError for an unknown case or target.
     """
     if importlib.util.find_spec("triton") is None:
         raise ImportError("counting needs Triton; install it with: pip install triton")
@@ -97,14 +93,11 @@ def _analyse_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
     return machine_code.analyse_variant(target, kernel, label)
 
 
-TRAFFIC_HEAD = (
-    *("operator", "library", "launches"),
-    *("requested / floor", "unique / floor", "FLOPs / needed", "idle", "budget"),
-)
+TRAFFIC_HEAD = ("operator", "library", "launches", "requested / floor", "unique / floor", "FLOPs / needed", "idle", "budget")
 CODE_HEAD = (
-    *("kernel", "target", "registers", "stack bytes", "shared bytes", "blocks x warps"),
-    *("instructions per score", "integer", "narrowest access (bytes)", "budget"),
-)
+    "kernel", "target", "registers", "stack bytes", "shared bytes", "blocks x warps", "instructions per score", "integer",
+    "narrowest access (bytes)", "budget",
+)  # fmt: skip
 
 
 def traffic_rows(traffic: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -112,9 +105,8 @@ def traffic_rows(traffic: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for found in traffic:
         eager = f" + {found['eager_operators']} ops" if found["eager_operators"] else ""
-        kept = ", ".join(
-            f"{name} {'ABOVE ' if name in found['above'] else '<= '}{limit:g}" for name, limit in found["limits"].items()
-        )
+        limits = found["limits"].items()
+        kept = ", ".join(f"{name} {'ABOVE ' if name in found['above'] else '<= '}{limit:g}" for name, limit in limits)
         multiplies = "-" if found["multiplies"] is None else f"{found['multiplies']:.3f}"
         ratios = (f"{found['requested']:.3f}", f"{found['unique']:.3f}", multiplies)
         rows.append((found["operator"], found["by"], f"{found['launches']}{eager}", *ratios, str(found["idle"]), kept or "-"))
@@ -123,23 +115,16 @@ def traffic_rows(traffic: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def code_rows(code: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The cells of the second table."""
-
-    def score(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    return [
-        (
-            f"{found['kernel']}: {found['variant']}",
-            found["target"],
-            *(str(found[name]) for name in ("registers", "stack_bytes", "shared_bytes")),
-            f"{found['blocks']} x {found['warps']}",
-            score(found["instructions_per_score"]),
-            score(found["integer_per_score"]),
-            str(found["narrowest_access"] or "-"),
-            "; ".join(f"ABOVE: {name}" for name in found["above"]) or "met",
-        )
-        for found in code
-    ]
+    rows = []
+    for found in code:
+        resources = (str(found[name]) for name in ("registers", "stack_bytes", "shared_bytes"))
+        scores = (found["instructions_per_score"], found["integer_per_score"])
+        budget = "; ".join(f"ABOVE: {name}" for name in found["above"]) or "met"
+        rows.append((
+            f"{found['kernel']}: {found['variant']}", found["target"], *resources, f"{found['blocks']} x {found['warps']}",
+            *("-" if score is None else f"{score:.2f}" for score in scores), str(found["narrowest_access"] or "-"), budget,
+        ))  # fmt: skip
+    return rows
 
 
 def to_text(found: dict[str, Any]) -> str:

@@ -3,9 +3,8 @@
 Bytes are those of float16; bfloat16 has the same.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -40,7 +39,7 @@ def _vision_batch(grid_thw: Tensor) -> VisionBatch:
 def count_case(name: str, by: str = OURS) -> dict[str, Any]:
     """Counts one case, in a process whose Triton interprets. Raises ValueError where a peer computes something else."""
     case = counted_cases()[name]
-    call = _our_call(case) if by == OURS else next(peer for peer in PEERS if peer.name == by).make_call(case)
+    call = partial(_run_ours, case) if by == OURS else next(peer for peer in PEERS if peer.name == by).make_call(case)
     # A peer that selects the tensor's GPU for its launch finds none here
     with patch.object(torch.cuda, "device", lambda _: nullcontext()), count_traffic() as traffic:
         outputs = _as_tuple(call())
@@ -48,32 +47,21 @@ def count_case(name: str, by: str = OURS) -> dict[str, Any]:
         _check_peer(by, case, outputs)
     floor = tensor_bytes(*case.inputs, *outputs) + case.intermediate_bytes
     row = {
-        "operator": case.label,
-        "by": by,
-        "launches": len(traffic.launches),
-        "eager_operators": len(traffic.eager_operators),
-        "floor_bytes": floor,
-        "requested": traffic.requested / floor,
-        "unique": traffic.unique / floor,
+        "operator": case.label, "by": by, "launches": len(traffic.launches), "eager_operators": len(traffic.eager_operators),
+        "floor_bytes": floor, "requested": traffic.requested / floor, "unique": traffic.unique / floor,
         "multiplies": traffic.dot_flops / case.needed_flops if case.needed_flops else None,
-        "idle": traffic.idle_programs,
-        "limits": case.limits if by == OURS else {},
-    }
+        "idle": traffic.idle_programs, "limits": case.limits if by == OURS else {},
+    }  # fmt: skip
     return {**row, "above": [key for key, limit in row["limits"].items() if row[key] > limit]}
 
 
-def _our_call(case: CountedCase) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    def call() -> Tensor | tuple[Tensor, ...]:
-        if case.config is None:
+def _run_ours(case: CountedCase) -> Tensor | tuple[Tensor, ...]:
+    launch_config.clear_cache()
+    try:
+        with patch.object(launch_config, "_look_up", lambda *_: case.config) if case.config else nullcontext():
             return getattr(ops, case.operator)(**case.arguments, impl="triton")
+    finally:
         launch_config.clear_cache()
-        try:
-            with patch.object(launch_config, "_look_up", lambda *_: case.config):
-                return getattr(ops, case.operator)(**case.arguments, impl="triton")
-        finally:
-            launch_config.clear_cache()
-
-    return call
 
 
 def _check_peer(by: str, case: CountedCase, outputs: tuple[Tensor, ...]) -> None:

@@ -25,22 +25,11 @@ class RequestFlops:
 
 
 def estimate_flops(config: KeyeConfig, grids: Sequence[Grid], prompt_tokens: int, new_tokens: int = 1) -> RequestFlops:
-    """FLOPs of one request: vision tower, projector, prefill and decoding.
+    """FLOPs of one request. `prompt_tokens` includes the tokens of images and videos; `grids` are theirs.
 
     Attention is counted without padding and masked scores: within a segment in the vision tower (a grid in Preview, a frame in
-    1.5), causal in the decoder. The head is computed once per new token.
-
-    Args:
-        config: the model's config.
-        grids: (frames, patch rows, patch columns) of each image and video of the request.
-        prompt_tokens: tokens of the whole prompt, including those of images and videos.
-        new_tokens: generated tokens. The first comes from the prefill, each other one needs a decoding step.
-
-    Returns:
-        The FLOPs by part of the model.
-
-    Raises:
-        ValueError: a grid is not divisible by the merge size, or `prompt_tokens` is less than the tokens of the grids.
+    1.5), causal in the decoder. The head is computed once per new token; the first new token comes from the prefill. Raises
+    ValueError if a grid is not divisible by the merge size, or if `prompt_tokens` is less than the tokens of the grids.
     """
     vision, merge = config.vision_config, config.vision_config.spatial_merge_size
     if any(min(grid) < 1 or grid[1] % merge or grid[2] % merge for grid in grids):

@@ -93,17 +93,7 @@ def draw_requests(mix: RequestMix, number: int, seed: int) -> list[Request]:
 def simulate(config: KeyeConfig, devices: int, seed: int, mix: RequestMix = REAL) -> dict[str, Any]:
     """Compares the packers by estimated FLOPs. In each round every device gets a bin, and all wait for the slowest device.
 
-    Args:
-        config: the model's config.
-        devices: number of devices.
-        seed: seed of the random requests.
-        mix: distribution of the requests.
-
-    Returns:
-        The numbers that `bench --load --json` prints under "simulated".
-
-    Raises:
-        ValueError: `devices` is less than 1.
+    Returns the numbers that `bench --load --json` prints under "simulated". Raises ValueError if `devices` is less than 1.
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
@@ -115,20 +105,14 @@ def simulate(config: KeyeConfig, devices: int, seed: int, mix: RequestMix = REAL
     for name, pack in PACKERS.items():
         loads = [[sum(part[i] for i in indices) for indices in pack(part, devices)] for part in rounds]
         # The time of a round is that of its slowest device
-        relative_time = sum(map(max, loads)) * devices / sum(costs)
-        found[name] = {
-            "imbalance": relative_time - 1,
-            "worst_round": max(map(imbalance, loads)),
-            "share_of_ideal_throughput": 1 / relative_time,
-        }
+        relative_time, worst = sum(map(max, loads)) * devices / sum(costs), max(map(imbalance, loads))
+        found[name] = {"imbalance": relative_time - 1, "worst_round": worst, "share_of_ideal_throughput": 1 / relative_time}
     return {
-        "devices": devices,
-        "requests": len(requests),
-        "rounds": ROUNDS,
+        "devices": devices, "requests": len(requests), "rounds": ROUNDS,
         "prompt_tokens": sum(request.prompt_tokens for request in requests),
         "tflop_per_request": {"median": statistics.median(costs) / 1e12, "largest": max(costs) / 1e12},
         "packing": found,
-    }
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,15 +132,7 @@ class LoadResult:
 def run_batches(
     model: Keye, processor: KeyeProcessor, requests: Sequence[Request], batches: Bins, pixels: Sequence[list]
 ) -> LoadResult:
-    """Runs the batches one after another, including preprocessing.
-
-    Args:
-        model: the model.
-        processor: its processor.
-        requests: all requests.
-        batches: for each batch the indices of its requests.
-        pixels: for each request its images, or the frames of its clip.
-    """
+    """Runs the batches one after another, including preprocessing. `pixels` are from `draw_pixels`."""
     finished, seconds = [], []
     tokens = new_tokens = padded = 0
     start = time.perf_counter()
@@ -177,15 +153,10 @@ def run_batches(
     p50, p95 = np.percentile(finished, (50, 95)).tolist()
     prompt_slots = tokens - new_tokens + padded
     return LoadResult(
-        batches=len(batches),
-        tokens_per_second=tokens / total,
-        new_tokens_per_second=new_tokens / total,
-        latency_p50=p50,
-        latency_p95=p95,
-        imbalance_estimated=imbalance(costs),
-        imbalance_measured=imbalance(seconds),
+        batches=len(batches), tokens_per_second=tokens / total, new_tokens_per_second=new_tokens / total,
+        latency_p50=p50, latency_p95=p95, imbalance_estimated=imbalance(costs), imbalance_measured=imbalance(seconds),
         padding=padded / prompt_slots,
-    )
+    )  # fmt: skip
 
 
 def _prepare(processor: KeyeProcessor, requests: Sequence[Request], pixels: Sequence[list]) -> Any:
@@ -205,28 +176,17 @@ def draw_pixels(requests: Sequence[Request], seed: int) -> list[list]:
     from PIL import Image
 
     rng = np.random.default_rng(seed)
-    return [
-        [
-            Image.fromarray(rng.integers(0, 256, (h * 14, w * 14, 3), dtype=np.uint8))
-            for t, h, w in request.grids
-            for _ in range(t)
-        ]
-        for request in requests
-    ]
+
+    def image(h: int, w: int) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 256, (h * 14, w * 14, 3), dtype=np.uint8))
+
+    return [[image(h, w) for t, h, w in request.grids for _ in range(t)] for request in requests]
 
 
 def measure(number: int, seed: int) -> dict[str, Any]:
-    """Runs the small trained model on `number` requests, once with each packer.
+    """Runs the small trained model on `number` requests, all waiting at the start, once with each packer.
 
-    Args:
-        number: number of requests, all waiting at the start.
-        seed: seed of the random requests and pixels.
-
-    Returns:
-        The numbers that `bench --load --json` prints under "measured".
-
-    Raises:
-        ValueError: `number` is less than 1.
+    Returns the numbers that `bench --load --json` prints under "measured". Raises ValueError if `number` is less than 1.
     """
     if number < 1:
         raise ValueError(f"requests must be at least 1, got {number}")
@@ -245,14 +205,11 @@ def to_text(measured: dict[str, Any], simulated: dict[str, Any]) -> str:
     """The tables of `bench --load`."""
     names = list(PACKERS)
     rows = [
-        ("tokens per second", "tokens_per_second", "{:.0f}"),
-        ("new tokens per second", "new_tokens_per_second", "{:.0f}"),
-        ("latency p50, s", "latency_p50", "{:.2f}"),
-        ("latency p95, s", "latency_p95", "{:.2f}"),
-        ("imbalance, seconds", "imbalance_measured", "{:.1%}"),
-        ("imbalance, FLOPs", "imbalance_estimated", "{:.1%}"),
+        ("tokens per second", "tokens_per_second", "{:.0f}"), ("new tokens per second", "new_tokens_per_second", "{:.0f}"),
+        ("latency p50, s", "latency_p50", "{:.2f}"), ("latency p95, s", "latency_p95", "{:.2f}"),
+        ("imbalance, seconds", "imbalance_measured", "{:.1%}"), ("imbalance, FLOPs", "imbalance_estimated", "{:.1%}"),
         ("padding", "padding", "{:.1%}"),
-    ]
+    ]  # fmt: skip
     batches = measured["packing"][names[0]]["batches"]
     lines = [
         f"Measured: small model, float32 on {measured['device']} ({measured['threads']} threads), "
@@ -265,10 +222,9 @@ def to_text(measured: dict[str, Any], simulated: dict[str, Any]) -> str:
         f"at most {simulated['tflop_per_request']['largest']:.0f}",
     ]
     rows = [
-        ("imbalance", "imbalance", "{:.2%}"),
-        ("worst round", "worst_round", "{:.2%}"),
+        ("imbalance", "imbalance", "{:.2%}"), ("worst round", "worst_round", "{:.2%}"),
         ("share of ideal", "share_of_ideal_throughput", "{:.1%}"),
-    ]
+    ]  # fmt: skip
     return "\n".join([*lines, _table(simulated["packing"], rows)])
 
 

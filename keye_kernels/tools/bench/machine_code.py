@@ -35,19 +35,11 @@ def analyse_variant(target: str, kernel: str, label: str) -> dict[str, Any]:
     variant = next(one for one in kernel_spec(kernel).shipped_variants(Arch(target)) if one.label == label)
     report = check(target, kernel, variant)
     row = {
-        "kernel": kernel,
-        "variant": label,
-        "target": target,
-        "registers": report.registers,
-        "stack_bytes": report.stack_bytes,
-        "shared_bytes": report.shared_bytes,
-        "blocks": report.resident_blocks,
-        "warps": variant.num_warps,
-        "instructions_per_score": None,
-        "integer_per_score": None,
-        "narrowest_access": None,
-        "above": list(report.failures),
-    }
+        "kernel": kernel, "variant": label, "target": target,
+        "registers": report.registers, "stack_bytes": report.stack_bytes, "shared_bytes": report.shared_bytes,
+        "blocks": report.resident_blocks, "warps": variant.num_warps, "above": list(report.failures),
+        "instructions_per_score": None, "integer_per_score": None, "narrowest_access": None,
+    }  # fmt: skip
     if not report.instructions:
         return row
     listing = analyse_nvidia(compile_variant(target, variant), Report(target, kernel, label))
@@ -64,11 +56,8 @@ def analyse_loop(lines: list[str]) -> dict[str, Any]:
     """Instructions, integer instructions, and the narrowest memory access in bytes per thread (None: no access)."""
     opcodes = [match[1] for match in map(OPCODE.match, lines) if match]
     bits = [bits for _, bits in access_widths(lines)]
-    return {
-        "instructions": len(opcodes),
-        "integer": sum(bool(INTEGER.match(op)) for op in opcodes),
-        "narrowest_access": min(bits) // 8 if bits else None,
-    }
+    integer = sum(bool(INTEGER.match(op)) for op in opcodes)
+    return {"instructions": len(opcodes), "integer": integer, "narrowest_access": min(bits) // 8 if bits else None}
 
 
 def access_widths(lines: list[str]) -> Counter[tuple[str, int]]:
@@ -83,10 +72,8 @@ def above(row: dict[str, Any]) -> list[str]:
     """The budgets that a variant exceeds."""
     found = ["stack"] if row["stack_bytes"] else []
     if row["instructions_per_score"] is not None:
-        limits = SCORE_LIMITS[row["target"]]
-        found += [
-            name for name, limit in zip(("instructions_per_score", "integer_per_score"), limits, strict=True) if row[name] > limit
-        ]
+        limits = zip(("instructions_per_score", "integer_per_score"), SCORE_LIMITS[row["target"]], strict=True)
+        found += [name for name, limit in limits if row[name] > limit]
         if row["blocks"] < 2 and row["blocks"] * row["warps"] < MIN_WARPS_PER_MULTIPROCESSOR:
             found.append("occupancy")
     if row["narrowest_access"] is not None and row["narrowest_access"] < MIN_ACCESS_BYTES:

@@ -10,17 +10,7 @@ Bins = list[list[int]]  # per bin, the indices of its requests in the queue
 def pack_longest_first(costs: Sequence[float], bins: int) -> Bins:
     """Longest processing time first (Graham, 1969): in the order of decreasing cost, each request goes to the least loaded bin.
 
-    The largest load is at most 4/3 of the best possible one.
-
-    Args:
-        costs: the cost of each request, in the order of the queue.
-        bins: number of batches or devices.
-
-    Returns:
-        For each bin the indices of its requests, in the order of the queue.
-
-    Raises:
-        ValueError: `bins` is less than 1, or a cost is negative.
+    The largest load is at most 4/3 of the best possible one. Raises ValueError if `bins` is less than 1 or a cost is negative.
     """
     _check(costs, bins)
     loads = [(0.0, number) for number in range(bins)]

@@ -47,10 +47,7 @@ def _liger(case: CountedCase) -> Callable[[], tuple[Tensor, ...]]:
         options = _Float(1e-6), _Float(0.0), "llama", None
         # libdevice's rsqrt does not run in the interpreter, Triton's own does
         with patch.object(rms_norm, "rsqrt", lambda x: triton.language.rsqrt(x)):
-            normed = [
-                rms_norm.rms_norm_forward(x, given[f"{name}_norm_weight"], *options)[0]
-                for name, x in zip("qk", (q, k), strict=True)
-            ]
+            normed = [rms_norm.rms_norm_forward(x, given[f"{name}_norm_weight"], *options)[0] for name, x in (("q", q), ("k", k))]
         heads_first = (x.transpose(0, 1)[None] for x in normed)
         rotated = mrope.qwen2vl_mrope_forward(*heads_first, cos, sin, given["mrope_section"])[:2]
         return tuple(x[0].transpose(0, 1) for x in rotated)

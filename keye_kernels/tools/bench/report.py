@@ -27,20 +27,9 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: lef
 def write_report(
     folder: str, results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | None, force: bool = False
 ) -> Path:
-    """Writes `folder`/index.html.
+    """Writes `folder`/index.html, with one timed result or two to compare, and returns its path.
 
-    Args:
-        folder: created if it does not exist.
-        results: one timed result, or two to compare.
-        counted_work: the result of `bench --counted`, or None.
-        force: overwrite an existing page.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        FileExistsError: the page exists and `force` is False.
+    Raises ImportError if matplotlib is not installed, and FileExistsError if the page exists and `force` is False.
     """
     path = Path(folder) / PAGE
     if path.exists() and not force:
@@ -55,7 +44,7 @@ def to_html(results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | N
     """The page. It contains all its plots and loads no other file."""
     first = results[0]
     parts = [f"<h1>Keye kernels: benchmarks</h1>\n<p>{html.escape(_introduction(first))}</p>"]
-    parts += [_warning(text) for text in warnings(results)]
+    parts += [f'<p class="warning">Warning: {html.escape(text)}.</p>' for text in warnings(results)]
     parts.append("<h2>Machine and versions</h2>" + _environment(results))
     parts.append("<h2>Speedup by shape</h2>" + _plot("speedup", plot_speedup(first), _speedup_caption(first)))
     if len(results) == 2:
@@ -66,10 +55,8 @@ def to_html(results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | N
     parts.append("<h2>Counted work</h2>" + _counted(counted_work))
     parts.append("<h2>All timings</h2>" + _timings(results))
     body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Keye kernels: benchmarks</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    head = f'<meta charset="utf-8"><title>Keye kernels: benchmarks</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def warnings(results: Sequence[BenchmarkResult]) -> list[str]:
@@ -95,7 +82,7 @@ def plot_speedup(result: BenchmarkResult) -> "Figure":
         for timing in result.timings
         if (base := result.baseline(timing)) is not None and base is not timing
     ]
-    return _bars(result, rows, "speedup over the baseline", line=1.0, missing="no case has a timed baseline")
+    return _bars(result, rows, "speedup over the baseline", "no case has a timed baseline")
 
 
 def _speedup_caption(result: BenchmarkResult) -> str:
@@ -111,7 +98,7 @@ def plot_comparison(one: BenchmarkResult, other: BenchmarkResult) -> "Figure":
         for timing in other.timings
         if timing.key in before
     ]
-    return _bars(one, rows, f"time in {other.file} / time in {one.file}", line=1.0, missing="no case is in both files")
+    return _bars(one, rows, f"time in {other.file} / time in {one.file}", "no case is in both files")
 
 
 def _roofline(result: BenchmarkResult) -> str:
@@ -120,8 +107,7 @@ def _roofline(result: BenchmarkResult) -> str:
         for timing in result.timings
         if timing.extra.get("roofline_share") is not None
     ]
-    missing = "the peak rates of this machine are not known"
-    figure = _bars(result, rows, "share of the roofline", line=1.0, missing=missing)
+    figure = _bars(result, rows, "share of the roofline", "the peak rates of this machine are not known")
     return _plot("roofline", figure, "Time at peak bandwidth or peak FLOP/s, whichever is longer / median time.")
 
 
@@ -141,19 +127,16 @@ def _memory(result: BenchmarkResult) -> str:
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
     figure = _figure(result, 3.5, draw if series else None, missing="no case has a peak of memory")
-    return _plot(
-        "memory",
-        figure,
-        "Peak of allocated memory during a call, without inputs and weights. For shapes with equal token counts: the maximum.",
+    caption = (
+        "Peak of allocated memory during a call, without inputs and weights. For shapes with equal token counts: the maximum."
     )
+    return _plot("memory", figure, caption)
 
 
 def _counted(counted_work: dict[str, Any] | None) -> str:
     if counted_work is None:
-        return (
-            "<p>Not given. Run <code>keye-kernels bench --counted --json &gt; counted.json</code> and pass that file "
-            "together with the result.</p>"
-        )
+        command = "<code>keye-kernels bench --counted --json &gt; counted.json</code>"
+        return f"<p>Not given. Run {command} and pass that file together with the result.</p>"
 
     def draw(axes: Any) -> None:
         rows = counted_work["traffic"][::-1]
@@ -174,8 +157,8 @@ def _counted(counted_work: dict[str, Any] | None) -> str:
     return f"{plot}{tables}<p>{html.escape(versions)}. {html.escape(counted.NOTES)}</p>"
 
 
-def _bars(result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label: str, line: float, missing: str) -> "Figure":
-    """Horizontal bars of rows (name, group, value), sorted by group."""
+def _bars(result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label: str, missing: str) -> "Figure":
+    """Horizontal bars of rows (name, group, value), sorted by group, with a line at 1."""
     groups = sorted({group for _, group, _ in rows})
     ordered = [row for group in groups for row in rows if row[1] == group][::-1]
 
@@ -185,7 +168,7 @@ def _bars(result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label
             bars = axes.barh(positions, [ordered[i][2] for i in positions], label=group, color=f"C{number}")
             axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         axes.set_yticks(range(len(ordered)), [name for name, _, _ in ordered], fontsize=7)
-        axes.axvline(line, color="black", linewidth=0.8)
+        axes.axvline(1, color="black", linewidth=0.8)
         axes.margins(x=0.1)
         axes.set(xlabel=label)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -222,10 +205,6 @@ def _plot(name: str, figure: "Figure", caption: str) -> str:
     return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
-def _warning(text: str) -> str:
-    return f'<p class="warning">Warning: {html.escape(text)}.</p>'
-
-
 def _environment(results: Sequence[BenchmarkResult]) -> str:
     names = list(dict.fromkeys(name for r in results for name in (*r.machine, *r.versions)))
     rows = [(name, *((r.machine | r.versions).get(name, "-") for r in results)) for name in names]
@@ -236,17 +215,10 @@ def _timings(results: Sequence[BenchmarkResult]) -> str:
     def cells(result: BenchmarkResult, timing: Timing) -> tuple[str, ...]:
         low, high = timing.quartiles
         rates = (timing.extra.get(name) for name in ("gb_per_s", "tflop_per_s"))
-        return (
-            result.file,
-            timing.group,
-            timing.shape,
-            timing.dtype,
-            timing.impl,
-            f"{1e3 * timing.seconds:.3f}",
-            f"{1e3 * low:.3f} to {1e3 * high:.3f}",
-            *("-" if rate is None else f"{rate:.3g}" for rate in rates),
-            str(timing.extra.get("config_source") or "-"),
-        )
+        names = result.file, timing.group, timing.shape, timing.dtype, timing.impl
+        times = f"{1e3 * timing.seconds:.3f}", f"{1e3 * low:.3f} to {1e3 * high:.3f}"
+        shown_rates = ("-" if rate is None else f"{rate:.3g}" for rate in rates)
+        return (*names, *times, *shown_rates, str(timing.extra.get("config_source") or "-"))
 
     head = ("file", "group", "shape", "dtype", "impl", "median, ms", "quartiles", "GB/s", "TFLOP/s", "launch config")
     return _table(head, [cells(result, timing) for result in results for timing in result.timings])

@@ -45,18 +45,10 @@ class BenchmarkResult:
 
 
 def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[BenchmarkResult], dict[str, Any] | None]:
-    """Reads one or two timed results, and at most one counted result.
+    """Reads one or two timed results, and at most one counted result (else None); the files may come in any order.
 
-    Args:
-        files: paths of the files, in any order.
-        select: keep only the cases with this text in the name of the group or the case.
-
-    Returns:
-        The timed results, and the counted result or None.
-
-    Raises:
-        OSError: a file cannot be read.
-        ValueError: a file is not a result, the number of files is wrong, nothing was timed, or `select` matches nothing.
+    Keeps only the cases with `select` in the name of the group or the case. Raises OSError if a file cannot be read, and
+    ValueError if it is not a result, the number of files is wrong, nothing was timed, or `select` matches nothing.
     """
     contents = [(file, _read(file)) for file in files]
     counted = [content for _, content in contents if "traffic" in content]
@@ -88,9 +80,8 @@ def _read(file: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not ({"benchmarks", "traffic"} & content.keys()):
-        raise ValueError(
-            f"{file} is not a result of `pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
-        )
+        commands = "`pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
+        raise ValueError(f"{file} is not a result of {commands}")
     return content
 
 
@@ -121,17 +112,8 @@ def _result(file: str, content: dict[str, Any], select: str | None) -> Benchmark
         if impl == "triton" and not gpu:
             interpreted.append(case["name"])
             continue
-        timings.append(
-            Timing(
-                group=str(case["group"]),
-                impl=impl,
-                shape=str(params.get("shape", "")),
-                dtype=str(params.get("dtype", "")),
-                seconds=stats["median"],
-                quartiles=(stats["q1"], stats["q3"]),
-                extra=extra,
-            )
-        )
+        shape, dtype = (str(params.get(name, "")) for name in ("shape", "dtype"))
+        timings.append(Timing(str(case["group"]), impl, shape, dtype, stats["median"], (stats["q1"], stats["q3"]), extra))
     if not timings:
         raise ValueError(f"{file} contains only times of Triton's interpreter, which are not reported")
     return BenchmarkResult(Path(file).name, timings, shown, versions, bool(gpu), interpreted)

@@ -41,18 +41,16 @@ def diagnose() -> Diagnosis:
         try:
             result, problems = run()
         except Exception as error:
-            result, problems = (instead, [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")])
+            result, problems = instead, [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")]
         found.problems += problems
         return result
 
     found.device = probe("the device cannot be examined", lambda: find_device(packages), {"type": "cpu"})
-    is_cpu = found.device["type"] == "cpu"
-    found.problems += probe(
-        "the versions cannot be checked", lambda: (version_problems(packages, guarded(torchs_triton, None), is_cpu), []), []
-    )
+    kind = found.device["type"]
+    pinned = guarded(torchs_triton, None)
+    probe("the versions cannot be checked", lambda: ([], version_problems(packages, pinned, kind == "cpu")), [])
     if not packages["torch"].usable:
         return found
-    kind = found.device["type"]
     found.operators = probe("the operators cannot be imported", lambda: find_operators(kind), [])
     found.tables = probe("the launch-config tables cannot be read", lambda: (find_tables(kind), []), {})
     found.backends = probe("the backends cannot be determined", lambda: (find_backends(kind), []), [])

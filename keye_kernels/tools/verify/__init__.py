@@ -72,10 +72,8 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
         return Setup(device, "triton", True, every, RUNS, [])
     if not interpreted:
         if "triton" in sys.modules:
-            raise ValueError(
-                "device 'cpu' needs Triton's interpreter, but this process has imported Triton to compile: set "
-                "TRITON_INTERPRET=1 before Python starts"
-            )
+            what = "device 'cpu' needs Triton's interpreter, but this process has imported Triton to compile"
+            raise ValueError(f"{what}: set TRITON_INTERPRET=1 before Python starts")
         os.environ["TRITON_INTERPRET"] = "1"
     notes = [
         "no GPU: the kernels run in Triton's interpreter, at reduced sizes",
@@ -86,24 +84,12 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
 
 
 def verify(
-    setup: Setup,
-    *,
-    seeds: int = SEEDS,
-    chosen: Sequence[VerifyCase] | None = None,
-    answers: bool = True,
+    setup: Setup, *, seeds: int = SEEDS, chosen: Sequence[VerifyCase] | None = None, answers: bool = True,
     report: Callable[[CheckResult], object] = lambda result: None,
-) -> list[CheckResult]:
-    """Checks cases in every dtype and implementation, then the small model's answers.
+) -> list[CheckResult]:  # fmt: skip
+    """Checks cases (None: those of all kernels) in every dtype and implementation, and with `answers` the small model's.
 
-    Args:
-        setup: from `choose_setup`.
-        seeds: random inputs per case.
-        chosen: the cases; None: those of all kernels.
-        answers: also check the small model.
-        report: is called with each result as soon as it exists.
-
-    Raises:
-        ValueError: fewer than one seed.
+    `report` is called with each result as soon as it exists. Raises ValueError for fewer than one seed (inputs per case).
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -142,16 +128,13 @@ def compile_ahead(chosen: Sequence[VerifyCase], setup: Setup) -> tuple[int, int]
 
 def describe(setup: Setup) -> dict[str, Any]:
     """Device and versions of the results."""
-    is_gpu = setup.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(setup.device) if is_gpu else "cpu",
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(setup.device))) if is_gpu else None,
-        "implementation": setup.impl,
-        "keye_kernels": __version__,
-        "torch": torch.__version__,
-        "triton": import_module("triton").__version__ if setup.impl == "triton" else None,
-        "notes": setup.notes,
-    }
+    name, capability = "cpu", None
+    if setup.device.type == "cuda":
+        name = torch.cuda.get_device_name(setup.device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(setup.device)))
+    triton = import_module("triton").__version__ if setup.impl == "triton" else None
+    versions = {"keye_kernels": __version__, "torch": torch.__version__, "triton": triton}
+    return {"device": name, "capability": capability, "implementation": setup.impl, **versions, "notes": setup.notes}
 
 
 def run(options: argparse.Namespace) -> int:

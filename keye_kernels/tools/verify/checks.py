@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from keye_kernels import ops
 from keye_kernels.triton.cases import Arguments, Truth, VerifyCase
 
-GUARD_ROWS, GUARD_COLUMNS = (8, 8)  # around the rows of a tensor, and after each row that may have a stride; 16-byte aligned
+GUARD_ROWS, GUARD_COLUMNS = 8, 8  # around the rows of a tensor, and after each row that may have a stride; 16-byte aligned
 STRIDED = ("q", "k", "v", "features")  # the arguments whose rows may have a stride
 HOST_ARGUMENTS = ("grid_thw",)
 FLOAT32_ARGUMENTS = ("inv_freq",)  # float32 for every dtype under test
@@ -74,16 +75,8 @@ def check(case: VerifyCase, dtype: torch.dtype, device: torch.device, impl: str,
         message = (str(error).strip().splitlines() or [""])[0]
         worst, differ, guards = (torch.inf, 0.0), 0, f"raised {type(error).__name__}: {message}"
     seconds = round(time.perf_counter() - start, 2)
-    return CheckResult(
-        case.operator,
-        case.label + (f", {impl} matmuls" if impl == "torch" else ""),
-        DTYPE_NAMES[dtype],
-        *worst,
-        runs,
-        differ,
-        guards,
-        seconds,
-    )
+    label = case.label + (", torch matmuls" if impl == "torch" else "")
+    return CheckResult(case.operator, label, DTYPE_NAMES[dtype], *worst, runs, differ, guards, seconds)
 
 
 def _check(
@@ -122,7 +115,7 @@ def check_guards(case: VerifyCase, arguments: Arguments, truth: Truth | None, im
     placed = {
         name: _place(value, GUARD_COLUMNS if name in STRIDED else 0)
         for name, value in arguments.items()
-        if isinstance(value, Tensor) and name != "grid_thw"
+        if isinstance(value, Tensor) and name not in HOST_ARGUMENTS
     }
     before = {name: _bits(buffer).clone() for name, (buffer, _) in placed.items()}
     with guarded_allocations() as allocated:
@@ -154,15 +147,10 @@ def guarded_allocations() -> Iterator[list[Tensor]]:
 
         return allocate_between_guards
 
-    places = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-    originals = [getattr(owner, name) for owner, name in places]
-    for (owner, name), original in zip(places, originals, strict=True):
-        setattr(owner, name, guarded(original))
-    try:
+    with ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patches.enter_context(patch.object(owner, name, guarded(getattr(owner, name))))
         yield guards
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
 
 
 def _place(tensor: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -41,15 +41,10 @@ _config_caches: list[Any] = []  # caches made by `cache_config`
 
 
 def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: Config) -> Config:
-    """The config of one launch.
+    """The config of one launch of a kernel. Each key is cached: round sizes that change with every call to powers of two.
 
-    Args:
-        kernel: the kernel's name in the tables.
-        device: where it runs.
-        key: what the choice depends on. Round sizes that change with every call to powers of two: each key is cached.
-        heuristic: the config where no table has an entry; it also fills in the fields that an entry leaves out.
-
-    A table that cannot be read or does not fit the kernel is reported once and ignored; this function never raises for it.
+    `heuristic` is the config where no table has an entry, and fills in the fields that an entry leaves out. A table that cannot
+    be read or does not fit the kernel is reported once and ignored; this function never raises for it.
     """
     found = _look_up(kernel, device, tuple(key.items()))
     if found and any(name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()):
@@ -59,15 +54,10 @@ def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: 
 
 
 def save_entries(device: str, kernel: str, entries: list[TableEntry], folder: str | Path | None = None) -> Path:
-    """Writes entries of one kernel into the table of a device and returns the table's path.
+    """Writes entries of one kernel into the table of a device (by name) and returns the table's path.
 
-    Args:
-        device: the device's name.
-        entries: each replaces an entry with the same key. Entries of another Triton version are dropped.
-        folder: default: the first folder of the look-up.
-
-    Raises:
-        OSError: the file cannot be written. It is replaced atomically, so that readers never see half of it.
+    An entry replaces one with the same key; entries of another Triton version are dropped. Raises OSError where the file cannot
+    be written.
     """
     path = table_path(device, folder)
     _read.cache_clear()
@@ -92,7 +82,7 @@ def to_json(device: str, kernels: dict[str, list[TableEntry]]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step. Raises OSError and leaves the old file where that fails."""
+    """Replaces a file in one step: readers never see half of it. Raises OSError and leaves the old file where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -158,11 +148,8 @@ def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str]
             continue
         _report(f"{kernel} on {name}: launch configs from {path}", logging.INFO)
         if table["triton"].split(".")[:2] != triton_version().split(".")[:2]:
-            _report(
-                f"{path} was measured with Triton {table['triton']}, this is {triton_version()}: "
-                "run `keye-kernels autotune` to measure again",
-                logging.WARNING,
-            )
+            versions = f"Triton {table['triton']}, this is {triton_version()}"
+            _report(f"{path} was measured with {versions}: run `keye-kernels autotune` to measure again", logging.WARNING)
         return entry["config"]
     _report(f"{kernel} on {name}: launch configs from the heuristic; no entry in {paths[0]} or later", logging.INFO)
     return None

@@ -83,9 +83,7 @@ def linear(
 ) -> Tensor:
     """x [M, IN] @ weight [OUT, IN].T + bias [OUT], with `gelu` followed by the exact GELU; all tensors contiguous.
 
-    Args:
-        backend: "triton" (the kernel here), "torch" (cuBLAS or hipBLAS), or "auto": as the launch config says.
-        config: the launch config; None: from a table or the heuristic.
+    `backend` is "triton" (the kernel here), "torch" (cuBLAS or hipBLAS), or "auto": as the launch config says.
     """
     (rows, width), columns = x.shape, weight.shape[0]
     if config is None:

@@ -7,18 +7,10 @@ from .patch_merge_norm import patch_merge_norm
 
 
 def patch_merge_projection(
-    features: Tensor,
-    merge_index: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    linear_1_weight: Tensor,
-    linear_1_bias: Tensor,
-    linear_2_weight: Tensor,
-    linear_2_bias: Tensor,
-    merge_size: int = 2,
-    eps: float = 1e-5,
-    backend: str = "auto",
-) -> Tensor:
+    features: Tensor, merge_index: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
+    linear_1_weight: Tensor, linear_1_bias: Tensor, linear_2_weight: Tensor, linear_2_bias: Tensor,
+    merge_size: int = 2, eps: float = 1e-5, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """linear_2(gelu(linear_1(merge(norm(features))))); arguments and result as in `keye_kernels.reference`.
 
     Weights are contiguous, of any floating-point dtype; the matmuls round them to the dtype of the features.

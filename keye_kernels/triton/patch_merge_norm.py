@@ -70,20 +70,13 @@ _launch = Kernel(patch_merge_norm_kernel)
 
 
 def patch_merge_norm(
-    features: Tensor,
-    merge_index: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    merge_size: int = 2,
-    eps: float = 1e-5,
-    config: Config | None = None,
-) -> Tensor:
+    features: Tensor, merge_index: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, merge_size: int = 2,
+    eps: float = 1e-5, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """Normalized merged rows [T/m², m² C] of features [T, C] (last axis contiguous), in the dtype of the features.
 
-    Args:
-        merge_index: [T/m², m²] int32, the patches that each row joins; None where they are adjacent.
-        norm_weight, norm_bias: [C] to normalize each patch, or [m² C] to normalize the merged row. Contiguous.
-        config: the launch config; None: from a table or the heuristic.
+    merge_index: [T/m², m²] int32, the patches that each row joins; None where they are adjacent. The norm's weights are
+    contiguous: [C] to normalize each patch, or [m² C] to normalize the merged row.
     """
     patches, channels = merge_size**2, features.shape[1]
     rows = features.shape[0] // patches

@@ -75,8 +75,7 @@ def _truth(arguments: Arguments, dtype: torch.dtype) -> Truth:
 def _merge(x: Tensor, grid_thw: Tensor) -> Tensor:
     """[T/4, 4C]: the 2x2 blocks of features [T, C] in raster order, image by image."""
     merged = []
-    for grid, image in zip(grid_thw.tolist(), x.split(grid_thw.prod(1).tolist()), strict=True):
-        t, h, w = grid
+    for (t, h, w), image in zip(grid_thw.tolist(), x.split(grid_thw.prod(1).tolist()), strict=True):
         blocks = image.view(t, h // 2, 2, w // 2, 2, -1).transpose(2, 3)
         merged.append(blocks.reshape(t * h * w // 4, -1))
     return torch.cat(merged)

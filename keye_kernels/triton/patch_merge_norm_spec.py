@@ -73,19 +73,12 @@ class PatchMergeNormSpec(spec.KernelSpec):
         }  # fmt: skip
         weights = {name: torch.randn(shape, dtype=half) * shape[-1] ** -0.5 for name, shape in shapes.items()}
         features = torch.randn(PATCHES * COUNTED_ROWS, COUNTED_CHANNELS, dtype=half)
-        return [
-            spec.CountedCase(
-                "patch_merge_projection",
-                f"patch_merge_projection, 16 images, widths {width} and {COUNTED_OUT} (with intermediates)",
-                "patch_merge_projection",
-                {"features": features, "grid_thw": batch, **weights},
-                [features, *weights.values()],
-                {"launches": 3, "unique": 1.05, "idle": 0},
-                needed_flops=2 * COUNTED_ROWS * width * (width + COUNTED_OUT),
-                # The normalized merged rows and the hidden activation
-                intermediate_bytes=2 * 2 * COUNTED_ROWS * width * half.itemsize,
-            )
-        ]
+        name, label = "patch_merge_projection", f"16 images, widths {width} and {COUNTED_OUT} (with intermediates)"
+        arguments, inputs = {"features": features, "grid_thw": batch, **weights}, [features, *weights.values()]
+        limits, flops = {"launches": 3, "unique": 1.05, "idle": 0}, 2 * COUNTED_ROWS * width * (width + COUNTED_OUT)
+        # The normalized merged rows and the hidden activation are written and read
+        intermediates = 2 * 2 * COUNTED_ROWS * width * half.itemsize
+        return [spec.CountedCase(name, f"{name}, {label}", name, arguments, inputs, limits, flops, intermediates)]
 
 
 def _variant(edition: str, norm_width: int, gathered: bool, dtype: str, config: Config) -> spec.CompileVariant:

@@ -45,10 +45,7 @@ _launch = Kernel(position_embedding_2d_kernel)
 def position_embedding_2d(
     features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor, config: Config | None = None
 ) -> Tensor:
-    """Launches the kernel. Arguments and result as in `keye_kernels.reference.position_embedding_2d`.
-
-    `config` is the launch config; None: from a table or the heuristic.
-    """
+    """Launches the kernel. Arguments and result as in `keye_kernels.reference.position_embedding_2d`."""
     num_patches, channels = features.shape
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     if num_patches == 0:

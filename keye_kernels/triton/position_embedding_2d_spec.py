@@ -64,17 +64,10 @@ class PositionEmbeddingSpec(spec.KernelSpec):
         batch = vision_batch(torch.tensor([[1, 4, 4]] * 16))
         features = torch.randn(len(batch.raster_index), CHANNELS, dtype=torch.float16)
         table = torch.randn(TABLE_ROWS, CHANNELS, dtype=torch.float16)
-        used = table[batch.corner_index.unique()]
-        return [
-            spec.CountedCase(
-                self.name,
-                "position_embedding_2d, 16 images",
-                self.name,
-                {"features": features, "table": table, "grid_thw": batch},
-                [features, used, batch.corner_index, batch.corner_weight],
-                {"launches": 1, "unique": 1.05, "idle": 0},
-            )
-        ]
+        inputs = [features, table[batch.corner_index.unique()], batch.corner_index, batch.corner_weight]
+        arguments = {"features": features, "table": table, "grid_thw": batch}
+        limits = {"launches": 1, "unique": 1.05, "idle": 0}
+        return [spec.CountedCase(self.name, "position_embedding_2d, 16 images", self.name, arguments, inputs, limits)]
 
 
 SPEC = PositionEmbeddingSpec()

@@ -148,10 +148,9 @@ def config_key(dtype: torch.dtype, head_dim: int, num_tokens: int) -> ConfigKey:
 def cover_pairs(head_dim: int, has_norm: bool) -> dict[str, int]:
     """Powers of two that cover the pairs of a head: 36 = 32 + 4, or 64 where the norm needs the whole head at once."""
     half = head_dim // 2
-    covering = next_power_of_2(half)
-    pairs, tail = covering, 0
-    if covering != half and not has_norm:
-        pairs, tail = covering // 2, next_power_of_2(half - covering // 2)
+    pairs, tail = next_power_of_2(half), 0
+    if pairs != half and not has_norm:
+        pairs, tail = pairs // 2, next_power_of_2(half - pairs // 2)
     # The second half starts at `half`: vectors up to the largest power of two that divides it stay aligned
     return {"PAIRS": pairs, "TAIL": tail, "VECTOR": half & -half}
 
@@ -163,21 +162,10 @@ def _config(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens:
 
 
 def rope(
-    q: Tensor,
-    k: Tensor,
-    position_ids: Tensor,
-    inv_freq: Tensor,
-    sections: list[int],
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    conjugate: bool = False,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launches `rope_kernel`. Arguments and results as in `keye_kernels.reference.rope`; the outputs are contiguous.
-
-    `config` is the launch config; None: from a table or the heuristic.
-    """
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: list[int], q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None, eps: float = 1e-6, conjugate: bool = False, config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches `rope_kernel`. Arguments and results as in `keye_kernels.reference.rope`; the outputs are contiguous."""
     (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)

@@ -53,9 +53,10 @@ class RopeSpec(spec.KernelSpec):
             norms = (None if weight is None else weight.to(dtype) for weight in weights)
             return reference.rope(q[rows].to(dtype), k[rows].to(dtype), position_ids[:, rows], inv_freq, sections, *norms)
 
-        return spec.TuningProblem(
-            lambda config: rope(q, k, position_ids, inv_freq, sections, *weights, config=config), expect, rows
-        )
+        def launch(config: Config) -> tuple[Tensor, ...]:
+            return rope(q, k, position_ids, inv_freq, sections, *weights, config=config)
+
+        return spec.TuningProblem(launch, expect, rows)
 
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         # (dtype of the norm weights, backward rotation)
@@ -74,11 +75,9 @@ class RopeSpec(spec.KernelSpec):
 
     def counted_cases(self, vision_batch: spec.BuildBatch) -> list[spec.CountedCase]:
         half, text, vision = torch.float16, SIZES["text"], SIZES["vision"]
-        heads = sum(text.heads)
         # q and k as views of a fused projection
-        q, k, _ = torch.randn(COUNTED_TOKENS, heads + text.heads[1], text.head_dim, dtype=half).split(
-            (*text.heads, text.heads[1]), dim=1
-        )
+        heads = (*text.heads, text.heads[1])
+        q, k, _ = torch.randn(COUNTED_TOKENS, sum(heads), text.head_dim, dtype=half).split(heads, dim=1)
         positions = torch.randint(0, 4000, (3, COUNTED_TOKENS), dtype=torch.int32)
         norms = {f"{name}_norm_weight": torch.rand(text.head_dim, dtype=half) + 0.5 for name in "qk"}
         rope_3d = {"q": q, "k": k, "position_ids": positions, "inv_freq": inverse_frequencies(text)}
@@ -86,18 +85,11 @@ class RopeSpec(spec.KernelSpec):
         q, k, _ = torch.randn(COUNTED_TOKENS, 3, vision.heads[0], vision.head_dim, dtype=half).unbind(1)
         grid = torch.stack((torch.arange(COUNTED_TOKENS) // 32, torch.arange(COUNTED_TOKENS) % 32)).int()
         rope_2d = {"q": q, "k": k, "position_ids": grid, "inv_freq": inverse_frequencies(vision)}
+        inputs_3d, inputs_2d = [rope_3d["q"], rope_3d["k"], positions, *norms.values()], [q, k, grid]
+        limits_3d, limits_2d = {"launches": 1, "requested": 1.07, "unique": 1.02}, {"launches": 1, "requested": 1.05}
         return [
-            spec.CountedCase(
-                "rope_3d",
-                "norm + rope_3d, 32 + 8 heads x 128",
-                "rope_3d",
-                rope_3d,
-                [rope_3d["q"], rope_3d["k"], positions, *norms.values()],
-                {"launches": 1, "requested": 1.07, "unique": 1.02},
-            ),
-            spec.CountedCase(
-                "rope_2d", "rope_2d, 16 + 16 heads x 72", "rope_2d", rope_2d, [q, k, grid], {"launches": 1, "requested": 1.05}
-            ),
+            spec.CountedCase("rope_3d", "norm + rope_3d, 32 + 8 heads x 128", "rope_3d", rope_3d, inputs_3d, limits_3d),
+            spec.CountedCase("rope_2d", "rope_2d, 16 + 16 heads x 72", "rope_2d", rope_2d, inputs_2d, limits_2d),
         ]
 
 

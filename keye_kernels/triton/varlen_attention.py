@@ -21,26 +21,14 @@ _launch = Kernel(varlen_attention_fwd_kernel)
 
 
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    causal: bool,
-    return_lse: bool,
-    schedule: Tensor | None = None,
-    covers_all_tokens: bool = False,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, causal: bool, return_lse: bool,
+    schedule: Tensor | None = None, covers_all_tokens: bool = False, config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel. Arguments and results as in `keye_kernels.reference.varlen_attention`.
 
-    Args:
-        max_seqlen: chooses the launch config only; an upper bound is enough.
-        schedule: [tiles, 3] int32 from `keye_kernels.segments.tile_schedule`, for the BLOCK_M of the config. None: the kernel
-            finds its tiles in `cu_seqlens`. Offsets are not checked then; out-of-range ones are clamped.
-        covers_all_tokens: every token belongs to a segment, so that the output needs no zero fill.
-        config: the launch config; None: from a table or the heuristic.
+    `schedule` is [tiles, 3] int32 from `keye_kernels.segments.tile_schedule`, for the BLOCK_M of the config. Without it the
+    kernel finds its tiles in `cu_seqlens`; offsets are not checked then, and out-of-range ones are clamped. `covers_all_tokens`:
+    every token belongs to a segment, so that the output needs no zero fill. `max_seqlen` only chooses the config.
     """
     (num_tokens, num_heads, head_dim), num_key_heads = q.shape, k.shape[1]
     if config is None:

@@ -25,22 +25,12 @@ def verify_cases(real_sizes: bool, reference: RunReference) -> list[VerifyCase]:
 
 
 def _verify_case(
-    label: str,
-    lengths: Sequence[int],
-    heads: tuple[int, int],
-    head_dim: int,
-    reference: RunReference,
-    *,
-    causal: bool = False,
-    return_lse: bool = False,
-    sharpness: float = 1.0,
-) -> VerifyCase:
+    label: str, lengths: Sequence[int], heads: tuple[int, int], head_dim: int, reference: RunReference, *,
+    causal: bool = False, return_lse: bool = False, sharpness: float = 1.0,
+) -> VerifyCase:  # fmt: skip
     def draw(generator: torch.Generator) -> Arguments:
-        q_heads, k_heads = heads
-        arguments = {
-            name: torch.randn(sum(lengths), count, head_dim, generator=generator)
-            for name, count in (("q", q_heads), ("k", k_heads), ("v", k_heads))
-        }
+        counts = zip("qkv", (heads[0], heads[1], heads[1]), strict=True)
+        arguments = {name: torch.randn(sum(lengths), count, head_dim, generator=generator) for name, count in counts}
         arguments["q"] *= sharpness
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         offsets = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths)}
@@ -53,8 +43,7 @@ def _verify_case(
         scale, length = q.shape[-1] ** -0.5, arguments["max_seqlen"]
         both = {**arguments, "return_lse": True}
         out, lse = reference("varlen_attention", **both)
-        doubled = both | {"v": v.square(), "softmax_scale": 2 * scale}
-        squares, lse_2 = reference("varlen_attention", **doubled)
+        squares, lse_2 = reference("varlen_attention", **both | {"v": v.square(), "softmax_scale": 2 * scale})
         deviation = (squares * (lse_2 - 2 * lse).exp().T[..., None]).sqrt()
         # |q·k| and its partial sums are at most |q|·|k|
         score_error = FP32_ROUNDOFF * q.shape[-1] ** 0.5 * scale * q.norm(dim=-1, keepdim=True) * k.norm(dim=-1).max()

@@ -95,8 +95,7 @@ class VarlenAttentionSpec(spec.KernelSpec):
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
         if config["backend"] != "triton":
             return []
-        # (tiles from a host schedule, lse)
-        kinds = [(True, False), (False, False), (True, True)]
+        kinds = [(True, False), (False, False), (True, True)]  # (tiles from a host schedule, lse)
         return [_variant(part, dtype, arch, config, *kind) for kind in kinds]
 
     def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
@@ -134,16 +133,9 @@ def _variant(part: str, dtype: str, arch: Arch, config: Config, has_schedule: bo
     }  # fmt: skip
     label = f"{part} {dtype}{'' if has_schedule else ' searched'}{' lse' if return_lse else ''}"
     label += " TMA" if config["use_tma"] else ""
-    return spec.CompileVariant(
-        varlen_attention_fwd_kernel,
-        label,
-        signature,
-        config["num_warps"],
-        config["num_stages"],
-        uses_tensor_cores=dtype != "fp32",
-        in_bf16_forward=label == "vision bf16",
-        scores_per_iteration=config["BLOCK_M"] * config["BLOCK_N"],
-    )
+    launch = config["num_warps"], config["num_stages"], dtype != "fp32", label == "vision bf16"
+    scores = config["BLOCK_M"] * config["BLOCK_N"]
+    return spec.CompileVariant(varlen_attention_fwd_kernel, label, signature, *launch, scores_per_iteration=scores)
 
 
 def _counted_case(name: str, lengths: Sequence[int], block_m: int, limit: float) -> spec.CountedCase:
@@ -151,16 +143,11 @@ def _counted_case(name: str, lengths: Sequence[int], block_m: int, limit: float)
     q, k, v = torch.randn(sum(lengths), 3, 1, head_dim, dtype=half).unbind(1)
     arguments = {"q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
     shape = f"one segment of {lengths[0]}" if len(lengths) == 1 else " + ".join(map(str, lengths))
-    return spec.CountedCase(
-        name,
-        f"varlen_attention, D {head_dim}, {shape}, BLOCK_M {block_m}",
-        "varlen_attention",
-        {**arguments, "max_seqlen": max(lengths)},
-        [q, k, v],
-        {"launches": 1, "multiplies": limit, "idle": 0},
-        needed_flops=sum(4 * head_dim * length**2 for length in lengths),
-        config=heuristic(INTERPRETER_ARCH, head_dim, half) | {"BLOCK_M": block_m},
-    )
+    label = f"varlen_attention, D {head_dim}, {shape}, BLOCK_M {block_m}"
+    limits, arguments = {"launches": 1, "multiplies": limit, "idle": 0}, {**arguments, "max_seqlen": max(lengths)}
+    flops = sum(4 * head_dim * length**2 for length in lengths)
+    config = heuristic(INTERPRETER_ARCH, head_dim, half) | {"BLOCK_M": block_m}
+    return spec.CountedCase(name, label, "varlen_attention", arguments, [q, k, v], limits, needed_flops=flops, config=config)
 
 
 SPEC = VarlenAttentionSpec()

@@ -29,15 +29,10 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class PatchRule:
-    """How modules of one class are patched.
+    """How modules of one class are patched. The parts that can be replaced have a note for the report, `kept` ones a reason.
 
-    Attributes:
-        parts: the parts that can be replaced, each with the note for the report.
-        make_forward: returns the new forward for a module and the requested parts.
-        obstacle: returns the reason why a part of this module cannot be replaced, or None.
-        rope_group: modules with the same group exchange positions, so rope is replaced in all of them or in none.
-        produces_positions: this class passes positions to the other modules of its group; otherwise it consumes them.
-        kept: parts that are never replaced, each with the reason.
+    `obstacle` returns the reason why a part of a module cannot be replaced, or None. Modules of one `rope_group` exchange
+    positions, so rope is replaced in all of them or in none: a class produces the positions of its group or consumes them.
     """
 
     parts: Mapping[Part, str] = field(default_factory=dict)
@@ -89,9 +84,7 @@ def rope_function_obstacle(names: tuple[str, ...], module: nn.Module, part: Part
     return None
 
 
-def vision_attention_obstacle(
-    attributes: tuple[str, ...], names: tuple[str, ...], module: nn.Module, part: Part
-) -> str | None:
+def vision_attention_obstacle(attributes: tuple[str, ...], names: tuple[str, ...], module: nn.Module, part: Part) -> str | None:
     if reason := attribute_obstacle(attributes, module):
         return reason
     dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
@@ -100,10 +93,6 @@ def vision_attention_obstacle(
     if module.head_dim % 8 or module.head_dim > MAX_HEAD_DIM:
         return f"its head dim {module.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     return rope_function_obstacle(names, module, part)
-
-
-def interleaved_obstacle(module: nn.Module, part: Part) -> str | None:
-    return "its M-RoPE interleaves the frequencies of time, height and width; rope_3d expects contiguous sections"
 
 
 def projector_obstacle(names: tuple[str, str, str, str], module: nn.Module, part: Part) -> str | None:
@@ -152,6 +141,11 @@ def projector(forward: Callable, norm: str, linear_1: str, activation: str, line
     return PatchRule({"projector": "patch_merge_projection"}, always(forward), obstacle)
 
 
+def rotary(operator: str, forward: Callable, obstacle: Callable, group: str) -> PatchRule:
+    note = f"passes positions to {operator} instead of cos and sin tables"
+    return PatchRule({"rope": note}, always(forward), obstacle, group, produces_positions=True)
+
+
 def vision_attention(project_qkv: Callable, projections: tuple[str, ...], *, returns_weights: bool) -> PatchRule:
     """`projections`: names of the linear layers; the last is the output projection."""
     return PatchRule(
@@ -164,26 +158,10 @@ def vision_attention(project_qkv: Callable, projections: tuple[str, ...], *, ret
 
 SEPARATE_QKV = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_KEPT = {"attention": "text attention is not replaced, because of its masks and cache"}
-VISION_ROTARY = PatchRule(
-    {"rope": "passes positions to rope_2d instead of cos and sin tables"},
-    always(forwards.vision_positions),
-    rotary_obstacle,
-    rope_group="vision",
-    produces_positions=True,
-)
-TEXT_ROTARY = PatchRule(
-    {"rope": "passes positions to rope_3d instead of cos and sin tables"},
-    always(forwards.text_positions),
-    text_rotary_obstacle,
-    rope_group="text",
-    produces_positions=True,
-)
+VISION_ROTARY = rotary("rope_2d", forwards.vision_positions, rotary_obstacle, "vision")
+TEXT_ROTARY = rotary("rope_3d", forwards.text_positions, text_rotary_obstacle, "text")
 TEXT_ATTENTION = PatchRule(
-    {"rope": "rope_3d"},
-    text_attention_forward,
-    partial(rope_function_obstacle, TEXT_ROPE_FUNCTIONS),
-    rope_group="text",
-    kept=TEXT_KEPT,
+    {"rope": "rope_3d"}, text_attention_forward, partial(rope_function_obstacle, TEXT_ROPE_FUNCTIONS), "text", kept=TEXT_KEPT
 )
 KEYE_ENCODER = PatchRule(
     {"rope": "passes positions to rope_2d"},
@@ -198,7 +176,8 @@ KEYE_VISION_ATTENTION = PatchRule(
     partial(vision_attention_obstacle, (*SEPARATE_QKV, "head_dim", "scale"), KEYE_ROPE_FUNCTIONS),
     rope_group="keye vision",
 )
-INTERLEAVED_ROTARY = PatchRule({"rope": "rope_3d"}, obstacle=interleaved_obstacle, rope_group="text")
+INTERLEAVED = "its M-RoPE interleaves the frequencies of time, height and width; rope_3d expects contiguous sections"
+INTERLEAVED_ROTARY = PatchRule({"rope": "rope_3d"}, obstacle=lambda module, part: INTERLEAVED, rope_group="text")
 INTERLEAVED_ATTENTION = replace(INTERLEAVED_ROTARY, kept=TEXT_KEPT)
 FUSED_QKV_ATTENTION = vision_attention(forwards.fused_qkv, ("qkv", "proj"), returns_weights=False)
 
@@ -206,9 +185,7 @@ RULES: dict[str, PatchRule] = {
     # Keye's own code (Preview and 1.5); text rope is Qwen2-VL's function
     "SiglipEncoder": KEYE_ENCODER,
     "SiglipAttention": KEYE_VISION_ATTENTION,
-    "SigLIPRotaryEmbedding": PatchRule(
-        kept={"rope": "rope_2d reads its frequencies; its table is computed once per call, but not used"}
-    ),
+    "SigLIPRotaryEmbedding": PatchRule(kept={"rope": "rope_2d reads its frequencies; its table is computed, but not used"}),
     "SiglipMultiheadAttentionPoolingHead": PatchRule(kept={"attention": "pooling head, not used by Keye"}),
     "Projector": projector(forwards.keye_projector, "pre_norm", "linear_1", "act", "linear_2"),
     "KeyeRotaryEmbedding": TEXT_ROTARY,
@@ -236,9 +213,7 @@ RULES: dict[str, PatchRule] = {
     # Qwen3-VL
     "Qwen3VLVisionRotaryEmbedding": VISION_ROTARY,
     "Qwen3VLVisionAttention": FUSED_QKV_ATTENTION,
-    "Qwen3VLVisionPatchMerger": projector(
-        layers.Qwen3VLPatchMerger.forward, "norm", "linear_fc1", "act_fn", "linear_fc2"
-    ),
+    "Qwen3VLVisionPatchMerger": projector(layers.Qwen3VLPatchMerger.forward, "norm", "linear_fc1", "act_fn", "linear_fc2"),
     "Qwen3VLTextRotaryEmbedding": INTERLEAVED_ROTARY,
     "Qwen3VLTextAttention": INTERLEAVED_ATTENTION,
 }

@@ -49,9 +49,8 @@ def rotate_text(
     """Replaces `apply_rotary_pos_emb(q, k, cos, sin)`; q, k [B, H, S, D]."""
     batch_size, _, length, _ = q.shape
     positions = position_ids.expand(3, batch_size, length).flatten(1)
-    q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
-    rotated = ops.rope_3d(q, k, positions, *frequencies)
-    q, k = (x.unflatten(0, (batch_size, length)).transpose(1, 2) for x in rotated)
+    packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+    q, k = (x.unflatten(0, (batch_size, length)).transpose(1, 2) for x in ops.rope_3d(*packed, positions, *frequencies))
     return q, k
 
 
@@ -83,8 +82,7 @@ def with_rope(forward: FunctionType, name: str, rotate: Callable) -> FunctionTyp
 
 def separate_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """[..., C] to q, k, v [..., H, D] with three projections."""
-    projections = (module.q_proj, module.k_proj, module.v_proj)
-    return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in projections)
+    return tuple(p(x).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
 
 
 def fused_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -101,12 +99,7 @@ def packed_attention(project_qkv: Callable, rotate: Callable, out: str, returns_
     """
 
     def forward(
-        self: nn.Module,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        max_seqlen: int | None = None,
-        **kwargs: Any,
+        self: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple, max_seqlen: Any = None, **_: Any
     ) -> Tensor | tuple[Tensor, None]:
         q, k, v = project_qkv(self, hidden_states)
         q, k = rotate(q, k, *position_embeddings)
@@ -117,6 +110,11 @@ def packed_attention(project_qkv: Callable, rotate: Callable, out: str, returns_
         return (attended, None) if returns_weights else attended
 
     return forward
+
+
+def as_grid_thw(grids: Any) -> Tensor:
+    """[n, 3] integers from a list of (frames, rows, columns), or a tensor."""
+    return torch.as_tensor([[int(size) for size in grid] for grid in grids])
 
 
 class SegmentsWithPositions(NamedTuple):
@@ -138,8 +136,7 @@ def accepts_positions(module: nn.Module) -> bool:
 def keye_encoder(self: nn.Module, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Forward of Keye's `SiglipEncoder`, which passes positions to its layers in `cu_seqlens`.
 
-    If the caller passes positions or a window size, or a layer is no longer patched, nothing is added, and the layers use
-    the cos and sin tables.
+    If the caller passes positions or a window size, or a layer is not patched, the layers use the cos and sin tables.
     """
     caller_positions = kwargs.get("height_position_ids") is not None or kwargs.get("window_size", -1) > 0
     all_patched = all(accepts_positions(layer.self_attn) for layer in self.layers)
@@ -147,14 +144,8 @@ def keye_encoder(self: nn.Module, inputs_embeds: Tensor, *args: Any, **kwargs: A
         grids = []
         for grid in kwargs["image_grid_thw"]:
             grids += grid if isinstance(grid, list) else [grid]
-        batch = VisionBatch.build(
-            torch.as_tensor([[int(size) for size in grid] for grid in grids]),
-            inputs_embeds.shape[:-1].numel(),
-            table_side=1,
-            merge_size=1,
-            order="raster",
-            device=inputs_embeds.device,
-        )
+        grid_thw, patches = as_grid_thw(grids), inputs_embeds.shape[:-1].numel()
+        batch = VisionBatch.build(grid_thw, patches, table_side=1, merge_size=1, order="raster", device=inputs_embeds.device)
         inv_freq = self.rotary_pos_emb.inv_freq.to(inputs_embeds.device, torch.float32)
         kwargs["cu_seqlens"] = SegmentsWithPositions(kwargs["cu_seqlens"], batch.position_ids, inv_freq)
     return type(self).forward(self, inputs_embeds, *args, **kwargs)
@@ -169,17 +160,12 @@ def keye_vision_attention(
     cu_seqlens: Tensor | SegmentsWithPositions | None = None,
     rope_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Forward of Keye's `SiglipAttention` on [1, T, C].
-
-    Without `cu_seqlens`, or if attention weights are requested, the class's own forward runs.
-    """
+    """Keye's `SiglipAttention` on [1, T, C]. If weights are requested or `cu_seqlens` is None, the class's own forward runs."""
     segments = cu_seqlens if isinstance(cu_seqlens, SegmentsWithPositions) else None
     cu_seqlens = segments.cu_seqlens if segments else cu_seqlens
     if cu_seqlens is None or output_attentions:
         original = type(self).forward
-        return original(
-            self, hidden_states, attention_mask, output_attentions, cu_seqlens=cu_seqlens, rope_emb=rope_emb
-        )
+        return original(self, hidden_states, attention_mask, output_attentions, cu_seqlens=cu_seqlens, rope_emb=rope_emb)
     q, k, v = separate_qkv(self, hidden_states)
     if rope_emb is not None and not segments:
         q, k = type(self).forward.__globals__["apply_rotary_pos_emb_flashatt"](q, k, *rope_emb)
@@ -190,22 +176,19 @@ def keye_vision_attention(
     return self.out_proj(attended.flatten(1)).view_as(hidden_states), None
 
 
-def keye_projector(
-    self: nn.Module, image_features: Tensor | list[Tensor], image_grid_thw: Any
-) -> Tensor | list[Tensor]:
+def keye_projector(self: nn.Module, image_features: Tensor | list[Tensor], image_grid_thw: Any) -> Tensor | list[Tensor]:
     """Keye's `Projector` on a list of images. A single tensor, already in block order, runs the class's own forward."""
     if isinstance(image_features, Tensor):
         return type(self).forward(self, image_features, image_grid_thw)
-    grids = torch.as_tensor([[int(size) for size in grid] for grid in image_grid_thw])
-    merged = KeyeProjector.forward(self, torch.cat(list(image_features)), grids)
-    return list(merged.split((grids.prod(1) // 4).tolist()))
+    grid_thw = as_grid_thw(image_grid_thw)
+    merged = KeyeProjector.forward(self, torch.cat(list(image_features)), grid_thw)
+    return list(merged.split((grid_thw.prod(1) // 4).tolist()))
 
 
 def if_plain(project: Callable, names: tuple[str, ...]) -> Callable:
-    """A forward that runs `project` if the layers `names` are plain, otherwise the class's own forward.
+    """A forward that runs `project`, which reads the weights of the layers `names`, if these are plain, else the class's forward.
 
-    `project` reads the weights of these layers. The check runs on every call, because adapters and hooks may be added or
-    removed after patching.
+    The check runs on every call, because adapters and hooks may be added or removed after patching.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -17,11 +17,7 @@ from .report import ModuleReport, Part, PatchReport, grouped_lines
 
 PACKAGE = __name__.partition(".")[0]
 # Modules of unknown classes are reported if their class name matches
-REPORTED_CLASS_NAMES: dict[Part, str] = {
-    "rope": "Rotary|RoPE|Rope",
-    "attention": "Attention",
-    "projector": "Projector|PatchMerger",
-}
+REPORTED_NAMES: dict[Part, str] = {"rope": "Rotary|RoPE|Rope", "attention": "Attention", "projector": "Projector|PatchMerger"}
 _parts_of: dict[Callable, frozenset[Part]] = {}
 
 
@@ -47,26 +43,24 @@ def apply_keye_kernels(
 ) -> PatchReport:
     """Makes a loaded model run this package's operators.
 
-    Only this instance changes; its class and its weights do not. Calling it again changes nothing and returns the same
-    report; calling it with other flags adds parts. `with apply_keye_kernels(model):` reverts at the end of the block. See
-    `docs/patching.md` for what is replaced in which model.
+    Only this instance changes, not its class or weights. A second call returns the same report; other flags add parts.
+    `with apply_keye_kernels(model):` reverts at the end of the block. `docs/patching.md` says what is replaced in which model.
 
     Args:
-        model: a model of Keye's own (remote code) class, or PaddleOCR-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers.
-            It may be inside another module (a compiled one, for example), or be a part of a model.
+        model: Keye (the remote code), or PaddleOCR-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers; also a part of one, or
+            a module that contains one (a compiled module, for example).
         rope: replace rope with `rope_2d` in the vision tower and `rope_3d` in the text model.
         attention: replace attention with `varlen_attention` in the vision tower. Text attention is never replaced.
         projector: replace the projector with `patch_merge_projection`.
         strict: raise if a requested part cannot be replaced, and change nothing. Default: report it.
 
     Returns:
-        A report of what was replaced and what was left alone, and why.
+        What was replaced, and what was left alone and why.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: with `strict`, if a requested part cannot be replaced. The message lists all of them.
     """
-    _check_module(model)
     flags: dict[Part, bool] = {"rope": rope, "attention": attention, "projector": projector}
     requested = {part for part, flag in flags.items() if flag}
     known, unknown = find_modules(model)
@@ -75,22 +69,25 @@ def apply_keye_kernels(
     replaced, left_alone, changes = [], [], []
     for item in known:
         before = patched_parts(item.module)
+        after = before | {part for part in requested & item.rule.parts.keys() if (item.name, part) not in obstacles}
         for part, note in item.rule.parts.items():
-            if part in before or (part in requested and (item.name, part) not in obstacles):
+            if part in after:
                 replaced.append(item.report(part, note))
             else:
                 reason = obstacles.get((item.name, part), f"not requested ({part}=False)")
                 left_alone.append(item.report(part, reason, missing=part in requested))
         left_alone += [item.report(part, reason) for part, reason in item.rule.kept.items()]
-        possible = {part for part in requested & item.rule.parts.keys() if (item.name, part) not in obstacles}
-        if added := frozenset(possible - before):
-            changes.append((item, added))
+        if after != before:
+            changes.append((item, after - before))
     left_alone += [report for report in unknown if not report.missing or report.part in requested]
 
-    missing = tuple(report for report in left_alone if report.missing)
-    has_own_operators = any(not report.missing for report in unknown)
-    if strict and (missing or not (replaced or has_own_operators)):
-        raise ValueError(_strict_message(model, missing))
+    missing = [report for report in left_alone if report.missing]
+    if strict and missing:
+        listed = "\n  ".join(grouped_lines(missing))
+        raise ValueError(f"strict=True, but these requested parts of {type(model).__name__} cannot be replaced:\n  {listed}")
+    # Modules of this package are reported as unknown, but not as missing
+    if strict and not replaced and all(report.missing for report in unknown):
+        raise ValueError(f"strict=True, but nothing in {type(model).__name__} can be replaced")
     for item, added in changes:
         set_parts(item, patched_parts(item.module) | added)
 
@@ -112,29 +109,27 @@ def revert_keye_kernels(model: nn.Module) -> None:
     """Reverts everything that `apply_keye_kernels` replaced in `model`. Does nothing if the model is not patched.
 
     Args:
-        model: the module that was passed to `apply_keye_kernels`, or a module that contains it. A part of it is accepted if
-            it exchanges no positions with the rest.
+        model: the module that was passed to `apply_keye_kernels`, one that contains it, or a part that can be reverted alone.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: `model` is a part that exchanges positions with the rest. Nothing is changed.
     """
-    _check_module(model)
     known, _ = find_modules(model)
     for group in {item.rule.rope_group for item in known} - {None}:
         producers, consumers = _rope_producers_and_consumers([item for item in known if item.rule.rope_group == group])
         for one_side, other_side in ((producers, consumers), (consumers, producers)):
             if not other_side and any("rope" in patched_parts(item.module) for item in one_side):
-                raise ValueError(
-                    f"model must be the module that was passed to apply_keye_kernels, got {type(model).__name__}, which "
-                    f"exchanges positions with modules outside of it"
-                )
+                got = f"{type(model).__name__}, which exchanges positions with modules outside of it"
+                raise ValueError(f"model must be the module that was passed to apply_keye_kernels, got {got}")
     for item in known:
         set_parts(item, frozenset())
 
 
 def find_modules(model: nn.Module) -> tuple[list[KnownModule], list[ModuleReport]]:
     """The modules of known classes, and reports of other modules with class names that suggest rope, attention or projector."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     known, unknown = [], []
     # Unknown modules below these names belong to a module that is already reported
     reported: tuple[str, ...] = ()
@@ -148,7 +143,7 @@ def find_modules(model: nn.Module) -> tuple[list[KnownModule], list[ModuleReport
             covers_submodules = not RULES[class_name].parts
         else:
             note = f"part of {PACKAGE}, already runs kk.ops" if is_own else "its class is unknown"
-            parts = [part for part, pattern in REPORTED_CLASS_NAMES.items() if re.search(pattern, class_name)]
+            parts = [part for part, pattern in REPORTED_NAMES.items() if re.search(pattern, class_name)]
             unknown += [ModuleReport(name, class_name, part, note, missing=not is_own) for part in parts]
             covers_submodules = bool(parts)
         if covers_submodules:
@@ -156,9 +151,7 @@ def find_modules(model: nn.Module) -> tuple[list[KnownModule], list[ModuleReport
     return known, unknown
 
 
-def find_obstacles(
-    known: list[KnownModule], unknown: list[ModuleReport], requested: set[Part]
-) -> dict[tuple[str, Part], str]:
+def find_obstacles(known: list[KnownModule], unknown: list[ModuleReport], requested: set[Part]) -> dict[tuple[str, Part], str]:
     """Maps (module name, part) to the reason, for each part that is requested, not yet replaced, and cannot be replaced."""
     obstacles = {}
     for item in known:
@@ -184,9 +177,7 @@ def _rope_producers_and_consumers(members: list[KnownModule]) -> tuple[list[Know
     return producers, consumers
 
 
-def _group_obstacle(
-    members: list[KnownModule], unknown: list[ModuleReport], obstacles: dict, requested: set[Part]
-) -> str | None:
+def _group_obstacle(members: list[KnownModule], unknown: list[ModuleReport], obstacles: dict, requested: set[Part]) -> str | None:
     """The reason why positions cannot be passed from the producers of a rope group to its consumers, or None."""
     producers, consumers = _rope_producers_and_consumers(members)
     if not producers or not consumers:
@@ -243,16 +234,3 @@ def set_parts(item: KnownModule, parts: frozenset[Part]) -> None:
         del module.forward
     else:
         module._old_forward = MethodType(type(module).forward, module)
-
-
-def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _strict_message(model: nn.Module, missing: tuple[ModuleReport, ...]) -> str:
-    name = type(model).__name__
-    if not missing:
-        return f"strict=True, but nothing in {name} can be replaced"
-    lines = "\n".join(f"  {line}" for line in grouped_lines(missing))
-    return f"strict=True, but these requested parts of {name} cannot be replaced:\n{lines}"

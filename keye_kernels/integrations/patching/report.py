@@ -1,9 +1,9 @@
 """The report of `apply_keye_kernels`: what was replaced and what was left alone, module by module."""
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Literal
 
 Part = Literal["rope", "attention", "projector"]
@@ -13,12 +13,8 @@ Part = Literal["rope", "attention", "projector"]
 class ModuleReport:
     """What happened to one part of one module.
 
-    Attributes:
-        module: name of the module, as in `named_modules()`.
-        class_name: name of its class.
-        part: "rope", "attention" or "projector".
-        note: the operator that runs now, or the reason why the part was left alone.
-        missing: the part was requested but does not run this package's operators; `strict=True` raises for these.
+    `module` is its name in `named_modules()`. `note` is the operator that runs now, or the reason why the part was left alone.
+    `missing`: the part was requested but does not run this package's operators; `strict=True` raises for these.
     """
 
     module: str
@@ -48,9 +44,7 @@ class PatchReport:
     def __enter__(self) -> "PatchReport":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._undo()
 
     def __str__(self) -> str:
@@ -61,12 +55,9 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def grouped_lines(reports: tuple[ModuleReport, ...]) -> list[str]:
+def grouped_lines(reports: Iterable[ModuleReport]) -> list[str]:
     """One line per group of modules with names that differ only in numbers, such as "visual.blocks.*.attn (x32): ..."."""
-    groups: dict[tuple[str, ...], int] = {}
-    for report in reports:
-        key = (re.sub(r"\b\d+\b", "*", report.module), report.class_name, report.part, report.note)
-        groups[key] = groups.get(key, 0) + 1
+    groups = Counter((re.sub(r"\b\d+\b", "*", item.module), item.class_name, item.part, item.note) for item in reports)
     return [
         f"{name or '(the model itself)'} {class_name} (x{count}), {part}: {note}"
         for (name, class_name, part, note), count in groups.items()

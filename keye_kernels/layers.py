@@ -10,21 +10,13 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 
-__all__ = [
-    "KeyeProjector",
-    "KeyeRope2D",
-    "KeyeRope3D",
-    "KeyeVarlenAttention",
-    "Qwen2VLPatchMerger",
-    "Qwen3VLPatchMerger",
-]
+__all__ = ["KeyeProjector", "KeyeRope2D", "KeyeRope3D", "KeyeVarlenAttention", "Qwen2VLPatchMerger", "Qwen3VLPatchMerger"]
 
 
 class KeyeRope2D(nn.Module):
     """`ops.rope_2d`, for a module without weights."""
 
-    has_backward = True
-    can_torch_compile = True
+    has_backward = can_torch_compile = True
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates q and k [T, H, D] at position_ids [2, T] (row, column), with frequencies inv_freq [D/4]."""
@@ -34,8 +26,7 @@ class KeyeRope2D(nn.Module):
 class KeyeRope3D(nn.Module):
     """`ops.rope_3d`, for a module without weights."""
 
-    has_backward = True
-    can_torch_compile = True
+    has_backward = can_torch_compile = True
 
     def forward(
         self, q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, mrope_section: list[int]
@@ -47,8 +38,7 @@ class KeyeRope3D(nn.Module):
 class KeyeVarlenAttention(nn.Module):
     """`ops.varlen_attention` without a causal mask, for a module without weights."""
 
-    has_backward = True
-    can_torch_compile = True
+    has_backward = can_torch_compile = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Attention of q, k, v [T, H, D] within the segments cu_seqlens [S+1] int32; returns [T, H, D]."""
@@ -73,8 +63,7 @@ class KeyeProjector(nn.Module):
 class Qwen2VLPatchMerger(nn.Module):
     """Qwen2-VL's `PatchMerger`. Reads `ln_q` and `mlp`."""
 
-    has_backward = True
-    can_torch_compile = True
+    has_backward = can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Projects features x [T, C] in block order to [T/4, out]."""
@@ -82,13 +71,9 @@ class Qwen2VLPatchMerger(nn.Module):
 
 
 class Qwen3VLPatchMerger(nn.Module):
-    """Qwen3-VL's `Qwen3VLVisionPatchMerger`, with the norm before or after the merge.
+    """Qwen3-VL's `Qwen3VLVisionPatchMerger`, norm before or after the merge. Reads `norm`, `linear_fc1` and `linear_fc2`."""
 
-    Reads `norm`, `linear_fc1` and `linear_fc2`.
-    """
-
-    has_backward = True
-    can_torch_compile = True
+    has_backward = can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Projects features x [T, C] in block order to [T/4, out]."""

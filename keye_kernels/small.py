@@ -19,9 +19,6 @@ def small_model(**options: Any) -> "Keye":
 
     Args:
         **options: keyword arguments of `Keye.from_pretrained`.
-
-    Returns:
-        The model.
     """
     from .model import Keye
 
@@ -33,9 +30,6 @@ def small_processor(**options: Any) -> "KeyeProcessor":
 
     Args:
         **options: keyword arguments of `KeyeProcessor.from_pretrained`.
-
-    Returns:
-        The processor.
     """
     from .processing import KeyeProcessor
 

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .geometry import check_grid_thw
+from .geometry import Grid, check_grid_thw
 from .model import Keye
 from .model.decoder import Decoder
 from .model.vision import VisionTower
-from .ops.implementation import impl_for, resolve
+from .ops.implementation import IMPLEMENTATIONS, impl_for, resolve
 
-Grid = tuple[int, int, int]
 M = TypeVar("M", bound=nn.Module)
-OPERATORS = ("rope_3d", "varlen_attention", "patch_merge_projection", "position_embedding_2d")
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ def warmup(
         progress: show a counter of the kernels that are ready.
 
     Returns:
-        A `WarmupReport`. If there is nothing to compile (no operator runs as a Triton kernel, or Triton's interpreter is
-        active), its note says so.
+        A report. Its note says why if there is nothing to compile: no operator runs as a Triton kernel, or in the interpreter.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -87,15 +84,12 @@ def warmup(
         for step in steps:
             step()
     torch.cuda.synchronize(model.device)
-    seconds = round(time.perf_counter() - start, 2)
-    return WarmupReport(compiled, cached, seconds, f"{len(steps)} sizes on {model.device}")
+    return WarmupReport(compiled, cached, round(time.perf_counter() - start, 2), f"{len(steps)} sizes on {model.device}")
 
 
 def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> list[Tensor]:
     if not isinstance(grids, Sequence) or any(isinstance(entry, int) for entry in grids):
-        raise TypeError(
-            f"grids must be a list of (frames, patch rows, patch columns), or of lists of those, got {grids!r}"
-        )
+        raise TypeError(f"grids must be a list of (frames, patch rows, patch columns), or of lists of those, got {grids!r}")
     checked = []
     for entry in grids:
         try:
@@ -103,9 +97,8 @@ def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> lis
             if not check_grid_thw(grid, None, merge_size):
                 raise ValueError("the list is empty")
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"grids must hold (frames, patch rows, patch columns) or lists of those, got {entry!r}: {error}"
-            ) from error
+            expected = "(frames, patch rows, patch columns) or lists of those"
+            raise ValueError(f"grids must hold {expected}, got {entry!r}: {error}") from error
         checked.append(grid)
     return checked
 
@@ -121,7 +114,7 @@ def _check_lengths(prompt_lengths: Sequence[int], max_tokens: int) -> list[int]:
 
 def _nothing_to_compile(model: Keye) -> str | None:
     impl = model.visual.impl
-    chosen = {resolve(impl_for(operator, impl), operator, model.device) for operator in OPERATORS}
+    chosen = {resolve(impl_for(operator, impl), operator, model.device) for operator in IMPLEMENTATIONS}
     if "triton" not in chosen:
         return f"nothing to compile: no operator runs as a Triton kernel on {model.device}"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -129,17 +122,14 @@ def _nothing_to_compile(model: Keye) -> str | None:
     return None
 
 
-def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> list[Callable[[], object]]:
+def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> Sequence[Callable[[], object]]:
     """One call of the model's forward per size, with one layer each of tower and decoder: all layers use the same kernels."""
     reduced = _replaced(model, visual=_one_layer(model.visual), model=_one_layer(model.model))
     reduced.config = replace(model.config, num_hidden_layers=1)  # sizes the cache
-    vision = model.config.vision_config
-    patch_shape = (vision.num_channels, vision.patch_size, vision.patch_size)
 
     def encode_image(grid_thw: Tensor) -> None:
-        patches = int(grid_thw.prod(1).sum())
-        pixel_values = torch.zeros(patches, *patch_shape, dtype=model.dtype, device=model.device)
-        reduced.get_image_features(pixel_values, grid_thw)
+        shape = (int(grid_thw.prod(1).sum()), *model.config.vision_config.patch_shape)
+        reduced.get_image_features(torch.zeros(shape, dtype=model.dtype, device=model.device), grid_thw)
 
     def prefill_and_decode(length: int) -> None:
         ids = torch.zeros(1, length + 1, dtype=torch.int64, device=model.device)
@@ -147,8 +137,7 @@ def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> list
         reduced(ids[:, :-1], cache=cache, logits_to_keep=1)
         reduced(ids[:, -1:], cache=cache)
 
-    encode = [partial(encode_image, grid_thw) for grid_thw in grids]
-    return [*encode, *(partial(prefill_and_decode, length) for length in lengths)]
+    return [partial(encode_image, grid) for grid in grids] + [partial(prefill_and_decode, length) for length in lengths]
 
 
 def _one_layer(module: VisionTower | Decoder) -> nn.Module:

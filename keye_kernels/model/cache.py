@@ -38,15 +38,13 @@ class KVCache:
 
     def check_capacity(self, batch_size: int, tokens: int) -> None:
         """Raises ValueError unless `tokens` more tokens fit for each of `batch_size` sequences."""
-        if self.valid.shape[0] != batch_size:
-            raise ValueError(f"cache holds {self.valid.shape[0]} sequences, but input_ids has {batch_size}")
+        if len(self.valid) != batch_size:
+            raise ValueError(f"cache holds {len(self.valid)} sequences, but input_ids has {batch_size}")
         # On a GPU, reading the length would synchronise
         used = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         if used + tokens > self.max_length:
-            raise ValueError(
-                f"cache has {self.max_length} slots per sequence, {used} of them used: {tokens} more tokens do not fit; "
-                "shorten the prompt or allocate a larger cache with model.new_cache(batch_size, max_length)"
-            )
+            usage = f"{self.max_length} slots per sequence, {used} of them used: {tokens} more tokens do not fit"
+            raise ValueError(f"cache has {usage}; shorten the prompt or pass model.new_cache(batch_size, max_length)")
 
     def slots(self, tokens: int) -> Tensor:
         """[tokens] indices of the next free slots."""

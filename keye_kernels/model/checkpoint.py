@@ -42,27 +42,22 @@ def destinations(model: "Keye") -> dict[str, Tensor]:
     """Maps every tensor name of the official checkpoint to a view of the parameter that stores it, in the official shape."""
     views = {}
     for name, parameter in model.named_parameters():
-        prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), None)
-        official = name if prefix is None else RENAMED[prefix] + name.removeprefix(prefix)
+        prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
+        official = RENAMED.get(prefix, "") + name.removeprefix(prefix)
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, FusedLinear):
             fused = next(fused for fused in FUSED if f".{fused}." in name)
             for part, view in zip(FUSED[fused], parameter.data.split(module.sizes), strict=True):
                 views[official.replace(fused, part)] = view
         elif name == "visual.patch_embedding.weight":
-            vision = model.config.vision_config
-            shape = (vision.num_channels, vision.patch_size, vision.patch_size)
-            views[official] = parameter.data.unflatten(1, shape)
+            views[official] = parameter.data.unflatten(1, model.config.vision_config.patch_shape)
         else:
             views[official] = parameter.data
     return views
 
 
 def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Moves a model from the meta device to `device` with uninitialised parameters of `dtype`.
-
-    Does what `nn.Module.to_empty` does, without importing torch._dynamo.
-    """
+    """Gives a model on the meta device uninitialised parameters. Unlike `nn.Module.to_empty`, does not import torch._dynamo."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             storage = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -71,10 +66,7 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
 
 
 def prefer_huge_pages(x: Tensor) -> None:
-    """Asks Linux to use 2 MB pages for an uninitialised CPU tensor, which makes the first write three times as fast.
-
-    This is a hint. It has no effect on systems without transparent huge pages.
-    """
+    """Asks Linux for 2 MB pages for an uninitialised CPU tensor: the first write is three times as fast. This is only a hint."""
     start = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     length = (x.data_ptr() + x.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if sys.platform == "linux" and x.device.type == "cpu" and length > 0:
@@ -84,30 +76,22 @@ def prefer_huge_pages(x: Tensor) -> None:
 def load_weights(model: "Keye", path: Path, *, progress: bool = False) -> None:
     """Copies the safetensors in the folder `path` into the parameters of `model`.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or tensors are missing, unexpected or have the wrong shape. Lists all of them, and
-            nothing has been copied.
+    Before anything is copied, raises FileNotFoundError if a file is missing, and ValueError if a file is damaged or tensors are
+    missing, unexpected or have the wrong shape. The message lists all of them.
     """
     views, found = destinations(model), _stored_tensors(path)
     accepted = (*UNUSED, "lm_head.") if model.config.tie_word_embeddings else UNUSED
     wrong = [f"missing: {name}" for name in views.keys() - found.keys()]
     wrong += [f"unexpected: {name}" for name in found.keys() - views.keys() if not name.startswith(accepted)]
-    wrong += [
-        f"wrong shape: {name} is {found[name][1]}, expected {list(views[name].shape)}"
-        for name in views.keys() & found.keys()
-        if found[name][1] != list(views[name].shape)
-    ]
+    shapes = [(name, found[name][1], list(views[name].shape)) for name in views.keys() & found.keys()]
+    wrong += [f"wrong shape: {name} is {stored}, expected {shape}" for name, stored, shape in shapes if stored != shape]
     if wrong:
-        raise ValueError(
-            f"path must hold the tensors that its config.json describes, got {path} with\n  "
-            + "\n  ".join(sorted(wrong))
-        )
+        listed = "\n  ".join(sorted(wrong))
+        raise ValueError(f"path must hold the tensors that its config.json describes, got {path} with\n  {listed}")
     total = sum(view.nbytes for view in views.values())
-    # In the order of the files, so that each file is read sequentially
-    order = [name for name in found if name in views]
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, first, chunk in _read_chunks((name, found[name][0]) for name in order):
+        # In the order of the files, so that each file is read sequentially
+        for name, first, chunk in _read_chunks((name, file) for name, (file, _) in found.items() if name in views):
             target = views[name][first : first + len(chunk)]
             target.copy_(chunk)
             bar.update(target.nbytes)
@@ -134,9 +118,7 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
     elif single.is_file():
         files = [single]
     elif any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        raise ValueError(
-            f"path must hold safetensors, got {path} with pickled weights, which can run code; convert them to safetensors"
-        )
+        raise ValueError(f"path must hold safetensors, got {path} with pickled weights, which can run code; convert them first")
     else:
         raise FileNotFoundError(f"path must hold model.safetensors or model.safetensors.index.json, got {path}")
     tensors: dict[str, tuple[Path, list[int]]] = {}
@@ -145,8 +127,7 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
             raise FileNotFoundError(f"{index} names {file.name}, which is missing; download the checkpoint again")
         try:
             with safe_open(file, "pt") as handle:
-                names = handle.keys()
-                tensors |= {name: (file, handle.get_slice(name).get_shape()) for name in names}
+                tensors |= {name: (file, handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
     return tensors

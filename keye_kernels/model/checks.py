@@ -14,9 +14,7 @@ def check_device(device: torch.device | str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device must be available, got {str(device)!r}, but torch finds no CUDA or ROCm GPU; use 'cpu'"
-        )
+        raise ValueError(f"device must be available, got {str(device)!r}, but torch finds no CUDA or ROCm GPU; use 'cpu'")
     return device
 
 
@@ -31,22 +29,13 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def check_given_together(name: str, value: Any, other_name: str, other_value: Any) -> None:
     """Raises ValueError if only one of two optional arguments is given."""
     if (value is None) != (other_value is None):
-        given = other_name if value is None else name
-        raise ValueError(f"{name} and {other_name} must be given together, got only {given}")
+        raise ValueError(f"{name} and {other_name} must be given together, got only {other_name if value is None else name}")
 
 
 def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Checks a batch of tokens.
+    """Returns the mask [B, S] of `input_ids` [B, S]: the last S columns of `attention_mask` [B, at least S], or ones.
 
-    Args:
-        input_ids: [B, S].
-        attention_mask: [B, at least S] or None; 0 = padding. The last S columns belong to `input_ids`.
-
-    Returns:
-        The mask [B, S] of `input_ids`.
-
-    Raises:
-        ValueError: there are no tokens, the shapes do not match, or there is padding between the tokens of a sequence.
+    Raises ValueError if S is 0, the shapes do not match, or there is padding between the tokens of a sequence.
     """
     batch_size, length = input_ids.shape
     if length == 0:
@@ -54,8 +43,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(input_ids)
     if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
-        expected = [batch_size, length]
-        raise ValueError(f"attention_mask must have shape {expected}, got {list(attention_mask.shape)}")
+        raise ValueError(f"attention_mask must have shape {[batch_size, length]}, got {list(attention_mask.shape)}")
     mask = attention_mask[:, -length:]
     if not torch.compiler.is_compiling() and has_inner_padding(mask).any():
         raise ValueError("attention_mask must be 0 only at the ends of a sequence, got padding between its tokens")
@@ -68,17 +56,13 @@ def has_inner_padding(attention_mask: Tensor) -> Tensor:
     return starts.sum(1) > 1
 
 
-def check_generation(
-    input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, max_position_embeddings: int
-) -> None:
+def check_generation(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, max_position_embeddings: int) -> None:
     """Raises ValueError if the tokens do not fit in the model's context or a prompt is padded on the right."""
     length = input_ids.shape[1]
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if length + max_new_tokens > max_position_embeddings:
-        raise ValueError(
-            f"max_new_tokens: {length} prompt tokens and {max_new_tokens} new tokens exceed the model's "
-            f"{max_position_embeddings} positions; shorten the prompt or reduce max_new_tokens"
-        )
+        needed = f"{length} prompt tokens and {max_new_tokens} new tokens"
+        raise ValueError(f"max_new_tokens: {needed} exceed the model's {max_position_embeddings} positions; reduce one of them")
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must pad on the left for generation, got a sequence padded on the right")

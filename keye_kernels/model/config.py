@@ -26,11 +26,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VisionConfig":
-        """Reads the `vision_config` of a `config.json`.
-
-        Raises:
-            ValueError: the tower cannot be run by this package.
-        """
+        """Reads the `vision_config` of a `config.json`. Raises ValueError if this package cannot run the tower."""
         activation = values.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
             raise ValueError(f"vision_config.hidden_act must be 'gelu_pytorch_tanh', got {activation!r}")
@@ -39,6 +35,10 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        return self.num_channels, self.patch_size, self.patch_size
 
     @property
     def table_side(self) -> int:
@@ -88,10 +88,8 @@ class KeyeConfig:
         """
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise FileNotFoundError(
-                f"path must be a folder with a Keye checkpoint, but {file} does not exist; "
-                "download one first, for instance with `hf download Kwai-Keye/Keye-VL-8B-Preview --local-dir DIR`"
-            )
+            command = "hf download Kwai-Keye/Keye-VL-8B-Preview --local-dir DIR"
+            raise FileNotFoundError(f"path must be a Keye checkpoint, but {file} does not exist; download one: `{command}`")
         try:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
@@ -125,10 +123,8 @@ class KeyeConfig:
 
     def __post_init__(self) -> None:
         if sum(self.mrope_section) * 2 != self.head_dim or len(self.mrope_section) != 3:
-            raise ValueError(
-                f"mrope_section must be three numbers that add up to head_dim/2 = {self.head_dim // 2}, "
-                f"got {list(self.mrope_section)}"
-            )
+            expected = f"three numbers that add up to head_dim/2 = {self.head_dim // 2}"
+            raise ValueError(f"mrope_section must be {expected}, got {list(self.mrope_section)}")
 
 
 def _from_known_fields(cls: type[Any], values: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ class TextAttention(nn.Module):
 
     def __init__(self, config: KeyeConfig, layer: int, impl: str):
         super().__init__()
-        self.layer, self.impl, self.head_dim, self.eps = layer, impl, config.head_dim, config.rms_norm_eps
+        self.layer, self.impl, self.head_dim = layer, impl, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.mrope_section = list(config.mrope_section)
         sizes = [heads * config.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
@@ -74,12 +74,11 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, batch: TextBatch, cache: KVCache | None) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
-        norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.eps}
+        norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.q_norm.eps}
         impl = impl_for("rope_3d", self.impl)
         q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=impl)
         if cache is not None:
-            k_and_v = (x.unflatten(0, (batch.batch_size, -1)) for x in (k, v))
-            cache.write(self.layer, batch.slots, *k_and_v)
+            cache.write(self.layer, batch.slots, *(x.unflatten(0, (batch.batch_size, -1)) for x in (k, v)))
         if batch.cache_mask is None:
             impl = impl_for("varlen_attention", self.impl)
             out = ops.varlen_attention(q, k, v, batch.segments, batch.segments.max_seqlen, causal=True, impl=impl)
@@ -104,9 +103,8 @@ class TextMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = (
-            not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP
-        )  # a compiler fuses them
+        # torch.compile fuses the elementwise work with one matmul
+        split = not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP
         gate, up = self.gate_up_proj(x, separate=split)
         # In place when no gradient is needed: this is the model's largest activation
         hidden = F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)

@@ -4,6 +4,7 @@ Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,25 +17,21 @@ if TYPE_CHECKING:
 
 
 class Streamer(Protocol):
-    """Receives tokens during generation; the interface of transformers' streamers."""
+    """The interface of transformers' streamers: `put` gets the prompt [B, S], then the tokens [B] of each step."""
 
-    def put(self, value: Tensor) -> None:
-        """Receives the prompt [B, S] in the first call, then the new tokens [B] of each step."""
-
-    def end(self) -> None:
-        """Called once, when generation has finished."""
+    def put(self, value: Tensor) -> object: ...
+    def end(self) -> object: ...
 
 
 class TextStreamer:
-    """Streams the generated text of one sequence, without its prompt. Emits whole characters only."""
+    """Streams the generated text of one sequence, without its prompt. Emits whole characters only.
+
+    Args:
+        decode: turns a list of token ids into text.
+        write: receives each new part of the text.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]):
-        """Creates a streamer.
-
-        Args:
-            decode: turns a list of token ids into text.
-            write: receives each new part of the text.
-        """
         self.decode, self.write = decode, write
         self.ids: list[int] = []
         self.chars_written = 0
@@ -63,27 +60,28 @@ class TextStreamer:
             self.chars_written = len(text)
 
 
+@dataclass
 class Sampler:
-    """Chooses the next token of each sequence: greedy, or by sampling after temperature, top-k and top-p, in this order."""
+    """Chooses the next token of each sequence: greedy, or by sampling after temperature, top-k and top-p, in this order.
 
-    def __init__(
-        self,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        """Creates a sampler for logits on `device`; the other arguments are those of `Keye.generate`."""
-        if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; use do_sample=False for greedy decoding")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be at least 1, or 0 for no limit, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        self.do_sample, self.temperature, self.top_k, self.top_p = do_sample, temperature, top_k, top_p
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    `device` is that of the logits. The other arguments are those of `Keye.generate`.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; use do_sample=False for greedy decoding")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be at least 1, or 0 for no limit, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        self.generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[B, V] logits to [B] token ids."""
@@ -119,19 +117,10 @@ def generate_tokens(
     pad_token_id: int,
     streamer: Streamer | None,
 ) -> Tensor:
-    """Prefills a prompt, then decodes one token per sequence and step. Arguments are not checked.
+    """Prefills a prompt, then decodes one token per sequence and step; returns [B, S + number of new tokens].
 
-    Args:
-        model: the model.
-        inputs: arguments of `model.forward`, with input_ids [B, S].
-        max_new_tokens: upper limit of the number of steps.
-        sampler: chooses the next tokens.
-        end_tokens: each of them ends a sequence.
-        pad_token_id: fills a sequence after its end token.
-        streamer: receives the prompt and the new tokens.
-
-    Returns:
-        [B, S + number of new tokens].
+    `inputs` are arguments of `model.forward`, with input_ids [B, S]. A sequence ends with any of `end_tokens` and is then filled
+    with `pad_token_id`.
     """
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape

@@ -1,7 +1,7 @@
 """Keye-VL, from pixels and token ids to logits and generated tokens.
 
-`Keye` connects the vision tower, the projector and the decoder. Read next: `vision`, `projector`, `decoder`, `positions` (3D
-position ids), `cache` (key/value cache), `generation` (sampling and the decoding loop) and `checkpoint` (loading weights).
+`Keye` connects the vision tower, the projector and the decoder. Read next: `vision`, `decoder`, `positions` (3D position ids),
+`cache` (key/value cache), `generation` (sampling and the decoding loop) and `checkpoint` (loading weights).
 Symbols: B sequences, S tokens per sequence (padding included), T patches, V vocabulary size.
 """
 
@@ -24,8 +24,7 @@ from .decoder import Decoder
 from .generation import Sampler, Streamer, end_token_ids, generate_tokens
 from .linear import Linear
 from .positions import check_placeholders, rope_index
-from .projector import Projector
-from .vision import VisionTower
+from .vision import Projector, VisionTower
 
 # `forward` allocates caches in multiples of this many tokens, with room for at least this many more than the prompt
 CACHE_BLOCK_TOKENS = 256
@@ -48,12 +47,12 @@ class KeyeOutput(NamedTuple):
 class Keye(nn.Module):
     """Keye-VL-8B-Preview or Keye-VL-1.5-8B, chosen by `config.model_type`.
 
-    The arithmetic of both is documented in `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`.
-    Submodules and parameters have the names of the official checkpoints, apart from fused projections.
+    `Keye(config)` has random weights; `impl` as in `from_pretrained`. The arithmetic is documented in
+    `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`. Submodules and parameters have the names of the official
+    checkpoints, apart from fused projections.
     """
 
     def __init__(self, config: KeyeConfig, impl: str = "auto"):
-        """Creates a model with random weights. `impl` as in `from_pretrained`."""
         super().__init__()
         check_impl(impl)
         self.config = config
@@ -68,10 +67,7 @@ class Keye(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialises all parameters for training from scratch.
-
-        Matrices are normal with standard deviation `config.initializer_range`, norm weights are one, biases are zero.
-        """
+        """Initialises all parameters: matrices are normal (std `config.initializer_range`), norm weights one, biases zero."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=self.config.initializer_range)
@@ -95,12 +91,10 @@ class Keye(nn.Module):
         """Loads a checkpoint.
 
         Args:
-            path: folder with config.json and safetensors (one file or sharded). generation_config.json and
-                preprocessor_config.json are used if present.
+            path: folder with config.json and safetensors. generation_config.json and preprocessor_config.json are optional.
             dtype: dtype of the parameters. Default: the one in config.json, else the dtype of the stored weights.
             device: device of the parameters. Default: torch's default device.
-            impl: "auto", "reference", "triton", "torch" or "flash_attn", for every operator that has this implementation; the
-                other operators choose as with "auto".
+            impl: "auto", "reference", "triton", "torch" or "flash_attn". Operators without this implementation use "auto".
             progress: show a progress bar.
 
         Returns:
@@ -108,8 +102,7 @@ class Keye(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the model type is unknown, the device is not available, or tensors are missing, unexpected or have
-                the wrong shape (the message lists all of them).
+            ValueError: the model type is unknown, the device is not available, or tensors do not match config.json.
         """
         path = Path(path)
         config = KeyeConfig.from_pretrained(path)
@@ -145,16 +138,9 @@ class Keye(nn.Module):
         second_per_grid_ts: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the 3D position ids of a prompt.
+        """Computes the 3D position ids of a prompt. The arguments are those of `forward`.
 
         See "3D position ids" in `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`.
-
-        Args:
-            input_ids: [B, S], with placeholders expanded to one token per merged patch.
-            image_grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image.
-            video_grid_thw: [n, 3] integers, likewise for each video (1.5: for each run of frames of one size).
-            second_per_grid_ts: [n] seconds between the frames of each video. Preview only. Default: 1.0.
-            attention_mask: [B, S], 0 = padding.
 
         Returns:
             position_ids [3, B, S] (time, height, width; 1 on padding) and rope_deltas [B, 1].
@@ -181,8 +167,7 @@ class Keye(nn.Module):
         Raises:
             ValueError: the shapes are wrong or do not match.
         """
-        vision = self.config.vision_config
-        shape = (vision.num_channels, vision.patch_size, vision.patch_size)
+        shape = self.config.vision_config.patch_shape
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
             raise ValueError(f"pixel_values must have shape {['T', *shape]}, got {list(pixel_values.shape)}")
         batch = self.visual.geometry(grid_thw, pixel_values.shape[0])
@@ -208,10 +193,10 @@ class Keye(nn.Module):
             input_ids: [B, S], with placeholders expanded to one token per merged patch.
             attention_mask: [B, S], 0 = padding, on the left or on the right. With a cache also [B, all tokens so far].
             pixel_values: [T, 3, 14, 14] patches of all images, normalised floats or uint8.
-            image_grid_thw: [n, 3] frames, patch rows and patch columns of each image.
+            image_grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image.
             pixel_values_videos: [T, 3, 14, 14] patches of all video frames.
-            video_grid_thw: [n, 3], likewise for videos.
-            second_per_grid_ts: [n] seconds between the frames of each video (Preview).
+            video_grid_thw: [n, 3] integers, likewise for each video (1.5: for each run of frames of one size).
+            second_per_grid_ts: [n] seconds between the frames of each video. Preview only. Default: 1.0.
             num_frames: accepted because the 1.5 processor returns it; not used.
             position_ids: [3, B, S]. Default: computed by `get_rope_index`, or from the cache.
             cache: Default: a new cache with room for at least 256 more tokens.
@@ -224,10 +209,9 @@ class Keye(nn.Module):
         check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
         check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
         mask = check_tokens(input_ids, attention_mask)
-        if cache is not None:
-            cache.check_capacity(batch_size, length)
         if cache is None:
             cache = self.new_cache(batch_size, (length // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS)
+        cache.check_capacity(batch_size, length)
         if cache.is_empty:
             # Needed even if the caller passes position_ids: decoding uses the deltas
             computed, cache.rope_deltas = self.get_rope_index(
@@ -263,15 +247,13 @@ class Keye(nn.Module):
         streamer: Streamer | None = None,
         **vision_inputs: Tensor,
     ) -> Tensor:
-        """Generates tokens after each prompt of the batch.
-
-        Arguments left at None use generation_config.json, if it has them. Its `do_sample` is not used.
+        """Generates tokens after each prompt. Arguments that are None are read from generation_config.json, if it has them.
 
         Args:
-            input_ids: [B, S], padded on the left, with placeholders expanded to one token per merged patch.
+            input_ids: [B, S] as in `forward`, padded on the left.
             attention_mask: [B, S], 0 = padding.
-            max_new_tokens: upper limit. Generation stops earlier when every sequence has produced an end token.
-            do_sample: sample; otherwise greedy decoding, which ignores temperature, top_k, top_p and seed.
+            max_new_tokens: upper limit; generation also stops when every sequence has produced an end token.
+            do_sample: sample; otherwise greedy, without temperature, top_k, top_p and seed. Not read from generation_config.json.
             temperature: divides the logits; must be positive.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the most likely tokens that together reach this probability.

@@ -19,25 +19,16 @@ class Linear(nn.Linear):
 
 
 class FusedLinear(Linear):
-    """Several projections of one input, with their parameters concatenated in one weight and one bias.
-
-    Args:
-        in_features: width of the input.
-        sizes: output width of each projection.
-        bias: whether the projections have biases.
-    """
+    """Projections of one input to the widths `sizes`, with their parameters concatenated in one weight and one bias."""
 
     def __init__(self, in_features: int, sizes: list[int], bias: bool):
         super().__init__(in_features, sum(sizes), bias=bias)
         self.sizes = sizes
 
     def forward(self, x: Tensor, separate: bool = False) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Returns the output of each projection.
+        """Returns the output of each projection. With `separate`, each has its own matmul and is contiguous.
 
-        Args:
-            x: [..., in_features].
-            separate: run one matmul per projection, so that each output is contiguous. Otherwise the outputs are views of
-                one matmul's output, except on a CPU, where one matmul is not faster than several.
+        Otherwise the outputs are views of the output of one matmul, except on a CPU, where one is not faster than several.
         """
         if x.device.type != "cpu" and not separate:
             return super().forward(x).split(self.sizes, dim=-1)

@@ -31,20 +31,12 @@ def rope_index(
     second_per_grid_ts: Tensor | None,
     attention_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes 3D position ids; reads no tensor values on the CPU. Arguments as in `Keye.get_rope_index`.
-
-    Returns:
-        position_ids [3, B, S] (time, height, width; 1 on padding) and rope_deltas [B, 1].
-    """
+    """`Keye.get_rope_index` without checks. Reads no tensor values on the CPU."""
     batch_size, length = input_ids.shape
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if image_grid_thw is None and video_grid_thw is None:
-        if attention_mask is None:
-            position = torch.arange(length, device=input_ids.device).expand(batch_size, -1)
-        else:
-            position = (mask.cumsum(1) - 1).masked_fill(~mask, 1)
-        delta = position.amax(1, keepdim=True) + 1 - length
-        return position.expand(3, -1, -1), delta
+        position = (mask.cumsum(1) - 1).masked_fill(~mask, 1)
+        return position.expand(3, -1, -1), position.amax(1, keepdim=True) + 1 - length
 
     advance = mask.long()
     offset = torch.zeros(3, batch_size, length, dtype=torch.int64, device=input_ids.device)
@@ -55,71 +47,56 @@ def rope_index(
     ):
         if grid_thw is None:
             continue
-        block = _Blocks(config, input_ids, mask, token, grid_thw.to(input_ids.device, non_blocking=True), seconds)
-        offset = torch.where(block.inside, block.offset, offset)
-        extent = torch.where(block.inside, block.extent, extent)
-        advance = torch.where(block.inside, block.extent * block.first, advance)
+        grid_thw = grid_thw.to(input_ids.device, non_blocking=True)
+        inside, first, block_extent, block_offset = _blocks(config, input_ids, mask, token, grid_thw, seconds)
+        offset = torch.where(inside, block_offset, offset)
+        extent = torch.where(inside, block_extent, extent)
+        advance = torch.where(inside, block_extent * first, advance)
     position = offset + advance.cumsum(1) - extent
     delta = position.amax(0).masked_fill(~mask, -1).amax(1, keepdim=True) + 1 - length
     return position.masked_fill(~mask, 1), delta
 
 
-class _Blocks:
+def _blocks(
+    config: KeyeConfig, input_ids: Tensor, mask: Tensor, token: int, grid_thw: Tensor, seconds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The blocks of one kind of placeholder (image or video).
 
-    Attributes:
-        inside: [B, S] bool, True for tokens of a block.
-        first: [B, S] bool, True for the first token of each block.
-        extent: [B, S], by how much the token's block advances the position.
-        offset: [3, B, S], the token's (time, height, width) within its block.
+    Returns, for each token [B, S]: whether it is in a block, whether it is the first one of its block, by how much its block
+    advances the position; and [3, B, S], its (time, height, width) within its block.
     """
-
-    def __init__(
-        self, config: KeyeConfig, input_ids: Tensor, mask: Tensor, token: int, grid_thw: Tensor, seconds: Tensor | None
-    ):
-        merge = config.vision_config.spatial_merge_size
-        t, h, w = grid_thw[:, 0], grid_thw[:, 1] // merge, grid_thw[:, 2] // merge
-        placeholder = (input_ids == token) & mask
-        block_per_frame = edition_of(config.model_type).position_block_per_frame
-        if not block_per_frame:
-            grid, local = _after_vision_start(config, input_ids, placeholder, len(grid_thw))
-        else:
-            grid, local = _by_count(placeholder, t * h * w)
-        t, h, w = t[grid], h[grid], w[grid]
-        frame, rest = local // (h * w), local % (h * w)
-        row, column = rest // w, rest % w
-        if not block_per_frame:
-            self.inside = (local >= 0) & (local < t * h * w)
-            self.first = local == 0
-            time = self._time(config, frame, grid, seconds)
-            last = self._time(config, t - 1, grid, seconds)
-            self.extent = torch.maximum(last, torch.maximum(h, w) - 1) + 1
-        else:
-            # Each frame is a block; the timestamps are text tokens between the frames
-            self.inside = placeholder
-            self.first = rest == 0
-            time = torch.zeros_like(frame)
-            self.extent = torch.maximum(h, w)
-        self.offset = torch.stack((time, row, column))
-
-    @staticmethod
-    def _time(config: KeyeConfig, frame: Tensor, grid: Tensor, seconds: Tensor | None) -> Tensor:
-        """trunc(frame * seconds * tokens_per_second), computed in float32 as in the official code."""
-        if seconds is None:
-            step = torch.ones((), device=frame.device)
-        else:
-            step = seconds.to(frame.device, torch.float32).reshape(-1)
-            step = step[grid] if step.shape[0] > 1 else step
-        return (frame.float() * step * config.vision_config.tokens_per_second).long()
+    merge = config.vision_config.spatial_merge_size
+    t, h, w = grid_thw[:, 0], grid_thw[:, 1] // merge, grid_thw[:, 2] // merge
+    placeholder = (input_ids == token) & mask
+    block_per_frame = edition_of(config.model_type).position_block_per_frame
+    if block_per_frame:
+        grid, local = _by_count(placeholder, t * h * w)
+    else:
+        grid, local = _after_vision_start(config, input_ids, placeholder, len(grid_thw))
+    t, h, w = t[grid], h[grid], w[grid]
+    frame, rest = local // (h * w), local % (h * w)
+    row, column = rest // w, rest % w
+    if block_per_frame:
+        # Each frame is a block; the timestamps are text tokens between the frames
+        offset = torch.stack((torch.zeros_like(frame), row, column))
+        return placeholder, rest == 0, torch.maximum(h, w), offset
+    time, last = (_time(config, index, grid, seconds) for index in (frame, t - 1))
+    extent = torch.maximum(last, torch.maximum(h, w) - 1) + 1
+    return (local >= 0) & (local < t * h * w), local == 0, extent, torch.stack((time, row, column))
 
 
-def _after_vision_start(
-    config: KeyeConfig, input_ids: Tensor, placeholder: Tensor, grids: int
-) -> tuple[Tensor, Tensor]:
+def _time(config: KeyeConfig, frame: Tensor, grid: Tensor, seconds: Tensor | None) -> Tensor:
+    """trunc(frame * seconds * tokens_per_second), computed in float32 as in the official code."""
+    step = torch.ones(1, device=frame.device) if seconds is None else seconds.to(frame.device, torch.float32).reshape(-1)
+    step = step[grid] if step.shape[0] > 1 else step
+    return (frame.float() * step * config.vision_config.tokens_per_second).long()
+
+
+def _after_vision_start(config: KeyeConfig, input_ids: Tensor, placeholder: Tensor, grids: int) -> tuple[Tensor, Tensor]:
     """Preview: a block starts at a placeholder right after <|vision_start|>.
 
-    Returns [B, S] each: the index of the grid of the last block that started at or before the token (grids are consumed in
-    order over the batch), and the token's distance from the start of that block; -1 if there is none.
+    Returns [B, S] each: the grid of the last block that started at or before the token (grids are consumed in order over the
+    batch), and the token's distance from the start of that block; -1 if there is none.
     """
     batch_size, length = input_ids.shape
     starts = torch.zeros_like(placeholder)
@@ -131,10 +108,7 @@ def _after_vision_start(
 
 
 def _by_count(placeholder: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """1.5: placeholders are assigned to grids by count; grid i has `tokens[i]` of them.
-
-    Returns [B, S] each: the index of the token's grid, and the index of the token within that grid.
-    """
+    """1.5: grid i has the next `tokens[i]` placeholders. Returns [B, S] each: the token's grid, and its index in that grid."""
     ends = tokens.cumsum(0)
     index = (placeholder.flatten().cumsum(0) - 1).view(placeholder.shape)
     grid = torch.searchsorted(ends, index, right=True).clamp(max=len(tokens) - 1)
@@ -142,34 +116,29 @@ def _by_count(placeholder: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_placeholders(
-    config: KeyeConfig,
-    input_ids: Tensor,
-    image_grid_thw: Tensor | None,
-    video_grid_thw: Tensor | None,
-    attention_mask: Tensor | None,
+    config: KeyeConfig, input_ids: Tensor, image_grid_thw: Tensor | None, video_grid_thw: Tensor | None, mask: Tensor | None
 ) -> None:
-    """Raises ValueError if the placeholders of a prompt do not match the grids, or the mask hides a placeholder.
+    """Raises ValueError if the placeholders of a prompt do not match the grids, or `mask` [B, S] hides a placeholder.
 
     Reads tensor values, so it synchronises with the GPU once per prompt and does not run in compiled code.
     """
     # One copy to the CPU instead of one synchronisation per value
-    input_ids, attention_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
+    input_ids, mask = input_ids.cpu(), None if mask is None else mask.cpu()
     merge = config.vision_config.spatial_merge_size
     for name, token, grid_thw in (
         ("image", config.image_token_id, image_grid_thw),
         ("video", config.video_token_id, video_grid_thw),
     ):
         placeholder = input_ids == token
-        found = int(placeholder.sum())
         grids = [] if grid_thw is None else check_grid_thw(grid_thw, None, merge)
         expected = sum(t * h * w for t, h, w in grids) // merge**2
-        if found != expected:
+        if (found := int(placeholder.sum())) != expected:
             raise ValueError(
                 f"input_ids must hold one {name} placeholder (id {token}) for each of the {expected} merged patches of "
                 f"{name}_grid_thw, got {found}; KeyeProcessor expands the placeholders of a prompt"
             )
-        if attention_mask is not None and bool((placeholder & ~attention_mask.bool()).any()):
+        if mask is not None and bool((placeholder & ~mask.bool()).any()):
             raise ValueError(f"attention_mask must be 1 for {name} placeholders, got 0 for some of them")
-    block_per_frame = edition_of(config.model_type).position_block_per_frame
-    if not block_per_frame and (input_ids[:, -1] == config.vision_start_token_id).any():
+    ends_with_start = (input_ids[:, -1] == config.vision_start_token_id).any()
+    if ends_with_start and not edition_of(config.model_type).position_block_per_frame:
         raise ValueError("input_ids must not end with <|vision_start|>, which needs a placeholder after it")

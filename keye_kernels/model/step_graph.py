@@ -30,14 +30,9 @@ _capture_lock = threading.Lock()  # torch captures one graph at a time
 def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
     """Returns a function that runs one decoding step: tokens [B, 1] to logits [B, 1, V].
 
-    With a graph, the logits are overwritten by the next call. The step runs without a graph on a CPU, in a model with hooks
-    or compiled modules, under autocast (a graph would keep its cast weights) and with the reference implementation (which
-    creates tensors on the CPU).
-
-    Args:
-        model: the model.
-        cache: a cache that holds the prompt.
-        steps: how many steps are expected. A graph is used from MIN_STEPS_TO_RECORD on.
+    `cache` holds the prompt. With a graph, the logits are overwritten by the next call. The step runs without a graph if fewer
+    than MIN_STEPS_TO_RECORD `steps` are expected, on a CPU, in a model with hooks or compiled modules, under autocast (a graph
+    would keep its cast weights) and with the reference implementation (which creates tensors on the CPU).
     """
     if model.device.type == "cuda" and steps >= MIN_STEPS_TO_RECORD and model not in _failed and _can_record(model):
         return _RecordedStep(model, cache)

@@ -1,22 +1,81 @@
-"""Modules of the lean model's vision tower: all images of a batch are packed in one [T, C] axis, without padding.
+"""The vision tower and the projector: all images of a batch are packed in one [T, C] axis, without padding.
 
-The forward is in `vision_forward`. Symbols: T patches, C channels.
+The functions are shared by the lean model, the transformers model and the vLLM plugin, which differ in their modules (one fused
+q, k, v projection, three, or tensor-parallel ones) and in the names of their parameters. The computation is described in
+`docs/models/keye_vl_1_5.md` and `docs/models/keye_vl_preview.md`, sections "Vision tower" and "Projector".
+Symbols: T patches, H heads, D head dim, C = H·D channels.
 """
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keye_kernels.geometry import VisionBatch
+from keye_kernels import ops
+from keye_kernels.editions import edition_of
+from keye_kernels.geometry import Order, VisionBatch
 from keye_kernels.ops.implementation import impl_for
 from keye_kernels.ops.linear import linear
 from keye_kernels.pixel_norm import PixelNorm
 
-from .config import VisionConfig
+from .config import KeyeConfig, VisionConfig
 from .linear import FusedLinear, Linear, embedding
-from .vision_forward import vision_attention, vision_batch, vision_forward
+from .positions import inverse_frequencies
 
 PIXEL_ORIGIN = 128
+PROJECTOR_EPS = 1e-5  # a constant of the official code; the eps of the tower is in the config
+
+
+def vision_batch(
+    config: VisionConfig, grid_thw: Tensor, num_patches: int, segment_by_frame: bool, device: torch.device, order: Order = "block"
+) -> VisionBatch:
+    """The geometry of `grid_thw` [n, 3], built once per call of the tower and used by all its layers and by the projector.
+
+    Raises ValueError if a grid is odd or empty, or the grids do not have `num_patches` patches.
+    """
+    options: dict[str, Any] = {"segment_by_frame": segment_by_frame, "order": order, "device": device}
+    side, merge_size = config.table_side, config.spatial_merge_size
+    return ops.build_vision_batch(grid_thw, num_patches, table_side=side, merge_size=merge_size, **options)
+
+
+def vision_forward(
+    pixel_values: Tensor,
+    batch: VisionBatch,
+    config: VisionConfig,
+    *,
+    embed_patches: Callable[[Tensor], Tensor],
+    position_table: Tensor,
+    layers: Iterable[Callable[[Tensor, VisionBatch, Tensor], Tensor]],
+    post_layernorm: Callable[[Tensor], Tensor],
+    impl: str = "auto",
+) -> Tensor:
+    """Runs the tower on patches [T, 3, 14, 14] in raster order; returns features [T, C] in the order of `batch`.
+
+    `embed_patches` maps patches to [T, C]; floating-point ones get the dtype of `position_table` [table_side², C]. Each of
+    `layers` maps (x [T, C], batch, inv_freq [D/4] float32) to [T, C]. `impl` is for the position embedding.
+    """
+    inv_freq = inverse_frequencies(config.rope_theta, config.head_dim // 4, pixel_values.device)
+    dtype = position_table.dtype if pixel_values.is_floating_point() else pixel_values.dtype
+    x = embed_patches(pixel_values.to(dtype)[batch.raster_index])
+    x = ops.position_embedding_2d(x, position_table, batch, impl=impl)
+    for layer in layers:
+        x = layer(x, batch, inv_freq)
+    return post_layernorm(x)
+
+
+def vision_attention(
+    x: Tensor, project_qkv: Callable, batch: VisionBatch, inv_freq: Tensor, impl: str = "auto", rope_impl: str = "auto"
+) -> Tensor:
+    """Rotates q and k by row and column, and attends within each segment; returns [T, H·D], before the output projection.
+
+    `project_qkv` maps x [T, C] to q, k, v [T, H, D], with all heads or those of one tensor-parallel rank. It is a function, so
+    that q and k are freed once they are rotated.
+    """
+    q, k, v = project_qkv(x)
+    q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq, impl=rope_impl)
+    return ops.varlen_attention(q, k, v, batch.segments, batch.segments.max_seqlen, impl=impl).flatten(1)
 
 
 class VisionAttention(nn.Module):
@@ -30,9 +89,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         rope_impl = impl_for("rope_2d", self.impl)
-        return self.out_proj(
-            vision_attention(x, self._project_qkv, batch, inv_freq, impl=self.impl, rope_impl=rope_impl)
-        )
+        return self.out_proj(vision_attention(x, self._project_qkv, batch, inv_freq, impl=self.impl, rope_impl=rope_impl))
 
     def _project_qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view(-1, self.heads, self.head_dim) for t in self.qkv_proj(x))
@@ -68,15 +125,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The tower of the lean model. Must agree with `SiglipVisionModel` of the official code.
-
-    See `docs/models/keye_vl_1_5.md`, "Vision tower", and `docs/models/keye_vl_preview.md`, "Vision tower".
-
-    Args:
-        config: configuration of the tower.
-        segment_by_frame: attention runs within single frames, see `keye_kernels.editions.Edition`.
-        impl: implementation of its operators.
-    """
+    """The tower of the lean model. Must agree with `SiglipVisionModel` of the official code."""
 
     def __init__(self, config: VisionConfig, segment_by_frame: bool, impl: str):
         super().__init__()
@@ -94,15 +143,7 @@ class VisionTower(nn.Module):
         return vision_batch(self.config, grid_thw, num_patches, segment_by_frame=self.segment_by_frame, device=device)
 
     def forward(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
-        """Encodes patches.
-
-        Args:
-            pixel_values: [T, 3, 14, 14] in raster order, normalised, or uint8 pixels.
-            batch: geometry of the patches, from `geometry`.
-
-        Returns:
-            Features [T, C] after the final norm, in the order of `batch`.
-        """
+        """Patches [T, 3, 14, 14] in raster order, normalised or uint8, to features [T, C] in the order of `batch`."""
         return vision_forward(
             pixel_values,
             batch,
@@ -120,16 +161,34 @@ class VisionTower(nn.Module):
             return linear(patches.flatten(1), self.patch_embedding.weight, self.patch_embedding.bias)
         weight, bias = self._fold_normalisation()
         # Pixels minus 128 are exact in every dtype, and their sums stay small
-        patches = patches.to(weight.dtype) - PIXEL_ORIGIN
-        return linear(patches.flatten(1), weight, bias)
+        return linear((patches.to(weight.dtype) - PIXEL_ORIGIN).flatten(1), weight, bias)
 
     def _fold_normalisation(self) -> tuple[Tensor, Tensor]:
         """Weight and bias for inputs `pixel - PIXEL_ORIGIN`, from w·((pixel·rescale - mean)/std) + b."""
         norm = self.pixel_norm
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        mean, std = (
-            torch.tensor(x, device=weight.device).repeat_interleave(self.config.patch_size**2) for x in norm[:2]
-        )
+        mean, std = (torch.tensor(x, device=weight.device).repeat_interleave(self.config.patch_size**2) for x in norm[:2])
         shift = (PIXEL_ORIGIN * norm.rescale_factor - mean) / std
         folded = weight.float() * (norm.rescale_factor / std)
         return folded.to(weight.dtype), (bias.float() + weight.float() @ shift).to(bias.dtype)
+
+
+class Projector(nn.Module):
+    """`mlp_AR`: LayerNorm and 2x2 merge, in the order of the edition, then linear, GELU, linear."""
+
+    def __init__(self, config: KeyeConfig, impl: str):
+        super().__init__()
+        vision = config.vision_config
+        self.merge_size, self.impl = vision.spatial_merge_size, impl
+        width = vision.hidden_size * self.merge_size**2
+        norm_width = vision.hidden_size if edition_of(config.model_type).norm_before_merge else width
+        self.pre_norm = nn.LayerNorm(norm_width, eps=PROJECTOR_EPS)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, features: Tensor, batch: VisionBatch) -> Tensor:
+        """Maps features [T, C], in the order of `batch`, to embeddings [T/4, hidden]."""
+        weights = [p for layer in (self.pre_norm, self.linear_1, self.linear_2) for p in (layer.weight, layer.bias)]
+        return ops.patch_merge_projection(
+            features, batch, *weights, merge_size=self.merge_size, eps=self.pre_norm.eps, impl=self.impl
+        )

@@ -1,7 +1,7 @@
 """Vision tower and projector, with one parameter per tensor of the checkpoint.
 
 LoRA, tensor parallelism and `save_pretrained` need those parameters. The forward of the tower is
-`keye_kernels.model.vision_forward`. Symbols: T patches, C channels.
+`keye_kernels.model.vision.vision_forward`. Symbols: T patches, C channels.
 """
 
 import torch
@@ -11,8 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.integrations.plain import is_plain
-from keye_kernels.model import projector, vision
-from keye_kernels.model.vision_forward import vision_attention, vision_batch, vision_forward
+from keye_kernels.model import vision
+from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
 
 from .attention import VISION_IMPLEMENTATIONS
 from .config import KeyeVisionConfig
@@ -93,9 +93,7 @@ class KeyeVisionTransformer(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, VisionBatch]:
         config, device = self.tower_config, pixel_values.device
-        batch = vision_batch(
-            config, grid_thw, pixel_values.shape[0], segment_by_frame=self.segment_by_frame, device=device
-        )
+        batch = vision_batch(config, grid_thw, pixel_values.shape[0], segment_by_frame=self.segment_by_frame, device=device)
         features = vision_forward(
             pixel_values,
             batch,
@@ -150,7 +148,7 @@ class KeyeVisionModel(KeyePreTrainedModel):
         return self.vision_model(pixel_values, grid_thw)
 
 
-class Projector(projector.Projector):
+class Projector(vision.Projector):
     """The lean projector, which reads the weights of its layers; layers with adapters or hooks are called instead."""
 
     def forward(self, features: Tensor, batch: VisionBatch) -> Tensor:

@@ -17,8 +17,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from keye_kernels.editions import edition_of
 from keye_kernels.geometry import Grid, Order, VisionBatch
-from keye_kernels.model import projector
-from keye_kernels.model.vision_forward import vision_attention, vision_batch, vision_forward
+from keye_kernels.model import vision
+from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
 
 # In the released checkpoints, but not used by the model; other checkpoints may not have it
 UNUSED_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
@@ -63,9 +63,7 @@ class VisionTransformer(nn.Module):
         for index, layer in enumerate(self.encoder.layers):
             self.encoder.layers[index] = VisionLayer(layer)
 
-    def forward(
-        self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any
-    ) -> tuple[Tensor, VisionBatch] | list[Tensor]:
+    def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any) -> tuple[Tensor, VisionBatch] | list[Tensor]:
         """Encodes patches [T, 3, 14, 14] in raster order. The other arguments of vLLM follow from the grids.
 
         Returns:
@@ -94,7 +92,7 @@ class VisionTransformer(nn.Module):
         return list(features.split([t * h * w for t, h, w in image_grid_thw]))
 
 
-class Projector(projector.Projector):
+class Projector(vision.Projector):
     """The lean projector with the arguments of vLLM's. Each rank has all its weights, so that nothing is gathered."""
 
     def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:

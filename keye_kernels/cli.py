@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from .editions import EDITIONS
@@ -13,17 +13,11 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        arguments: command line without the program name. Default: `sys.argv`.
-
-    Returns:
-        The exit code. Bad input prints one line to stderr and returns 2.
-    """
+    """Runs one command; `arguments` defaults to `sys.argv`. Bad input prints one line to stderr and returns exit code 2."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        # Imported here, so that a command does not import the others
+        return import_module(f".tools.{options.command}", __package__).run(options) or 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"keye-kernels {options.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -37,12 +31,10 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="ask the bundled small model about a bundled image and a bundled clip")
     _add_model_options(demo)
-    demo.set_defaults(run=_run_tool("demo"))
 
     generate = commands.add_parser("generate", help="answer a question about images and videos with a checkpoint")
     _add_generate_options(generate)
     _add_model_options(generate)
-    generate.set_defaults(run=_run_tool("generate"))
 
     inspect = commands.add_parser("inspect", help="show which frames of a video are sampled, and their tokens")
     inspect.add_argument("--video", required=True, metavar="FILE", help="path or URL")
@@ -50,27 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--fps", type=float, metavar="N", help="frames per second to sample")
     inspect.add_argument("--context", type=int, metavar="N", help="context length; default: that of the edition")
     inspect.add_argument("--plot", metavar="FILE", help="plot the frames on a time line, as PNG, PDF or SVG")
-    inspect.set_defaults(run=_run_tool("inspect"))
 
     verify = commands.add_parser("verify", help="check all operators and the small model's answers on this machine")
     verify.add_argument("--device", help="cuda, or cpu for Triton's interpreter; default: the GPU if there is one")
     verify.add_argument("--seeds", type=int, default=2, metavar="N", help="random inputs per case; default: 2")
     verify.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    verify.set_defaults(run=_run_tool("verify"))
 
-    doctor = commands.add_parser(
-        "doctor", help="show what is installed, which backend runs each operator, and problems"
-    )
+    doctor = commands.add_parser("doctor", help="show what is installed, which backend runs each operator, and problems")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    doctor.set_defaults(run=_run_tool("doctor"))
 
     tune = commands.add_parser("autotune", help="find the fastest launch configs on this GPU")
     autotune.add_arguments(tune)
-    tune.set_defaults(run=autotune.run)
 
     measure = commands.add_parser("bench", help="count memory traffic, plot benchmark results, or measure serving load")
     bench.add_arguments(measure)
-    measure.set_defaults(run=bench.run)
     return parser
 
 
@@ -96,8 +81,3 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", default="auto", help="implementation of the operators, such as reference or triton")
     parser.add_argument("--device", help="for example cuda; default: torch's default device")
     parser.add_argument("--dtype", help="for example bfloat16; default: that of the checkpoint")
-
-
-def _run_tool(name: str) -> Callable[[argparse.Namespace], int | None]:
-    """Returns a function that imports `tools.NAME` and calls its `run`, so that other commands do not import it."""
-    return lambda options: import_module(f".tools.{name}", __package__).run(options)

@@ -15,36 +15,30 @@ PIXELS_PER_TOKEN = TOKEN_SIDE_PIXELS**2
 
 @dataclass(frozen=True)
 class Edition:
-    """What depends on the edition of a checkpoint.
-
-    Attributes:
-        name: "preview" or "1.5", as in the `edition` argument of `process_vision_info`.
-        model_type: `model_type` in `config.json`.
-        architecture: the model class in `config.json`.
-        segment_by_frame: vision attention runs within single frames; otherwise within whole images and videos.
-        norm_before_merge: the projector normalises single patches, before the 2x2 merge; otherwise the merged vectors.
-        position_block_per_frame: for 3D positions each frame is a block of its own, and placeholders are assigned to
-            grids by count; otherwise a video is one block with a time axis, which starts after `<|vision_start|>`.
-        context_length: `max_position_embeddings` of the released model.
-        image_pixel_limits: smallest and largest area of an image in pixels, before the limits of the image processor.
-        resample: resize filter of the image processor where `preprocessor_config.json` does not set one, as Pillow's number:
-            2 is bilinear, 3 is bicubic.
-        blend_alpha: transparent images are blended onto white; otherwise the alpha channel is dropped.
-        slow_fast_frames: the frames of a video are slow (large) or fast (small), each after a marker and its time.
-        video_kwargs: what `process_vision_info` returns about the videos and the processor takes as keyword arguments.
-    """
+    """What depends on the edition of a checkpoint."""
 
     name: EditionName
+    # `model_type` and the model class in `config.json`
     model_type: str
     architecture: str
+    # Vision attention runs within single frames; otherwise within whole images and videos.
     segment_by_frame: bool
+    # The projector normalises single patches, before the 2x2 merge; otherwise the merged vectors.
     norm_before_merge: bool
+    # For 3D positions each frame is a block of its own, and placeholders are assigned to grids by count; otherwise a video is one
+    # block with a time axis, which starts after `<|vision_start|>`.
     position_block_per_frame: bool
+    # `max_position_embeddings` of the released model
     context_length: int
+    # Smallest and largest area of an image in pixels, before the limits of the image processor
     image_pixel_limits: tuple[int, int]
+    # Default resize filter of the image processor, as Pillow's number: 2 is bilinear, 3 is bicubic.
     resample: int
+    # Transparent images are blended onto white; otherwise the alpha channel is dropped.
     blend_alpha: bool
+    # The frames of a video are slow (large) or fast (small), each after a marker and its time.
     slow_fast_frames: bool
+    # What `process_vision_info` returns about the videos and the processor takes as keyword arguments
     video_kwargs: tuple[str, ...]
 
 
@@ -80,14 +74,7 @@ EDITIONS: dict[EditionName, Edition] = {edition.name: edition for edition in (PR
 
 
 def edition_of(model_type: str | None) -> Edition:
-    """Returns the edition of a checkpoint.
-
-    Args:
-        model_type: `model_type` in the checkpoint's `config.json`.
-
-    Raises:
-        ValueError: `model_type` is not that of a Keye-VL checkpoint.
-    """
+    """Returns the edition with this `model_type` in `config.json`; raises ValueError if there is none."""
     for edition in EDITIONS.values():
         if edition.model_type == model_type:
             return edition
@@ -96,14 +83,7 @@ def edition_of(model_type: str | None) -> Edition:
 
 
 def edition_named(name: str) -> Edition:
-    """Returns the edition with this name.
-
-    Args:
-        name: "preview" or "1.5".
-
-    Raises:
-        ValueError: there is no edition of that name.
-    """
+    """Returns the edition "preview" or "1.5"; raises ValueError for another name."""
     if name not in EDITIONS:
         raise ValueError(f"edition must be one of {list(EDITIONS)}, got {name!r}")
     return EDITIONS[name]

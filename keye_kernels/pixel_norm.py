@@ -5,13 +5,7 @@ from typing import Any, NamedTuple
 
 
 class PixelNorm(NamedTuple):
-    """Normalization of pixels, per channel: `(pixel * rescale_factor - image_mean) / image_std`.
-
-    Attributes:
-        image_mean: one number per channel.
-        image_std: one number per channel.
-        rescale_factor: scale of the 8-bit values.
-    """
+    """Normalization of 8-bit pixels, per channel: `(pixel * rescale_factor - image_mean) / image_std`."""
 
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -19,14 +13,7 @@ class PixelNorm(NamedTuple):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "PixelNorm":
-        """Reads the entries of `preprocessor_config.json`; missing ones keep their defaults.
-
-        Args:
-            config: content of the file.
-
-        Raises:
-            ValueError: `image_mean` or `image_std` does not have 3 numbers.
-        """
+        """Reads `preprocessor_config.json`; missing entries keep their defaults. Raises ValueError if there are not 3 numbers."""
         values: dict[str, Any] = {}
         for name in ("image_mean", "image_std"):
             if config.get(name) is not None:

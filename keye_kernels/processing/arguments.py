@@ -12,7 +12,7 @@ from .sampling import DEFAULT_FPS
 
 
 def list_prompts(text: str | Sequence[str]) -> list[str]:
-    """Returns one or several prompts as a list; raises an error for an empty prompt."""
+    """Returns one or several prompts as a list; raises TypeError or ValueError if there are none or one is empty."""
     prompts = [text] if isinstance(text, str) else text
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -80,20 +80,10 @@ def repeat_ids(ids: Sequence[int], repeats: Mapping[int, Iterator[int]]) -> list
 
 
 def align_timestamps(timestamps: Any, num_frames: Sequence[int]) -> Any:
-    """Inserts None into a list of timestamps for each video that has none.
+    """Inserts None into a list of timestamps for each video that has none; `keye_vl_utils` 1.5 leaves those videos out.
 
-    `keye_vl_utils` 1.5 leaves those videos out of the list. They are found by comparing the numbers of timestamps with the
-    numbers of frames.
-
-    Args:
-        timestamps: as passed to the processor; returned unchanged unless it is a list shorter than the number of videos.
-        num_frames: number of frames of each video.
-
-    Returns:
-        The timestamps, with one entry per video.
-
-    Raises:
-        ValueError: the timestamps fit none or several choices of videos.
+    They are found by comparing the numbers of timestamps with `num_frames` of each video. Raises ValueError if the timestamps fit
+    none or several choices of videos.
     """
     if not isinstance(timestamps, (list, tuple)) or not timestamps or isinstance(timestamps[0], (int, float)):
         return timestamps
@@ -122,16 +112,9 @@ def _match_lengths(lengths: Sequence[int], num_frames: Sequence[int]) -> list[in
 
 
 def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:
-    """Converts a keyword argument to a list with one entry per video; None for a video without a value.
+    """Converts a keyword argument (None, one value for all videos, or a list) to a list with one entry per video.
 
-    Args:
-        name: name of the argument, for the error message.
-        value: None, one value for all videos, or a list over videos.
-        count: number of videos.
-        nested: the value of a video is itself a sequence, with one entry per frame.
-
-    Raises:
-        ValueError: the list has another length.
+    `nested`: the value of a video is itself a sequence, with one entry per frame. Raises ValueError for a list of another length.
     """
     if isinstance(value, torch.Tensor):
         value = list(value) if value.ndim == (2 if nested else 1) else [value] if nested else value.item()
@@ -155,15 +138,7 @@ def frame_size(height_name: str, width_name: str, options: Mapping[str, Any]) ->
 
 
 def seconds_per_grid(fps: Any, count: int) -> torch.Tensor:
-    """Computes the seconds between frames, float32 `[count]`, from the frame rates of `count` videos.
-
-    Args:
-        fps: one number for all videos, one number per video, or None for the default.
-        count: number of videos.
-
-    Raises:
-        ValueError: a frame rate is not positive, or the list has another length.
-    """
+    """Computes the seconds between frames, float32 `[count]`, from one frame rate, one per video, or None for the default."""
     rates = [DEFAULT_FPS if rate is None else float(rate) for rate in per_video("fps", fps, count, nested=False)]
     for rate in rates:
         if not 0 < rate < float("inf"):

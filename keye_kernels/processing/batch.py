@@ -24,15 +24,9 @@ class BatchFeature(dict):
         *,
         non_blocking: bool = False,
     ) -> BatchFeature:
-        """Moves all tensors to a device and casts the floating-point ones, in place.
+        """Moves all tensors to a device and casts the floating-point ones, in place. Returns this object.
 
-        Args:
-            device: target device; None leaves the tensors where they are. As in transformers, a dtype may be passed here.
-            dtype: target dtype of the floating-point tensors; None keeps their dtype.
-            non_blocking: copy without waiting, as in `torch.Tensor.to`.
-
-        Returns:
-            This object.
+        None leaves the device or the dtype as it is. As in transformers, `device` may also be a dtype.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -54,19 +48,9 @@ def check_padding(padding: bool | str, padding_side: str) -> None:
 def pad_sequences(
     sequences: Sequence[Sequence[int]], pad_token_id: int | None, *, padding: bool | str, padding_side: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads sequences of token ids to the length of the longest one.
+    """Pads B sequences of token ids to the longest one; returns `(input_ids, attention_mask)`, int64 `[B, S]`.
 
-    Args:
-        sequences: B sequences of ids.
-        pad_token_id: fills the padding.
-        padding: True or "longest"; False requires sequences of equal length.
-        padding_side: "left" or "right".
-
-    Returns:
-        `(input_ids, attention_mask)`, int64 `[B, S]`.
-
-    Raises:
-        ValueError: the sequences have different lengths, and `padding` is False or there is no `pad_token_id`.
+    Raises ValueError for different lengths if `padding` is False or there is no `pad_token_id`.
     """
     lengths = [len(ids) for ids in sequences]
     if len(set(lengths)) > 1:

@@ -15,8 +15,8 @@ class FrameBuffer:
     """Collects frames in classification order, each resized as soon as its final size is known.
 
     The sizes shrink with each slow frame. They are known once they are the same for "all remaining frames are slow" and "all
-    remaining frames are fast". Until then, frames are kept as decoded, up to `MAX_PENDING_BYTES`; above this limit `frames`
-    stays incomplete.
+    remaining frames are fast". Until then, frames are kept as decoded, up to `MAX_PENDING_BYTES`; above this limit `frames` stays
+    incomplete.
     """
 
     def __init__(self, options: Options, height: int, width: int, count: int, original_size: bool) -> None:
@@ -35,10 +35,8 @@ class FrameBuffer:
         elif self._pending_bytes <= MAX_PENDING_BYTES:
             sizes = self.sizes(sum(types))
             if sizes == self.sizes(sum(types) + self._count - len(types)):
-                self.frames += [
-                    shrink(pending.to_rgb(), sizes[frame_type])
-                    for pending, frame_type in zip(self._pending, types, strict=False)
-                ]
+                kept = zip(self._pending, types, strict=False)
+                self.frames += [shrink(pending.to_rgb(), sizes[frame_type]) for pending, frame_type in kept]
                 self.frames.append(shrink(pixels, sizes[types[-1]]))
                 self._pending = []
                 return

@@ -30,23 +30,9 @@ def load_image(
 ) -> Image:
     """Loads an image as RGB, without resizing it.
 
-    RGBA images are blended onto white ("preview") or lose their alpha channel ("1.5"). Images of other modes are converted
-    with Pillow's `convert("RGB")`.
-
-    Args:
-        source: path, `file://` or `http(s)://` URL, `data:image...;base64,` string, the bytes of an image file, a PIL image,
-            or a uint8 numpy array `[H, W, 3]` (RGB) or `[H, W, 4]` (RGBA).
-        edition: "preview" or "1.5".
-        timeout: time limit of a download in seconds.
-        max_bytes: size limit of a download.
-
-    Returns:
-        An RGB image.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the source cannot be downloaded or is not a readable image; the message names it.
-        TypeError: the source has another type.
+    `source` is a path, `file://` or `http(s)://` URL, `data:image...;base64,` string, the bytes of an image file, a PIL image, or
+    a uint8 array `[H, W, 3]` or `[H, W, 4]`. RGBA images are blended onto white ("preview") or lose their alpha channel ("1.5").
+    Raises FileNotFoundError, ValueError for a source that cannot be read (the message names it), or TypeError.
     """
     from PIL import Image
 
@@ -79,23 +65,9 @@ def fetch_image(
 ) -> Image:
     """Loads the image of one message part and resizes it (bicubic, both sides multiples of 28).
 
-    Args:
-        part: has `image` or `image_url` (a string or `{"url": ...}`), and may have the options `resized_height` together
-            with `resized_width`, `min_pixels` and `max_pixels`.
-        edition: "preview" or "1.5".
-        pixel_limits: smallest and largest area in pixels, for what the part does not set. Default: those of the edition.
-        timeout: time limit of a download in seconds.
-        max_bytes: size limit of a download.
-
-    Returns:
-        An RGB image.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the image cannot be loaded (see `load_image`), or an option is out of range.
-        TypeError: the source has another type.
+    `part` has `image` or `image_url` (a string or `{"url": ...}`), and may have the options of `size_from_options`. Raises the
+    errors of `load_image`, and ValueError for an option that is out of range.
     """
-    edition_named(edition)
     source = part["image"] if "image" in part else part.get("image_url")
     if isinstance(source, Mapping):
         source = source.get("url")
@@ -107,17 +79,12 @@ def fetch_image(
 
 
 def size_from_options(
-    part: Mapping[str, Any],
-    height: int,
-    width: int,
-    *,
-    edition: EditionName,
-    pixel_limits: tuple[float, float] | None = None,
+    part: Mapping[str, Any], height: int, width: int, *, edition: EditionName, pixel_limits: tuple[float, float] | None = None
 ) -> tuple[int, int]:
     """Computes `(height, width)` after resizing an image of `height` x `width` pixels with the options of a message part.
 
-    `resized_height` and `resized_width` take precedence and are limited only by the edition, as in the official packages.
-    Otherwise `min_pixels` and `max_pixels` of the part take precedence over `pixel_limits`.
+    `resized_height` and `resized_width` are limited only by the edition, as in the official packages. Otherwise `min_pixels` and
+    `max_pixels` of the part take precedence over `pixel_limits`, and those over the limits of the edition.
     """
     for option in ("resized_height", "resized_width", "min_pixels", "max_pixels"):
         value = part.get(option)
@@ -128,12 +95,9 @@ def size_from_options(
         raise ValueError("resized_height and resized_width must be given together")
     edition_limits: tuple[float, float] = edition_named(edition).image_pixel_limits
     if resized_height is not None and resized_width is not None:
-        min_pixels, max_pixels = edition_limits
-        return smart_resize(resized_height, resized_width, min_pixels=min_pixels, max_pixels=max_pixels)
-    min_pixels, max_pixels = pixel_limits or edition_limits
-    min_pixels = part.get("min_pixels") or min_pixels
-    max_pixels = part.get("max_pixels") or max_pixels
-    return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+        return smart_resize(resized_height, resized_width, min_pixels=edition_limits[0], max_pixels=edition_limits[1])
+    low, high = pixel_limits or edition_limits
+    return smart_resize(height, width, min_pixels=part.get("min_pixels") or low, max_pixels=part.get("max_pixels") or high)
 
 
 def _image_from_array(array: np.ndarray) -> Image:

@@ -25,26 +25,15 @@ MAX_THUMBNAILS = 12
 
 @dataclass(frozen=True)
 class VideoInspection:
-    """The N sampled frames of a video and their tokens.
-
-    Attributes:
-        edition: "preview" or "1.5".
-        seconds: N times; the frame indices for a list of images without `fps`.
-        frame_types: N numbers, 0 for slow and 1 for fast; all frames of Preview are slow.
-        frame_sizes: N pairs `(height, width)` in pixels.
-        frame_tokens: N numbers of vision tokens.
-        text_tokens: number of tokens of the markers and times between the frames of 1.5. Times are counted by character, since
-            Keye's tokenizer splits numbers into digits.
-        thumbnails: up to 12 frames, uint8 `[3, 90, w]`, by frame index.
-    """
+    """The N sampled frames of a video and their tokens."""
 
     edition: EditionName
-    seconds: list[float]
-    frame_types: list[int]
-    frame_sizes: list[tuple[int, int]]
-    frame_tokens: list[int]
-    text_tokens: int
-    thumbnails: dict[int, torch.Tensor]
+    seconds: list[float]  # [N]; the frame indices for a list of images without fps
+    frame_types: list[int]  # [N], 0 for slow and 1 for fast; all frames of Preview are slow
+    frame_sizes: list[tuple[int, int]]  # N pairs (height, width) in pixels
+    frame_tokens: list[int]  # [N], vision tokens
+    text_tokens: int  # tokens of the markers and times between the frames of 1.5
+    thumbnails: dict[int, torch.Tensor]  # by frame index, at most 12 frames, uint8 [3, 90, w]
 
     @property
     def total_tokens(self) -> int:
@@ -52,11 +41,7 @@ class VideoInspection:
         return sum(self.frame_tokens) + self.text_tokens
 
     def to_text(self, context_length: int | None = None) -> str:
-        """Formats a table of the frames and their total.
-
-        Args:
-            context_length: context length of the model, to report the total as a percentage of it.
-        """
+        """Formats a table of the frames and their total, also as a percentage of `context_length` if given."""
         lines = ["frame  seconds  type  height x width  tokens"]
         rows = zip(self.seconds, self.frame_types, self.frame_sizes, self.frame_tokens, strict=True)
         for index, (seconds, frame_type, (height, width), tokens) in enumerate(rows):
@@ -73,25 +58,17 @@ class VideoInspection:
 def inspect_video(
     video: Any, processor: KeyeProcessor | EditionName = "preview", options: Mapping[str, Any] | None = None
 ) -> VideoInspection:
-    """Samples a video as the processor does and counts its tokens.
+    """Samples a video as the processor does and counts its tokens. Raises the errors of `process_vision_info`.
 
-    Args:
-        video: `video` of a message part, see `process_vision_info`.
-        processor: processor of a checkpoint, or "preview" or "1.5" for the default limits of an edition.
-        options: options of the message part, such as `fps`.
-
-    Returns:
-        The sampled frames and their tokens.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the video cannot be read, or an option is out of range.
-        TypeError: the source has an unsupported type.
+    `video` and `options` (such as `fps`) are entries of a message part. `processor` may also be "preview" or "1.5", for the
+    default limits of an edition.
     """
-    edition = processor.edition if isinstance(processor, KeyeProcessor) else processor
+    if isinstance(processor, KeyeProcessor):
+        edition, config = processor.edition, processor.patch_config
+    else:
+        edition, config = processor, PatchConfig.from_dict({}, processor)
     sampled = fetch_video({**(options or {}), "video": video}, edition=edition)
     frames = to_frame_tensors(sampled.frames, edition)
-    config = processor.patch_config if isinstance(processor, KeyeProcessor) else PatchConfig.from_dict({}, edition)
     if edition_named(edition).slow_fast_frames:
         types = sampled.frame_types.tolist()
         sizes = [(sampled.slow_size, sampled.fast_size)[frame_type] for frame_type in types]
@@ -104,28 +81,16 @@ def inspect_video(
     if sampled.seconds is not None:
         # Preview repeats the last frame of a list of odd length.
         seconds = (sampled.seconds.tolist() + sampled.seconds[-1:].tolist())[: len(frames)]
+    tokens = [height * width // config.factor**2 for height, width in sizes]
     shown = sample_indices(0, len(frames) - 1, min(len(frames), MAX_THUMBNAILS))
-    return VideoInspection(
-        edition,
-        seconds,
-        types,
-        sizes,
-        [height * width // config.factor**2 for height, width in sizes],
-        text_tokens,
-        {index: _thumbnail(frames[index]) for index in shown},
-    )
+    thumbnails = {index: _thumbnail(frames[index]) for index in shown}
+    return VideoInspection(edition, seconds, types, sizes, tokens, text_tokens, thumbnails)
 
 
 def plot_inspection(inspection: VideoInspection, path: str | Path, context_length: int | None = None) -> None:
-    """Plots the frames on a time line, with different colours for slow and fast frames, and writes an image file.
+    """Plots the frames on a time line, with different colours for slow and fast frames, to a PNG, PDF or SVG file.
 
-    Args:
-        inspection: what `inspect_video` returned.
-        path: PNG, PDF or SVG file to write.
-        context_length: context length of the model, to show the total as a percentage of it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    With `context_length`, also shows the total as a percentage of it. Raises ImportError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -160,7 +125,7 @@ def plot_inspection(inspection: VideoInspection, path: str | Path, context_lengt
 
 
 def _count_text_tokens(types: list[int], seconds: torch.Tensor | None) -> int:
-    # One token per marker and per character of a time
+    # One token per marker and per character of a time: Keye's tokenizer splits numbers into digits.
     text = video_prompt(types, seconds).replace(VIDEO_PAD, "")
     for marker in (FRAME, FAST_START, FAST_END):
         text = text.replace(marker, "#")

@@ -26,40 +26,25 @@ PER_FRAME_KWARGS = ("timestamps", "frame_types")
 
 @dataclass(frozen=True)
 class PackedVideo:
-    """One video as the model's input.
+    """One video as the model's input."""
 
-    Attributes:
-        patches: uint8 `[P, 3, 14, 14]`, frame by frame in time order.
-        grid_thw: `(frames, h, w)` for each run of consecutive frames of equal size.
-        tokens: N numbers of vision tokens, one per frame.
-        prompt: replaces `<|video_pad|>` in the prompt; has one placeholder per frame.
-    """
-
-    patches: torch.Tensor
-    grid_thw: list[tuple[int, int, int]]
-    tokens: list[int]
-    prompt: str
+    patches: torch.Tensor  # uint8 [P, 3, 14, 14], frame by frame in time order
+    grid_thw: list[tuple[int, int, int]]  # (frames, h, w) for each run of consecutive frames of equal size
+    tokens: list[int]  # [N], vision tokens per frame
+    prompt: str  # replaces <|video_pad|>; has one placeholder per frame
 
 
 def pack_videos(
     videos: Sequence[Sequence[torch.Tensor]], config: PatchConfig, video_kwargs: Mapping[str, Any]
 ) -> list[PackedVideo]:
-    """Packs the videos of a batch.
+    """Packs the videos of a batch; a video is a sequence of frames, uint8 `[3, H, W]`.
 
-    Args:
-        videos: the frames of each video, uint8 `[3, H, W]`.
-        config: settings of the image processor.
-        video_kwargs: the processor's keyword arguments, each a list with one entry per video, or missing.
-
-    Raises:
-        ValueError: an argument does not match the videos.
+    `video_kwargs` has the processor's keyword arguments, each a list with one entry per video, or missing. Raises ValueError if
+    an argument does not match the videos.
     """
     timestamps = align_timestamps(video_kwargs.get("timestamps"), [len(frames) for frames in videos])
     given = {**video_kwargs, "timestamps": timestamps}
-    values = {
-        name: per_video(name, given.get(name), len(videos), nested=name in PER_FRAME_KWARGS)
-        for name in V1_5.video_kwargs
-    }
+    values = {name: per_video(name, given.get(name), len(videos), nested=name in PER_FRAME_KWARGS) for name in V1_5.video_kwargs}
     packed = []
     for index, frames in enumerate(videos):
         options = {name: value[index] for name, value in values.items()}
@@ -85,19 +70,11 @@ def pack_video(
     frame_types: Sequence[int] | None = None,
     timestamps: Sequence[float] | None = None,
 ) -> PackedVideo:
-    """Resizes the frames of one video and packs their patches.
+    """Resizes the N frames of one video, uint8 `[3, H, W]`, and packs their patches.
 
-    Args:
-        frames: N tensors uint8 `[3, H, W]`.
-        config: settings of the image processor.
-        slow_size: `(height, width)` of slow frames in pixels, multiples of 28. Default: the size to which the image
-            processor resizes the first frame.
-        fast_size: `(height, width)` of fast frames, likewise.
-        frame_types: N numbers, 0 for slow and 1 for fast. Default: all slow.
-        timestamps: N times in seconds, written into the prompt. Default: no times.
-
-    Raises:
-        ValueError: a size, a frame type or the number of entries does not fit the frames.
+    The sizes are `(height, width)` in pixels, multiples of 28; default: the size to which the image processor resizes the first
+    frame. `frame_types` are 0 for slow and 1 for fast (default: all slow), `timestamps` the seconds written into the prompt
+    (default: none). Raises ValueError for a size, frame type or number of entries that does not fit the frames.
     """
     frame_types = [SLOW] * len(frames) if frame_types is None else [int(frame_type) for frame_type in frame_types]
     if len(frame_types) != len(frames) or not set(frame_types) <= {SLOW, FAST}:

@@ -6,7 +6,7 @@ Symbols: P patches, T frames, h and w rows and columns of patches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,50 +21,32 @@ from .resize import smart_resize_processor
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """The settings of the image processor, read from `preprocessor_config.json`.
+    """The settings of the image processor, read from `preprocessor_config.json`."""
 
-    Attributes:
-        min_pixels: smallest area of a resized image, in pixels.
-        max_pixels: largest area of a resized image, in pixels.
-        patch_size: side of a patch, in pixels.
-        merge_size: the language model gets one token per `merge_size` x `merge_size` patches.
-        norm: normalisation of the pixels.
-        resample: Pillow's number of the resize filter.
-    """
-
+    # Smallest and largest area of a resized image, in pixels
     min_pixels: int = 3136
     max_pixels: int = 1003520
-    patch_size: int = 14
+    patch_size: int = 14  # pixels
+    # The language model gets one token per merge_size x merge_size patches.
     merge_size: int = 2
     norm: PixelNorm = field(default_factory=PixelNorm)
+    # Pillow's number of the resize filter
     resample: int = PREVIEW.resample
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], edition: EditionName) -> PatchConfig:
-        """Reads a preprocessor configuration.
+        """Reads the content of `preprocessor_config.json`; missing entries keep their defaults.
 
-        Args:
-            config: content of `preprocessor_config.json`; missing entries keep their defaults.
-            edition: "preview" or "1.5"; determines the default of `resample`.
-
-        Raises:
-            ValueError: the model does not support a value, such as a temporal patch size other than 1.
+        Raises ValueError for a value that the model does not support, such as a temporal patch size other than 1.
         """
         if config.get("temporal_patch_size", 1) != 1:
-            raise ValueError(
-                f"temporal_patch_size in preprocessor_config.json must be 1, got {config['temporal_patch_size']}"
-            )
+            raise ValueError(f"temporal_patch_size in preprocessor_config.json must be 1, got {config['temporal_patch_size']}")
         size = config.get("size") or {}
-        limits = {
-            "min_pixels": config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge"),
-        }
-        values: dict[str, Any] = {name: int(value) for name, value in limits.items() if value is not None}
-        values["resample"] = edition_named(edition).resample
-        for name in ("patch_size", "merge_size", "resample"):
-            if config.get(name) is not None:
-                values[name] = config[name]
-        return cls(**values, norm=PixelNorm.from_dict(config))
+        values = {name: config.get(name) for name in ("patch_size", "merge_size", "resample")}
+        values["min_pixels"] = config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
+        values["max_pixels"] = config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
+        given: dict[str, Any] = {name: int(value) for name, value in values.items() if value is not None}
+        return replace(cls(norm=PixelNorm.from_dict(config), resample=edition_named(edition).resample), **given)
 
     @property
     def factor(self) -> int:
@@ -73,54 +55,31 @@ class PatchConfig:
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Computes `(height, width)` to which the image processor resizes an image of this size."""
-        return smart_resize_processor(
-            height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels, factor=self.factor
-        )
+        return smart_resize_processor(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels, factor=self.factor)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Computes `(h, w)`, rows and columns of patches, of a resized image."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
-            raise ValueError(
-                f"height and width of resized frames must be multiples of {self.factor}, got {height}x{width}"
-            )
+            raise ValueError(f"height and width of resized frames must be multiples of {self.factor}, got {height}x{width}")
         return height // self.patch_size, width // self.patch_size
 
     def patchify(self, frame: torch.Tensor) -> torch.Tensor:
-        """Splits a resized image into patches, row by row.
-
-        Args:
-            frame: uint8 `[3, H, W]`.
-
-        Returns:
-            uint8 `[h * w, 3, patch_size, patch_size]`.
-        """
+        """Splits a resized image, uint8 `[3, H, W]`, into patches, uint8 `[h * w, 3, 14, 14]`, row by row."""
         rows, columns = self.grid(*frame.shape[-2:])
         blocks = frame.reshape(3, rows, self.patch_size, columns, self.patch_size)
         return blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, self.patch_size, self.patch_size)
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """Applies `norm` to patches.
-
-        Args:
-            patches: uint8 `[P, 3, 14, 14]`.
-
-        Returns:
-            float32 `[P, 3, 14, 14]`.
-        """
+        """Applies `norm` to patches, uint8 `[P, 3, 14, 14]`; returns float32."""
         mean = torch.tensor(self.norm.image_mean).view(3, 1, 1)
         std = torch.tensor(self.norm.image_std).view(3, 1, 1)
         return patches.float().mul_(self.norm.rescale_factor).sub_(mean).div_(std)
 
     def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Resizes one image, or the frames of one Preview video, and splits them into patches.
+        """Resizes one image, or the T frames of one Preview video, and splits them into patches.
 
-        All frames get the size that the first one determines.
-
-        Args:
-            frames: T uint8 RGB arrays `[H, W, 3]`.
-
-        Returns:
-            `(patches, (T, h, w))` with patches uint8 `[T * h * w, 3, 14, 14]`, frame by frame and row by row.
+        Takes uint8 RGB arrays `[H, W, 3]`; the first one determines the size of all. Returns `(patches, (T, h, w))` with patches
+        uint8 `[T * h * w, 3, 14, 14]`, frame by frame and row by row.
         """
         from PIL import Image
 
@@ -143,14 +102,8 @@ def to_frame_array(image: Any, edition: EditionName) -> np.ndarray:
 def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
     """Converts one video to a list of frames, each uint8 `[3, H, W]`.
 
-    Args:
-        video: tensor `[T, 3, H, W]` (uint8, or float with values from 0 to 255), uint8 array `[T, H, W, 3]`, or a list of
-            images or tensors `[3, H, W]`, which may differ in size.
-        edition: "preview" or "1.5".
-
-    Raises:
-        ValueError: the shape is wrong, there are no frames, or values are outside 0 to 255.
-        TypeError: the video has another type.
+    Takes a tensor `[T, 3, H, W]` (uint8, or float with values from 0 to 255), a uint8 array `[T, H, W, 3]`, or a list of images
+    or tensors `[3, H, W]`, which may differ in size. Raises ValueError for wrong shapes, values or no frames, or TypeError.
     """
     if isinstance(video, torch.Tensor):
         if video.ndim != 4 or video.shape[1] != 3:

@@ -43,20 +43,8 @@ class KeyeProcessor:
         video_token_id: id of the video placeholder.
     """
 
-    def __init__(
-        self, tokenizer: KeyeTokenizer, patch_config: PatchConfig, chat_template: str, edition: EditionName
-    ) -> None:
-        """Creates a processor from its parts.
-
-        Args:
-            tokenizer: the tokenizer.
-            patch_config: settings of the image processor.
-            chat_template: source of the Jinja chat template.
-            edition: "preview" or "1.5".
-
-        Raises:
-            ValueError: the tokenizer has no token for the image or video placeholder.
-        """
+    def __init__(self, tokenizer: KeyeTokenizer, patch_config: PatchConfig, chat_template: str, edition: EditionName) -> None:
+        """Creates a processor from its parts. Raises ValueError if the tokenizer has no image or video placeholder."""
         self.tokenizer = tokenizer
         self.patch_config = patch_config
         self.chat_template = chat_template
@@ -65,19 +53,14 @@ class KeyeProcessor:
         self.video_token_id = tokenizer.token_to_id(VIDEO_PAD)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
-    ) -> KeyeProcessor:
+    def from_pretrained(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> KeyeProcessor:
         """Loads the processor of a checkpoint. The edition is read from `config.json`.
 
         Args:
-            path: folder of the checkpoint, with `config.json`, `preprocessor_config.json` and `tokenizer.json`, and
-                optionally `tokenizer_config.json` and `chat_template.jinja` or `chat_template.json`.
+            path: folder of the checkpoint, with `config.json`, `preprocessor_config.json` and `tokenizer.json`, and optionally
+                `tokenizer_config.json` and `chat_template.jinja` or `chat_template.json`.
             min_pixels: smallest area of a resized image in pixels. Default: that of `preprocessor_config.json`.
-            max_pixels: largest area of a resized image in pixels. Default: that of `preprocessor_config.json`.
-
-        Returns:
-            The processor.
+            max_pixels: largest area, likewise.
 
         Raises:
             FileNotFoundError: the folder or a required file does not exist.
@@ -139,11 +122,7 @@ class KeyeProcessor:
         """
         prompts = [
             render_chat_template(
-                self.chat_template,
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                thinking=thinking,
-                **variables,
+                self.chat_template, conversation, add_generation_prompt=add_generation_prompt, thinking=thinking, **variables
             )
             for conversation in split_conversations(messages)
         ]
@@ -167,29 +146,26 @@ class KeyeProcessor:
         """Converts prompts with images and videos to the model's inputs.
 
         Args:
-            text: one prompt or a list of prompts. Each `<|image_pad|>` stands for one image and each `<|video_pad|>` for
-                one video.
+            text: one prompt or a list of prompts. Each `<|image_pad|>` stands for one image, each `<|video_pad|>` for one video.
             images: images, in the order of their placeholders over all prompts.
-            videos: videos, in the order of their placeholders. A video is a tensor `[T, 3, H, W]`, a uint8 array
-                `[T, H, W, 3]`, or a list of images or tensors `[3, H, W]`.
+            videos: videos, likewise. A video is a tensor `[T, 3, H, W]`, a uint8 array `[T, H, W, 3]`, or a list of images or
+                tensors `[3, H, W]`.
             padding: True or "longest" pads to the longest prompt; False requires prompts of equal length.
             return_tensors: must be "pt".
             padding_side: "left" (for generation) or "right".
             pixel_dtype: "float32", or "uint8" for patches that are not normalised. uint8 takes a quarter of the memory, and
                 `Keye` normalises the patches with `norm` of `patch_config`.
-            **video_kwargs: what `process_vision_info` returned. For Preview `fps`, one number or one per video. For 1.5
-                `height`, `width`, `fast_height`, `fast_width`, `frame_types` and `timestamps`, each a list with one entry
-                per video. `timestamps` may leave out the videos without times, as `keye_vl_utils` does.
+            **video_kwargs: what `process_vision_info` returned. For Preview `fps`, one number or one per video. For 1.5 `height`,
+                `width`, `fast_height`, `fast_width`, `frame_types` and `timestamps`, each a list with one entry per video.
+                `timestamps` may leave out the videos without times, as `keye_vl_utils` does.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[B, S]`. With images also `pixel_values`, `[P, 3, 14, 14]` of
-                `pixel_dtype`, and `image_grid_thw`, int64 `[images, 3]`. With videos also `pixel_values_videos` and
-                `video_grid_thw`, and `second_per_grid_ts`, float32 `[videos]` (Preview), or `num_frames`, int64 `[videos]`
-                (1.5).
+            `input_ids` and `attention_mask`, int64 `[B, S]`. With images also `pixel_values`, `[P, 3, 14, 14]` of `pixel_dtype`,
+                and `image_grid_thw`, int64 `[images, 3]`. With videos also `pixel_values_videos`, `video_grid_thw`, and
+                `second_per_grid_ts`, float32 `[videos]` (Preview), or `num_frames`, int64 `[videos]` (1.5).
 
         Raises:
-            ValueError: a prompt is empty, the number of placeholders differs from the number of images or videos, or an
-                argument is out of range.
+            ValueError: a prompt is empty, placeholders and images or videos differ in number, or an argument is out of range.
             TypeError: an argument has another type, or belongs to the other edition.
         """
         if return_tensors != "pt":
@@ -252,13 +228,7 @@ class KeyeProcessor:
         Args:
             token_ids: one id, or `[S]` ids.
             skip_special_tokens: leave special tokens out. Tags such as `<think>` are kept.
-            clean_up_tokenization_spaces: must be False, as in Keye's tokenizer configuration.
-
-        Returns:
-            The text.
-
-        Raises:
-            ValueError: `clean_up_tokenization_spaces` is True.
+            clean_up_tokenization_spaces: True raises ValueError; Keye's tokenizer configuration turns it off.
         """
         return self.tokenizer.decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces)
 

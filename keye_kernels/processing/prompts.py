@@ -48,17 +48,10 @@ DEFAULT_CHAT_TEMPLATE = """\
 
 
 def load_chat_template(path: str | Path) -> str:
-    """Loads the chat template that the processor of transformers would use for a checkpoint.
+    """Loads the chat template that the processor of transformers would use for the checkpoint in this folder.
 
-    Looks for `chat_template.jinja`, then `chat_template.json`, then the tokenizer's template in `tokenizer_config.json`.
-    The tokenizer's template is skipped if it has no image placeholder; Preview's is text-only. Otherwise returns Keye's
-    default template.
-
-    Args:
-        path: folder of the checkpoint.
-
-    Raises:
-        ValueError: a file cannot be read.
+    Looks for `chat_template.jinja`, then `chat_template.json`, then the tokenizer's template in `tokenizer_config.json`, which is
+    skipped if it has no image placeholder; Preview's is text-only. Otherwise returns Keye's default template.
     """
     folder = Path(path)
     jinja_file = folder / "chat_template.jinja"
@@ -86,18 +79,10 @@ def render_chat_template(
     thinking: str | None = None,
     **variables: Any,
 ) -> str:
-    """Renders the prompt of one conversation.
+    """Renders the prompt of one conversation with a Jinja template in the form that transformers defines.
 
-    Args:
-        template: a Jinja template in the form that transformers defines.
-        conversation: turns with `role` and `content`; not modified.
-        add_generation_prompt: end the prompt with the start of the assistant's turn.
-        thinking: "think" or "no_think" appends that mode's suffix to the last user text; None or "auto" lets the model
-            decide.
-        **variables: other variables of the template, such as `add_vision_id`.
-
-    Raises:
-        ValueError: the mode is unknown, there is no user turn for its suffix, the prompt is empty, or the template fails.
+    `thinking`: "think" or "no_think" appends that mode's suffix to the last user text; None or "auto" lets the model decide.
+    Raises ValueError for an unknown mode, no user turn for its suffix, an empty prompt, or a template that fails.
     """
     from jinja2 import TemplateError
 
@@ -117,10 +102,7 @@ def render_chat_template(
 class SplitAnswer(NamedTuple):
     """The parts of a generated text; a missing part is an empty string.
 
-    Attributes:
-        analysis: how difficult the model finds the question (auto mode).
-        thought: the reasoning.
-        answer: the answer.
+    `analysis` says how difficult the model finds the question (auto mode), `thought` is the reasoning.
     """
 
     analysis: str
@@ -208,10 +190,13 @@ def _compile(source: str) -> Template:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     # The same settings as in transformers, for which chat templates are written.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
         return environment.from_string(source)
@@ -222,9 +207,3 @@ def _compile(source: str) -> Template:
 def _tojson(value: Any, **options: Any) -> str:
     # Jinja's built-in filter escapes HTML characters.
     return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

@@ -14,58 +14,23 @@ MAX_ASPECT_RATIO = 200
 def smart_resize(
     height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = TOKEN_SIDE_PIXELS
 ) -> tuple[int, int]:
-    """Computes the size to which `keye_vl_utils` resizes an image; the same for both editions.
+    """Computes the size `(height, width)` to which `keye_vl_utils` resizes an image; the same for both editions.
 
-    As in the official package, an image shrunk to `max_pixels` may end up slightly below `min_pixels`.
-
-    Args:
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-        min_pixels: smallest area of the result, in pixels.
-        max_pixels: largest area of the result, in pixels.
-        factor: both sides of the result are multiples of this number of pixels.
-
-    Returns:
-        `(height, width)` in pixels.
-
-    Raises:
-        ValueError: a size or limit is not positive, or one side is more than 200 times the other.
+    Both sides are multiples of `factor`. As in the official package, an image shrunk to `max_pixels` may end up slightly below
+    `min_pixels`. Raises ValueError if a size or limit is not positive, or one side is more than 200 times the other.
     """
     _check_sizes(height, width, min_pixels, max_pixels)
-    _check_aspect_ratio(height, width)
-    resized_height, resized_width = _round_to_limits(
-        height,
-        width,
-        max(factor, round(height / factor) * factor),
-        max(factor, round(width / factor) * factor),
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-    )
+    resized_height, resized_width = _round_to_limits(height, width, min_pixels, max_pixels, factor)
     return max(resized_height, factor), max(resized_width, factor)
 
 
 def smart_resize_processor(
     height: float, width: float, *, min_pixels: float, max_pixels: float, factor: int = TOKEN_SIDE_PIXELS
 ) -> tuple[int, int]:
-    """Computes the size to which Keye's image processor resizes an image.
+    """Computes the size `(height, width)` to which Keye's image processor resizes an image.
 
-    Unlike `smart_resize`, it first enlarges images with a side shorter than `factor`, keeping the aspect ratio. The
-    official function can return a side of 0 for a small `max_pixels`; this one raises an error.
-
-    Args:
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-        min_pixels: smallest area of the result, in pixels.
-        max_pixels: largest area of the result, in pixels.
-        factor: both sides of the result are multiples of this number of pixels.
-
-    Returns:
-        `(height, width)` in pixels.
-
-    Raises:
-        ValueError: a size or limit is not positive, one side is more than 200 times the other, or `max_pixels` is too
-            small for the shorter side.
+    Unlike `smart_resize`, it first enlarges images with a side shorter than `factor`, keeping the aspect ratio. The official
+    function can return a side of 0 for a small `max_pixels`; this one raises ValueError.
     """
     _check_sizes(height, width, min_pixels, max_pixels)
     enlarged_height, enlarged_width = height, width
@@ -73,16 +38,7 @@ def smart_resize_processor(
         enlarged_height, enlarged_width = factor, round(enlarged_width * factor / enlarged_height)
     if enlarged_width < factor:
         enlarged_height, enlarged_width = round(enlarged_height * factor / enlarged_width), factor
-    _check_aspect_ratio(enlarged_height, enlarged_width)
-    resized = _round_to_limits(
-        enlarged_height,
-        enlarged_width,
-        round(enlarged_height / factor) * factor,
-        round(enlarged_width / factor) * factor,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-    )
+    resized = _round_to_limits(enlarged_height, enlarged_width, min_pixels, max_pixels, factor)
     if 0 in resized:
         raise ValueError(
             f"max_pixels={max_pixels} is too small for an image of {height}x{width} (height x width): its shorter "
@@ -91,16 +47,14 @@ def smart_resize_processor(
     return resized
 
 
-def _round_to_limits(
-    height: float,
-    width: float,
-    rounded_height: int,
-    rounded_width: int,
-    *,
-    min_pixels: float,
-    max_pixels: float,
-    factor: int,
-) -> tuple[int, int]:
+def _round_to_limits(height: float, width: float, min_pixels: float, max_pixels: float, factor: int) -> tuple[int, int]:
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"the longer side of an image must be at most {MAX_ASPECT_RATIO} times the shorter one, "
+            f"got {height}x{width} (height x width); crop or split the image"
+        )
+    rounded_height = max(factor, round(height / factor) * factor)
+    rounded_width = max(factor, round(width / factor) * factor)
     if rounded_height * rounded_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         return math.floor(height / shrink / factor) * factor, math.floor(width / shrink / factor) * factor
@@ -114,14 +68,4 @@ def _check_sizes(height: float, width: float, min_pixels: float, max_pixels: flo
     if height <= 0 or width <= 0:
         raise ValueError(f"height and width must be positive, got {height}x{width}")
     if min_pixels <= 0 or max_pixels <= 0:
-        raise ValueError(
-            f"min_pixels and max_pixels must be positive, got min_pixels={min_pixels}, max_pixels={max_pixels}"
-        )
-
-
-def _check_aspect_ratio(height: float, width: float) -> None:
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"the longer side of an image must be at most {MAX_ASPECT_RATIO} times the shorter one, "
-            f"got {height}x{width} (height x width); crop or split the image"
-        )
+        raise ValueError(f"min_pixels and max_pixels must be positive, got min_pixels={min_pixels}, max_pixels={max_pixels}")

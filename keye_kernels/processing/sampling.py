@@ -54,19 +54,7 @@ def check_options(options: Options) -> None:
 
 
 def frame_range(options: Options, total_frames: int, video_fps: float) -> tuple[int, int]:
-    """Computes the first and the last frame between `video_start` and `video_end` of a video with a constant frame rate.
-
-    Args:
-        options: may have `video_start` and `video_end` in seconds.
-        total_frames: frames of the video.
-        video_fps: frames per second of the video.
-
-    Returns:
-        `(first, last)` frame indices, both included.
-
-    Raises:
-        ValueError: there is no frame in the range.
-    """
+    """Computes the first and last frame, both included, from `video_start` to `video_end` at a constant frame rate."""
     duration = total_frames / video_fps
     start, end = options.get("video_start"), options.get("video_end")
     first = 0 if start is None else math.ceil(max(0.0, min(start, duration)) * video_fps)
@@ -92,24 +80,18 @@ def sample_indices(first: int, last: int, count: int) -> list[int]:
 
 
 def preview_frame_count(options: Options, total_frames: int, video_fps: float) -> int:
-    """Computes the number of frames that Preview samples, an even number.
+    """Computes the number of frames that Preview samples out of `total_frames`, an even number.
 
-    Args:
-        options: may have `nframes`, or `fps`, `min_frames` and `max_frames`.
-        total_frames: frames in the range to sample.
-        video_fps: frames per second of the video.
-
-    Raises:
-        ValueError: the video has fewer than 2 frames, or fewer than `nframes`.
+    Options: `nframes`, or `fps`, `min_frames` and `max_frames`. Raises ValueError if the range has fewer than 2 or `nframes`
+    frames.
     """
     if options.get("nframes") is not None:
-        count = round(options["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
+        count = _round_even(options["nframes"], round)
     else:
         min_frames = _get(options, "min_frames", PREVIEW_MIN_FRAMES)
         max_frames = _get(options, "max_frames", min(PREVIEW_MAX_FRAMES, total_frames))
-        count = total_frames / video_fps * _get(options, "fps", DEFAULT_FPS)
-        count = min(max(count, _ceil_even(min_frames)), _floor_even(max_frames), total_frames)
-        count = _floor_even(count)
+        wanted = max(total_frames / video_fps * _get(options, "fps", DEFAULT_FPS), _round_even(min_frames, math.ceil))
+        count = _round_even(min(wanted, _round_even(max_frames, math.floor), total_frames), math.floor)
     if not FRAME_FACTOR <= count <= total_frames:
         raise ValueError(
             f"the number of sampled frames must be from {FRAME_FACTOR} to the {total_frames} frames of the video, "
@@ -121,12 +103,8 @@ def preview_frame_count(options: Options, total_frames: int, video_fps: float) -
 def preview_frame_size(options: Options, num_frames: int, height: int, width: int) -> Size:
     """Computes `(height, width)` of the resized frames of a Preview video.
 
-    Args:
-        options: may have `resized_height` and `resized_width`, or `min_pixels` and `max_pixels` per frame and `total_pixels`
-            of the video. The environment variable `VIDEO_MAX_PIXELS` sets the default of `total_pixels`.
-        num_frames: number of sampled frames.
-        height: height of the frames in pixels.
-        width: width of the frames in pixels.
+    Options: `resized_height` and `resized_width`, or `min_pixels` and `max_pixels` per frame and `total_pixels` of the video. The
+    environment variable `VIDEO_MAX_PIXELS` sets the default of `total_pixels`.
     """
     if options.get("resized_height") is not None or options.get("resized_width") is not None:
         return size_from_options(options, height, width, edition="preview")
@@ -140,13 +118,7 @@ def preview_frame_size(options: Options, num_frames: int, height: int, width: in
 
 
 def slow_fast_frame_count(options: Options, total_frames: int, video_fps: float) -> int:
-    """Computes the number of frames that 1.5 samples; 0 for a clip shorter than `1 / fps` seconds.
-
-    Args:
-        options: may have `fps` and the options of `slow_fast_frame_limit`.
-        total_frames: frames in the range to sample.
-        video_fps: frames per second of the video.
-    """
+    """Computes the number of frames that 1.5 samples; 0 for a clip shorter than `1 / fps` seconds."""
     fps = min(_get(options, "fps", DEFAULT_FPS), video_fps)
     return min(int(total_frames / video_fps * fps), slow_fast_frame_limit(options))
 
@@ -159,19 +131,10 @@ def slow_fast_frame_limit(options: Options) -> int:
 
 
 def slow_fast_sizes(options: Options, height: int, width: int, slow_frames: int, fast_frames: int) -> tuple[Size, Size]:
-    """Computes the sizes of slow and fast frames, the largest that keep the video within its pixel budget.
+    """Computes the sizes `(height, width)` of slow and fast frames, the largest that fit the pixel budget of the video.
 
-    As in the official package, the search ends one token above the largest slow frame that fits.
-
-    Args:
-        options: may have `min_pixels` and `max_pixels` per frame and `video_total_pixels` of the video.
-        height: height of the frames in pixels.
-        width: width of the frames in pixels.
-        slow_frames: number of slow frames.
-        fast_frames: number of fast frames.
-
-    Returns:
-        `((height, width), (fast_height, fast_width))` in pixels.
+    Options: `min_pixels` and `max_pixels` per frame, `video_total_pixels` of the video. As in the official package, the search
+    ends one token above the largest slow frame that fits.
     """
     min_pixels = max(int(_get(options, "min_pixels", 0)), FRAME_PIXEL_LIMITS[0])
     total = _get(options, "video_total_pixels", TOTAL_PIXELS)
@@ -208,9 +171,5 @@ def _check_number(options: Options, name: str, is_valid: Callable[[float], bool]
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def _ceil_even(value: float) -> int:
-    return math.ceil(value / FRAME_FACTOR) * FRAME_FACTOR
-
-
-def _floor_even(value: float) -> int:
-    return math.floor(value / FRAME_FACTOR) * FRAME_FACTOR
+def _round_even(value: float, rounding: Callable[[float], int]) -> int:
+    return rounding(value / FRAME_FACTOR) * FRAME_FACTOR

@@ -26,18 +26,14 @@ HSV_SHIFT = 12
 
 
 class SlowFastClassifier:
-    """Classifies the frames of one video, called with one frame after the other. Keeps only the last slow frame."""
+    """Classifies the frames of one video, called with one frame after the other. Keeps only the last slow frame.
 
-    def __init__(self, height: int, width: int, threshold: float = MIN_FRAME_SIMILARITY) -> None:
-        """Creates a classifier.
+    A frame with a similarity to the last slow frame below `threshold` is slow.
+    """
 
-        Args:
-            height: height of the frames in pixels.
-            width: width of the frames in pixels.
-            threshold: a frame with a lower similarity to the last slow frame is slow.
-        """
+    def __init__(self, height: int, width: int, threshold: float | None = None) -> None:
         self.size = smart_resize(height, width, min_pixels=FRAME_PIXEL_LIMITS[0], max_pixels=MAX_SIMILARITY_PIXELS)
-        self.threshold = threshold
+        self.threshold = MIN_FRAME_SIMILARITY if threshold is None else threshold
         self._last_slow: torch.Tensor | None = None
 
     def __call__(self, frame: torch.Tensor) -> int:
@@ -60,16 +56,9 @@ def hsv_blocks(frame: torch.Tensor) -> torch.Tensor:
 
 
 def block_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Computes the fraction of blocks of two frames with a cosine similarity above 0.7.
+    """Computes the fraction of blocks `[P, C]` of two frames with a cosine similarity above 0.7, rounded to float32.
 
-    Blocks that are black in both frames are not counted.
-
-    Args:
-        a: float32 `[P, C]` from `hsv_blocks`.
-        b: float32 `[P, C]` from `hsv_blocks`.
-
-    Returns:
-        0 to 1, rounded to float32, or NaN if all blocks are black.
+    Blocks that are black in both frames are not counted; NaN if all blocks are black.
     """
     norm_a, norm_b = a.norm(dim=1) + NORM_EPS, b.norm(dim=1) + NORM_EPS
     cosine = torch.linalg.vecdot(a, b) / (norm_a * norm_b)
@@ -78,14 +67,7 @@ def block_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def rgb_to_hsv(frame: torch.Tensor) -> torch.Tensor:
-    """Converts an RGB frame to 8-bit HSV, bitwise equal to OpenCV's `COLOR_RGB2HSV`.
-
-    Args:
-        frame: uint8 `[3, H, W]`.
-
-    Returns:
-        uint8 `[3, H, W]` with hue from 0 to 179, saturation and value from 0 to 255.
-    """
+    """Converts an RGB frame uint8 `[3, H, W]` to 8-bit HSV, bitwise equal to OpenCV's `COLOR_RGB2HSV` (hue 0 to 179)."""
     red, green, blue = frame.contiguous().to(torch.int16)
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)

@@ -37,18 +37,8 @@ def open_source(
 ) -> Iterator[BinaryIO]:
     """Opens a source as a seekable binary file and closes it at the end. Downloads go to a temporary file.
 
-    Args:
-        source: path, `file://` or `http(s)://` URL, `data:...;base64,` string, or bytes.
-        timeout: time limit of a download in seconds.
-        max_bytes: size limit of a download.
-
-    Yields:
-        The open file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the source cannot be read within the limits; the message names it.
-        TypeError: the source has another type.
+    A source is a path, `file://` or `http(s)://` URL, `data:...;base64,` string, or bytes. `timeout`, in seconds, and `max_bytes`
+    limit downloads. Raises FileNotFoundError, ValueError for a source that cannot be read (the message names it), or TypeError.
     """
     if isinstance(source, (bytes, bytearray)):
         with io.BytesIO(source) as file:
@@ -66,9 +56,7 @@ def open_source(
             yield file
 
 
-def read_source(
-    source: Any, *, timeout: float = DOWNLOAD_TIMEOUT_SECONDS, max_bytes: int = MAX_DOWNLOAD_BYTES
-) -> bytes:
+def read_source(source: Any, *, timeout: float = DOWNLOAD_TIMEOUT_SECONDS, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
     """Returns the bytes of a source; arguments and errors as for `open_source`."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         content = io.BytesIO()
@@ -79,16 +67,9 @@ def read_source(
 
 
 def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> None:
-    """Downloads a URL into a file.
+    """Downloads a URL into a file that is open for writing. `timeout` limits the whole download, in seconds.
 
-    Args:
-        url: HTTP or HTTPS URL; redirects to other schemes are rejected.
-        file: open for binary writing.
-        timeout: time limit of the whole download in seconds.
-        max_bytes: size limit.
-
-    Raises:
-        ValueError: the URL cannot be read within the limits.
+    Raises ValueError if the URL cannot be read within the limits.
     """
     name = describe_source(url)
     deadline = time.monotonic() + timeout

@@ -27,27 +27,13 @@ SPECIAL_TOKENS = (
 
 
 class KeyeTokenizer:
-    """Converts text to token ids and back.
+    """Converts text to token ids and back with `backend`, a `tokenizers.Tokenizer`.
 
-    Attributes:
-        backend: the `tokenizers.Tokenizer`.
-        eos_token: end-of-sequence token, or None if the checkpoint sets none.
-        pad_token: padding token; `eos_token` if the checkpoint sets none.
-        eos_token_id: id of `eos_token`.
-        pad_token_id: id of `pad_token`.
+    Turns the backend's padding and truncation off. `pad_token` defaults to `eos_token`; both may be None. Raises ValueError for a
+    token that is not in the vocabulary.
     """
 
     def __init__(self, backend: Tokenizer, *, eos_token: str | None = None, pad_token: str | None = None) -> None:
-        """Wraps a tokenizer and turns its padding and truncation off.
-
-        Args:
-            backend: the `tokenizers.Tokenizer`.
-            eos_token: end-of-sequence token.
-            pad_token: padding token. Default: `eos_token`.
-
-        Raises:
-            ValueError: a token is not in the vocabulary.
-        """
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -58,14 +44,9 @@ class KeyeTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> KeyeTokenizer:
-        """Loads a tokenizer.
+        """Loads `tokenizer.json` and optionally `tokenizer_config.json` from the folder of a checkpoint.
 
-        Args:
-            path: folder of a checkpoint, with `tokenizer.json` and optionally `tokenizer_config.json`.
-
-        Raises:
-            FileNotFoundError: there is no `tokenizer.json`.
-            ValueError: a file cannot be read, or a special token is not in the vocabulary.
+        Raises FileNotFoundError, or ValueError for a file that cannot be read.
         """
         from tokenizers import Tokenizer
 
@@ -77,20 +58,14 @@ class KeyeTokenizer:
         except Exception as error:
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
         config = read_json(Path(path) / "tokenizer_config.json", default={})
-        return cls(
-            backend, eos_token=_token_text(config.get("eos_token")), pad_token=_token_text(config.get("pad_token"))
-        )
+        return cls(backend, eos_token=_token_text(config.get("eos_token")), pad_token=_token_text(config.get("pad_token")))
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int:
-        """Returns the id of a token.
-
-        Raises:
-            ValueError: the token is not in the vocabulary.
-        """
+        """Returns the id of a token; raises ValueError if it is not in the vocabulary."""
         token_id = self.backend.token_to_id(token)
         if token_id is None:
             raise ValueError(f"the tokenizer has no token {token!r}; is tokenizer.json the one of this checkpoint?")
@@ -106,16 +81,7 @@ class KeyeTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Converts ids to text.
-
-        Args:
-            token_ids: one id, or `[S]` ids.
-            skip_special_tokens: leave special tokens out.
-            clean_up_tokenization_spaces: must be False, as in Keye's tokenizer configuration.
-
-        Raises:
-            ValueError: `clean_up_tokenization_spaces` is True.
-        """
+        """Converts one id or `[S]` ids to text. Raises ValueError for `clean_up_tokenization_spaces`, which Keye turns off."""
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces=True is not supported; Keye's tokenizer turns it off")
         if isinstance(token_ids, torch.Tensor):
@@ -134,13 +100,9 @@ class KeyeTokenizer:
 
 
 def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
-    """Builds a tokenizer without training: one token per byte, with the byte as its id, then Keye's special tokens.
+    """Builds a tokenizer without training: one token per byte, with the byte as its id, then the special tokens.
 
-    Args:
-        extra_special_tokens: added after Keye's special tokens.
-
-    Returns:
-        A `tokenizers.Tokenizer` that decodes any encoded text unchanged. Its method `save` writes `tokenizer.json`.
+    It decodes any encoded text unchanged. Its method `save` writes `tokenizer.json`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -152,26 +114,16 @@ def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            # Tags such as <think> are part of answers, so skip_special_tokens must keep them.
-            AddedToken(token, special=token.startswith("<|"), normalized=False)
-            for token in (*SPECIAL_TOKENS, *extra_special_tokens)
-        ]
-    )
+    # Tags such as <think> are part of answers, so skip_special_tokens must keep them.
+    tokens = (*SPECIAL_TOKENS, *extra_special_tokens)
+    tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False) for token in tokens])
     return tokenizer
 
 
 def read_json(path: Path, *, default: Any = None) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file; returns `default` if the file does not exist and `default` is not None.
 
-    Args:
-        path: the file.
-        default: returned if the file does not exist; None makes that an error.
-
-    Raises:
-        FileNotFoundError: the file does not exist and there is no default.
-        ValueError: the file is not valid JSON.
+    Raises FileNotFoundError, or ValueError for invalid JSON.
     """
     if not path.is_file():
         if default is not None:

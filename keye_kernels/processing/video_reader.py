@@ -31,13 +31,7 @@ BUFFER_BYTES = 1 << 18
 
 
 class DecodedFrame(NamedTuple):
-    """One frame in the format of the decoder, in most files 1.5 bytes per pixel.
-
-    Attributes:
-        frame: the PyAV frame.
-        height: height after rotation, in pixels.
-        width: width after rotation, in pixels.
-    """
+    """One frame in the format of the decoder, in most files 1.5 bytes per pixel, and its size in pixels after rotation."""
 
     frame: VideoFrame
     height: int
@@ -45,7 +39,6 @@ class DecodedFrame(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the frame."""
         return sum(plane.buffer_size for plane in self.frame.planes)
 
     def to_rgb(self) -> torch.Tensor:
@@ -65,31 +58,16 @@ class _Packets(NamedTuple):
 
 
 class VideoReader:
-    """Reads one video file.
+    """Reads one video file, a seekable binary file that the caller closes. `name` is used in error messages.
 
-    The constructor reads all packets once without decoding them, so the number of frames and their times are exact; those in
-    the file header can be estimates.
+    The constructor reads all packets once without decoding them, so the number of frames and their times are exact; those in the
+    file header can be estimates. It raises ValueError if the file has no video, is damaged or truncated, or has too large frames.
 
-    Attributes:
-        name: name of the video in error messages.
-        height: height of the frames after rotation, in pixels.
-        width: width of the frames after rotation, in pixels.
-        fps: average frames per second.
-        times: float64 `[N]`, seconds from the first frame to each frame.
-        is_constant_rate: the time of frame i is `i / fps`, up to the rounding of the container.
+    `height` and `width` are those of the rotated frames, `fps` is the average rate, `times` the seconds from the first frame to
+    each frame, float64 `[N]`. `is_constant_rate`: the time of frame i is `i / fps`, up to the rounding of the container.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        """Opens a video.
-
-        Args:
-            file: seekable binary file; the caller closes it.
-            name: name of the video in error messages.
-
-        Raises:
-            ImportError: PyAV is not installed.
-            ValueError: the file contains no video, is damaged or truncated, or its frames are too large.
-        """
         self.name = name
         self._file = file
         size, expected = file.seek(0, os.SEEK_END), declared_size(file)
@@ -116,18 +94,9 @@ class VideoReader:
         self._check_area(self.height, self.width)
 
     def frames(self, indices: Sequence[int]) -> Iterator[DecodedFrame]:
-        """Decodes the frames at the given indices; the pixels equal those of a full decode.
+        """Decodes the frames at the given increasing indices; the pixels equal those of a full decode.
 
-        GOPs without a requested frame are skipped, and so are frames that no requested frame depends on.
-
-        Args:
-            indices: frame indices in increasing order.
-
-        Yields:
-            One frame per index.
-
-        Raises:
-            ValueError: the file is damaged.
+        Skips GOPs without a requested frame, and frames that no requested frame depends on. Raises ValueError for a damaged file.
         """
         done = 0
         # If skipping loses a frame, as in streams without clean keyframes, all frames are decoded and counted instead.
@@ -203,17 +172,14 @@ class VideoReader:
         is_plausible = 0 < rate <= MAX_FILE_FPS and abs(rate - measured) <= MAX_FPS_ERROR * rate
         self.fps = rate if is_plausible else measured
         if not 0 < self.fps <= MAX_FILE_FPS:
-            raise ValueError(
-                f"video {self.name} has a frame rate of {self.fps}; expected above 0 and at most {MAX_FILE_FPS:.0f}"
-            )
+            raise ValueError(f"video {self.name} has a frame rate of {self.fps}; expected above 0 and at most {MAX_FILE_FPS:.0f}")
         drift = np.abs(self.times - np.arange(count) / self.fps).max()
         self.is_constant_rate = bool(drift <= MAX_ROUNDING_TICKS * tick)
 
     def _decode(self, wanted: frozenset[int] | None) -> Generator[tuple[int, VideoFrame], None, None]:
-        """Decodes frames.
+        """Yields `(index, frame)` of all frames, or with `wanted` timestamps `(timestamp, frame)` of at least those frames.
 
-        With None, yields `(index, frame)` of all frames. With timestamps, yields `(timestamp, frame)` of at least those frames,
-        and stops early at a decoding error.
+        With `wanted`, it stops early at a decoding error.
         """
         import av
 

@@ -17,26 +17,11 @@ import torch
 
 from keye_kernels.editions import Edition, EditionName, edition_named
 
+from . import sampling
 from .frame_buffer import FrameBuffer, shrink
 from .images import fetch_image
 from .patches import to_frame_tensors
-from .sampling import (
-    DEFAULT_FPS,
-    FRAME_FACTOR,
-    FRAME_PIXEL_LIMITS,
-    MIN_FRAME_SIMILARITY,
-    Options,
-    Size,
-    check_options,
-    check_range,
-    frame_range,
-    preview_frame_count,
-    preview_frame_size,
-    sample_indices,
-    slow_fast_frame_count,
-    slow_fast_frame_limit,
-    slow_fast_sizes,
-)
+from .sampling import DEFAULT_FPS, FRAME_FACTOR, Options, Size
 from .slow_fast import SlowFastClassifier
 from .sources import describe_source, open_source
 from .video_reader import VideoReader
@@ -49,65 +34,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """The sampled frames of one video.
+    """The N sampled frames of one video."""
 
-    Attributes:
-        frames: uint8 tensor `[N, 3, H, W]`; a list of uint8 tensors `[3, H, W]` if sizes differ; or a list of images, for a
-            Preview video given as a list.
-        seconds: float32 `[N]`, time of each frame; None for a list of images without `fps`.
-        fps: sampled frames per second (Preview).
-        frame_types: int32 `[N]`, 0 for slow and 1 for fast (1.5).
-        slow_size: `(height, width)` to which the processor resizes slow frames (1.5).
-        fast_size: `(height, width)` to which the processor resizes fast frames (1.5).
-    """
-
+    # uint8 [N, 3, H, W]; a list of uint8 [3, H, W] if sizes differ; or a list of images, for a Preview video given as a list
     frames: torch.Tensor | list[Any]
-    seconds: torch.Tensor | None
-    fps: float = DEFAULT_FPS
+    seconds: torch.Tensor | None  # float32 [N]; None for a list of images without fps
+    fps: float = DEFAULT_FPS  # sampled frames per second (Preview)
+    # 1.5: int32 [N], 0 for slow and 1 for fast, and (height, width) to which the processor resizes slow and fast frames
     frame_types: torch.Tensor | None = None
     slow_size: Size | None = None
     fast_size: Size | None = None
 
 
 def fetch_video(
-    part: Mapping[str, Any],
-    *,
-    edition: EditionName = "preview",
-    original_size: bool = False,
-    timeout: float | None = None,
-    max_bytes: int | None = None,
+    part: Mapping[str, Any], *, edition: EditionName = "preview", original_size: bool = False, **limits: Any
 ) -> SampledVideo:
     """Loads the video of one message part, samples its frames and resizes them, as `keye_vl_utils` does.
+
+    `video` of the part is a path, `file://` or `http(s)://` URL, `data:` string (of a video, or of several base64 images
+    separated by commas), bytes, list of images or of parts with `image`, tensor `[T, 3, H, W]` or array `[T, H, W, 3]`. The part
+    may have the options of `keye_kernels.processing.sampling`. `limits` are `timeout` and `max_bytes` of a download. Other
+    arguments and errors as for `process_vision_info`.
 
     A file is decoded as a stream. Only the sampled frames are kept, and each is resized as soon as its final size is known, so
     memory depends on the token budget of the model and not on the length of the video. Times are read from the file if its frame
     rate varies.
 
-    Some videos for which the official packages raise an error are supported. For 1.5: a clip shorter than `1 / fps` (one frame
-    is sampled), `video_start` and `video_end`, and clips that are one 28-pixel block high. For Preview: a video of one frame
-    (the frame is repeated). As in the official package, 1.5 ignores `nframes`.
-
-    Args:
-        part: has `video`, and may have the options of `keye_kernels.processing.sampling`. The video is a path, `file://` or
-            `http(s)://` URL, `data:` string (of a video, or of several base64 images separated by commas), bytes, list of
-            images or of parts with `image`, tensor `[T, 3, H, W]` or array `[T, H, W, 3]`.
-        edition: "preview" or "1.5".
-        original_size: for 1.5, keep all frames at the size of the file, as the official package does. `KeyeProcessor` resizes
-            them to the same pixels.
-        timeout: time limit of a download in seconds. Default: 300 for a video, 30 for each image of a list.
-        max_bytes: size limit of a download. Default: 4 GiB for a video, 256 MiB for each image of a list.
-
-    Returns:
-        The sampled frames.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the video cannot be read, or an option is out of range; the message names it.
-        TypeError: the source has another type.
-        ImportError: the video is a file, and PyAV is not installed.
+    Some videos for which the official packages raise an error are supported. For 1.5: a clip shorter than `1 / fps` (one frame is
+    sampled), `video_start` and `video_end`, and clips that are one 28-pixel block high. For Preview: a video of one frame (the
+    frame is repeated). As in the official package, 1.5 ignores `nframes`.
     """
     rules = edition_named(edition)
-    check_options(part)
+    sampling.check_options(part)
     source = part.get("video")
     if source is None:
         raise ValueError("a video part needs 'video' with a path, URL, bytes, tensor or list of images")
@@ -116,8 +74,6 @@ def fetch_video(
     if isinstance(source, str) and source.startswith("data:") and "," in source.partition(",")[2]:
         header, *encoded_images = source.split(",")
         source = [f"{header},{encoded}" for encoded in encoded_images]
-    limits: dict[str, Any] = {"timeout": timeout, "max_bytes": max_bytes}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
     if isinstance(source, (torch.Tensor, np.ndarray)):
         source = _to_image_arrays(source, rules)
     if isinstance(source, (list, tuple)):
@@ -136,9 +92,7 @@ def fetch_video(
 
 
 @contextmanager
-def open_video(
-    source: Any, *, timeout: float = VIDEO_TIMEOUT_SECONDS, max_bytes: int = MAX_VIDEO_BYTES
-) -> Iterator[VideoReader]:
+def open_video(source: Any, *, timeout: float = VIDEO_TIMEOUT_SECONDS, max_bytes: int = MAX_VIDEO_BYTES) -> Iterator[VideoReader]:
     """Opens a `VideoReader` on anything that `open_source` takes, and closes the file at the end."""
     with open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
         yield VideoReader(file, describe_source(source))
@@ -150,9 +104,9 @@ def _read_preview(reader: VideoReader, options: Options) -> SampledVideo:
     if total == 1 and options.get("nframes") is None:
         indices = [first]
     else:
-        indices = sample_indices(first, last, preview_frame_count(options, total, reader.fps))
+        indices = sampling.sample_indices(first, last, sampling.preview_frame_count(options, total, reader.fps))
     count = max(len(indices), FRAME_FACTOR)
-    size = preview_frame_size(options, count, reader.height, reader.width)
+    size = sampling.preview_frame_size(options, count, reader.height, reader.width)
     frames = torch.empty(count, 3, *size, dtype=torch.uint8)
     for index, frame in enumerate(reader.frames(indices)):
         frames[index:] = _resize_bicubic(frame.to_rgb(), size)
@@ -162,9 +116,9 @@ def _read_preview(reader: VideoReader, options: Options) -> SampledVideo:
 
 def _read_slow_fast(reader: VideoReader, options: Options, original_size: bool) -> SampledVideo:
     first, last = _frame_range(reader, options)
-    count = max(1, slow_fast_frame_count(options, last - first + 1, reader.fps))
-    indices = sample_indices(first, last, count)
-    classify = _classifier(options, reader.height, reader.width)
+    count = max(1, sampling.slow_fast_frame_count(options, last - first + 1, reader.fps))
+    indices = sampling.sample_indices(first, last, count)
+    classify = SlowFastClassifier(reader.height, reader.width, options.get("min_frame_similarity"))
     buffer = FrameBuffer(options, reader.height, reader.width, count, original_size)
     types: list[int] = []
     for frame in reader.frames(indices):
@@ -174,10 +128,7 @@ def _read_slow_fast(reader: VideoReader, options: Options, original_size: bool) 
     slow_size, fast_size = sizes = buffer.sizes(sum(types))
     frames = buffer.frames
     if len(frames) < count:
-        frames = [
-            shrink(frame.to_rgb(), sizes[frame_type])
-            for frame, frame_type in zip(reader.frames(indices), types, strict=True)
-        ]
+        frames = [shrink(frame.to_rgb(), sizes[kind]) for frame, kind in zip(reader.frames(indices), types, strict=True)]
     return SampledVideo(
         torch.stack(frames) if len({frame.shape for frame in frames}) == 1 else frames,
         _seconds(reader, indices),
@@ -187,15 +138,13 @@ def _read_slow_fast(reader: VideoReader, options: Options, original_size: bool) 
     )
 
 
-def _fetch_image_list(
-    images: Sequence[Any], options: Options, edition: Edition, limits: Mapping[str, Any]
-) -> SampledVideo:
+def _fetch_image_list(images: Sequence[Any], options: Options, edition: Edition, limits: Mapping[str, Any]) -> SampledVideo:
     fps = options.get("fps")
     indices = list(range(len(images)))
     if edition.slow_fast_frames:
-        indices = sample_indices(0, len(images) - 1, max(1, min(len(images), slow_fast_frame_limit(options))))
+        indices = sampling.sample_indices(0, len(images) - 1, max(1, min(len(images), sampling.slow_fast_frame_limit(options))))
     shared = {name: value for name, value in options.items() if name not in ("type", "video")}
-    pixel_limits = FRAME_PIXEL_LIMITS if edition.slow_fast_frames else None
+    pixel_limits = sampling.FRAME_PIXEL_LIMITS if edition.slow_fast_frames else None
     resized = []
     for index in indices:
         image = images[index]
@@ -216,26 +165,21 @@ def _fetch_image_list(
         )
     frames = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in resized])
     height, width = frames.shape[-2:]
-    classify = _classifier(options, height, width)
+    classify = SlowFastClassifier(height, width, options.get("min_frame_similarity"))
     types = torch.tensor([classify(frame) for frame in frames], dtype=torch.int32)
     fast_frames = int(types.sum())
-    slow_size, fast_size = slow_fast_sizes(options, height, width, len(types) - fast_frames, fast_frames)
+    slow_size, fast_size = sampling.slow_fast_sizes(options, height, width, len(types) - fast_frames, fast_frames)
     return SampledVideo(frames, seconds, frame_types=types, slow_size=slow_size, fast_size=fast_size)
-
-
-def _classifier(options: Options, height: int, width: int) -> SlowFastClassifier:
-    threshold = options.get("min_frame_similarity")
-    return SlowFastClassifier(height, width, MIN_FRAME_SIMILARITY if threshold is None else threshold)
 
 
 def _frame_range(reader: VideoReader, options: Options) -> tuple[int, int]:
     count = len(reader.times)
     if reader.is_constant_rate:
-        return frame_range(options, count, reader.fps)
+        return sampling.frame_range(options, count, reader.fps)
     start, end = options.get("video_start"), options.get("video_end")
     first = 0 if start is None else int(np.searchsorted(reader.times, start))
     last = count - 1 if end is None else int(np.searchsorted(reader.times, end, side="right")) - 1
-    check_range(options, first, last, reader.times[-1])
+    sampling.check_range(options, first, last, reader.times[-1])
     return first, last
 
 

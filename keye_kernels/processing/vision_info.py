@@ -11,17 +11,13 @@ from keye_kernels.editions import EditionName, edition_named
 from .images import fetch_image
 from .videos import SampledVideo, fetch_video
 
-VISION_KEYS = ("image", "image_url", "video")
-
 Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
 
 
 def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]:
     """Returns one conversation, or a batch of conversations, as a list of conversations.
 
-    Raises:
-        ValueError: `messages` is empty, or a turn has no role, no content or an unknown part.
-        TypeError: `messages` is not a list of turns.
+    Raises TypeError if `messages` is not a list of turns, ValueError for an empty list or a turn without role or known content.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise TypeError(
@@ -63,33 +59,30 @@ def process_vision_info(
 ) -> tuple[Any, ...]:
     """Loads and resizes all images and videos of the conversations, in order.
 
-    Takes and returns what the official `keye_vl_utils.process_vision_info` does, with one difference for 1.5: `timestamps`
-    has None for a video without times, so that all lists have one entry per video.
+    Takes and returns what the official `keye_vl_utils.process_vision_info` does, with one difference for 1.5: `timestamps` has
+    None for a video without times, so that all lists have one entry per video.
 
     Args:
-        messages: one conversation or a list of conversations. The options of images and videos, such as `max_pixels` and
-            `fps`, are entries of their message parts; docs/video.md lists them.
+        messages: one conversation or a list of them; options such as `fps` are entries of message parts, see docs/video.md.
         return_video_kwargs: for "preview", also return the processor's keyword arguments. "1.5" always returns them.
         edition: "preview" or "1.5"; pass `KeyeProcessor.edition` of the checkpoint.
-        original_size: for "1.5", keep the frames of video files at their original size, as the official package does. Only
-            needed for processors other than `KeyeProcessor`, which returns the same inputs for resized frames and uses less
-            memory.
+        original_size: for "1.5", keep the frames of video files at their original size, as the official package does. With
+            `KeyeProcessor` the inputs are the same, and resized frames take less memory.
         workers: number of images and videos loaded in parallel.
         progress: show a progress bar.
         timeout: time limit of each download in seconds. Default: 30 for an image, 300 for a video.
         max_bytes: size limit of each download. Default: 256 MiB for an image, 4 GiB for a video.
 
     Returns:
-        `(images, videos)`, or `(images, videos, video_kwargs)`. `images` is a list of RGB images and `videos` a list of
-            videos; each is None if there are none.
+        `(images, videos)`, or `(images, videos, video_kwargs)`. `images` is a list of RGB images and `videos` a list of videos;
+            each is None if there are none.
 
-            For "preview", a video is a uint8 tensor `[N, 3, H, W]`. A video given as a list of images is a list of an even
-            number of images; the last image is repeated if needed. `video_kwargs` is `{"fps": [...]}` with the sampled
-            frames per second of each video.
+            For "preview", a video is a uint8 tensor `[N, 3, H, W]`. A video given as a list of images is a list of an even number
+            of images; the last one is repeated if needed. `video_kwargs` is `{"fps": [...]}`, the sampled frames per second.
 
-            For "1.5", a video is a uint8 tensor `[N, 3, H, W]`, or a list of uint8 tensors `[3, h, w]` if slow and fast
-            frames have different sizes. `video_kwargs` has `height`, `width`, `fast_height`, `fast_width`, `timestamps` and
-            `frame_types`, each a list with one entry per video.
+            For "1.5", a video is a uint8 tensor `[N, 3, H, W]`, or a list of uint8 tensors `[3, h, w]` if slow and fast frames
+            differ in size. `video_kwargs` has `height`, `width`, `fast_height`, `fast_width`, `timestamps` and `frame_types`,
+            each a list with one entry per video.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -162,7 +155,7 @@ def _check_content(content: Any) -> None:
         raise TypeError(f"content must be a string or a list of parts, got {type(content).__name__}")
     for part in content:
         if not isinstance(part, Mapping) or not ("text" in part or modality(part)):
-            raise ValueError(f"a part of content must have one of 'text', {VISION_KEYS}, got {_shorten(part)}")
+            raise ValueError(f"a part of content must have 'text', 'image', 'image_url' or 'video', got {_shorten(part)}")
 
 
 def _shorten(value: Any) -> str:

@@ -33,11 +33,7 @@ class TokenTimer:
 
 
 def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tuple[str, float, list[float]]:
-    """Asks one question about an image or a clip.
-
-    Returns:
-        The answer, the seconds to the first token (reading the file included), and the seconds of each later token.
-    """
+    """Returns the answer, the seconds to the first token (reading the file included), and the seconds of each later token."""
     modality, start, timer = MODALITY_BY_SUFFIX[file.suffix], time.perf_counter(), TokenTimer()
     content = [{"type": modality, modality: str(file)}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
@@ -53,15 +49,14 @@ def run(options: argparse.Namespace) -> None:
     is_interpreted = resolve(options.impl, "rope_2d", device) == "triton" and device.type == "cpu"
     if is_interpreted and options.dtype not in (None, "float32", "float16"):
         raise ValueError(
-            "dtype must be float32 or float16 in Triton's interpreter, which computes bf16 matmuls wrongly, "
-            f"got {options.dtype}"
+            f"dtype must be float32 or float16 in Triton's interpreter, which computes bf16 matmuls wrongly, got {options.dtype}"
         )
     dtype = options.dtype or ("float32" if is_interpreted else None)
     model, processor = small_model(dtype=dtype, device=device, impl=options.impl), small_processor()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"Small Keye model, {parameters / 1e6:.1f} million parameters, {model.dtype}, device {model.device}, "
-        f"impl {options.impl!r}"
+        f"Small Keye model, {parameters / 1e6:.1f} million parameters, {model.dtype}, "
+        f"device {model.device}, impl {options.impl!r}"
     )
     is_right: list[bool] = []
     first_token_seconds: list[float] = []

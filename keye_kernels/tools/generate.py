@@ -28,22 +28,14 @@ def run(options: argparse.Namespace) -> None:
 def answer_question(
     content: list[dict[str, Any]], options: argparse.Namespace, write: Callable[[str], object] | None
 ) -> dict[str, Any]:
-    """Loads the checkpoint and answers one turn.
+    """Loads the checkpoint and answers one turn with these parts. `write` receives each new part of the answer.
 
-    Args:
-        content: the parts of the user's turn.
-        options: options of the command.
-        write: receives each new part of the answer during generation.
-
-    Returns:
-        `answer`, `prompt_tokens`, `new_tokens`, and `seconds` of the generation.
+    Returns `answer`, `prompt_tokens`, `new_tokens`, and `seconds` of the generation.
     """
     if not options.question.strip():
         raise ValueError("question must not be empty")
     # Before the model is loaded, which takes long, so that an unreadable image is reported at once
-    processor = KeyeProcessor.from_pretrained(
-        options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels
-    )
+    processor = KeyeProcessor.from_pretrained(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(messages, thinking=options.thinking, tokenize=True)
     model = Keye.from_pretrained(

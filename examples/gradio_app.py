@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 def stream_text(model: kk.Keye, processor: kk.KeyeProcessor, inputs: dict) -> Iterator[str]:
     """Runs `generate` in a thread and yields the whole text so far, each time it grows."""
-    pieces = queue.Queue()
+    pieces: queue.Queue[str | None] = queue.Queue()
     stop = threading.Event()
 
     def write(piece: str) -> None:

@@ -51,7 +51,6 @@ def test_double(measure, impl, size, dtype, device):
     measure(make, 2 * x, RequiredWork(size, 64, 16))
 """
 
-
 # Collection as on a GPU, with a timer that needs no CUDA events
 ON_GPU = """
 import time
@@ -82,9 +81,7 @@ def run_suite(folder, **files):
     # Without xdist's variables: the suite does not time in an xdist worker
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment = inherited | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*command, "--benchmark-json=out.json"], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run([*command, "--benchmark-json=out.json"], cwd=folder, env=environment, capture_output=True, text=True)
     return run.stdout + run.stderr, json.loads((folder / "out.json").read_text())
 
 
@@ -189,7 +186,7 @@ def test_baseline_ignores_padding():
     torch.testing.assert_close(padded[:, 3:], alone, atol=LOGITS_TOLERANCE, rtol=1e-5)
 
 
-def test_implementations_take_turns():
+def test_implementations_alternate_within_each_round():
     order = []
 
     def implementation(name):
@@ -199,9 +196,7 @@ def test_implementations_take_turns():
 
         return lambda: call
 
-    case = stages.BenchmarkCase(
-        RequiredWork(1, 1), {name: implementation(name) for name in "AB"}, implementation("floor")
-    )
+    case = stages.BenchmarkCase(RequiredWork(1, 1), {name: implementation(name) for name in "AB"}, implementation("floor"))
     seconds = compare.time_case(case, rounds=3)
     assert order == ["A", "B", "floor"] * 4  # the first round is a check and a warm-up
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"A": 3, "B": 3, "floor": 3}

@@ -1,4 +1,4 @@
-"""`tools.compile`: the kernels compile without findings, and each kind of finding is reported."""
+"""`tools.compile`: the kernels compile without failures, and each kind of failure is reported."""
 
 import json
 import os
@@ -45,9 +45,7 @@ for variant in (
 
 
 def run(*command, **environment):
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"} | environment
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def reports():
     return json.loads(call.stdout)
 
 
-def test_every_variant_compiles_without_findings(reports):
+def test_every_variant_compiles_without_failures(reports):
     assert reports["failures"] == []
     assert {(report["target"], report["kernel"]) for report in reports["reports"]} == {
         (target, kernel) for target in ("sm_80", "sm_90") for kernel in KERNELS
@@ -75,7 +73,7 @@ def test_norm_and_rope_stay_within_70_registers(reports):
     assert len(norms) == 2 * 5 and all(0 < report["registers"] <= 70 for report in norms)
 
 
-def test_findings_are_reported(tmp_path):
+def test_failures_are_reported(tmp_path):
     script = tmp_path / "bad_kernel.py"
     script.write_text(BAD_KERNEL)
     call = run(sys.executable, "-W", "ignore", script)
@@ -88,7 +86,7 @@ def test_findings_are_reported(tmp_path):
     assert embedding == "runs matmuls without tensor-core instructions"
 
 
-def test_the_exit_code_is_1_with_findings(monkeypatch, capsys):
+def test_a_failure_gives_exit_code_1(monkeypatch, capsys):
     report = checker.Report("sm_80", "rope", "text", failures=["spills inside a loop (3 instructions)"])
 
     class Pool:

@@ -1,4 +1,4 @@
-"""`doctor`: it never crashes, says what is wrong, and knows the pairs of versions that do not go together."""
+"""`doctor`: it never crashes, says what is wrong, and finds pairs of incompatible versions."""
 
 import json
 import os
@@ -20,13 +20,11 @@ OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope
 
 
 def run_doctor(*missing, path=""):
-    """The command in a process of its own, where some packages cannot be found; exit code and JSON."""
+    """Runs the command in a new process in which the packages `missing` cannot be imported. Returns its JSON."""
     code = f"import sys; sys.modules.update(dict.fromkeys({missing!r}))\n"
     code += "from keye_kernels.cli import main; raise SystemExit(main(['doctor', '--json']))"
     env = {**os.environ, "PYTHONPATH": str(path), "TRITON_INTERPRET": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=env
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=env)
     assert "Traceback" not in result.stderr, result.stderr
     found = json.loads(result.stdout)
     assert result.returncode == (1 if found["problems"] else 0)
@@ -39,18 +37,16 @@ def problems(versions, pinned_triton=None, **errors):
     return [(problem.what, problem.fix) for problem in version_problems(packages, pinned_triton)]
 
 
-def test_without_triton_and_transformers_the_reference_serves_and_nothing_is_broken():
+def test_without_triton_and_transformers_the_reference_runs_and_no_problem_is_found():
     found = run_doctor("triton", "transformers", "flash_attn", "torchvision")
     assert found["versions"]["triton"] == found["versions"]["transformers"] == "not installed"
-    assert [(row["operator"], row["implementation"]) for row in found["operators"]] == [
-        (name, "reference") for name in OPERATORS
-    ]
+    assert [(row["operator"], row["implementation"]) for row in found["operators"]] == [(name, "reference") for name in OPERATORS]
     assert found["self_test"]["operators"] == 5 and found["self_test"]["failed"] == []
     assert not [problem for problem in found["problems"] if "vllm" not in problem["what"]]
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('built for another torch')", "SystemExit(3)"])
-def test_a_broken_flash_attn_is_named_with_what_fixs_it(error, tmp_path):
+def test_a_broken_flash_attn_is_named_with_its_fix(error, tmp_path):
     (tmp_path / "flash_attn.py").write_text(f"raise {error}")
     found = run_doctor("transformers", path=tmp_path)
     assert error.split("(")[0] in found["versions"]["flash_attn"]
@@ -65,7 +61,7 @@ def test_without_torch_it_says_so():
     assert found["operators"] == []
 
 
-def test_versions_that_go_together_are_no_problem():
+def test_compatible_versions_are_no_problem():
     assert problems(GOOD, "3.9.0") == []
     assert problems({**GOOD, "transformers": None, "kernels": "0.17.0", "torch": "2.6.0", "triton": "3.4.0"}) == []
 
@@ -92,7 +88,7 @@ def test_versions_that_go_together_are_no_problem():
         ({"PIL": None}, None, "PIL is not installed", "pip install pillow"),
     ],
 )
-def test_a_known_bad_pair_is_named_with_the_command_that_fixs_it(versions, pinned, what, fix):
+def test_incompatible_versions_are_named_with_the_command_that_fixes_them(versions, pinned, what, fix):
     [(found, command)] = problems({**GOOD, **versions}, pinned)
     assert what in found and command == fix
 
@@ -129,7 +125,7 @@ def test_an_implementation_that_cannot_run_is_a_problem(monkeypatch):
     assert found[0].fix == "unset KEYE_KERNELS_IMPL"
 
 
-def test_a_driver_without_a_torch_that_finds_a_gpu_is_a_problem(tmp_path, monkeypatch):
+def test_a_driver_with_a_torch_that_finds_no_gpu_is_a_problem(tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
     smi.chmod(0o755)
@@ -140,15 +136,15 @@ def test_a_driver_without_a_torch_that_finds_a_gpu_is_a_problem(tmp_path, monkey
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """What torch says on a machine with a card; launch-config tables in an empty folder."""
-    card = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+def gpu(monkeypatch):
+    """Properties that torch reports on a machine with an H100."""
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    return card
+    return properties
 
 
 def test_a_gpu_is_described(gpu, monkeypatch):
@@ -157,7 +153,7 @@ def test_a_gpu_is_described(gpu, monkeypatch):
     assert (found["name"], found["capability"], found["memory_gib"]) == ("NVIDIA H100", "9.0", 80.0) and broken == []
 
 
-def test_what_keeps_a_gpu_from_the_kernels_is_a_problem(gpu, monkeypatch):
+def test_everything_that_prevents_kernels_on_a_gpu_is_a_problem(gpu, monkeypatch):
     gpu.major, gpu.minor = 7, 5
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
@@ -169,7 +165,7 @@ def test_what_keeps_a_gpu_from_the_kernels_is_a_problem(gpu, monkeypatch):
 
 @pytest.fixture
 def h100(gpu, monkeypatch, tmp_path):
-    """A GPU by name; the look-up of launch configs starts in an empty folder."""
+    """The path of the first launch-config table that a launch on the H100 looks for. It does not exist yet."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
     monkeypatch.setenv("KEYE_KERNELS_TILES", str(tmp_path / "named"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -199,9 +195,7 @@ def test_the_backends_of_impl_auto_are_shown(h100):
     entry = {**key, "config": {"backend": "torch"}, "median_us": 1.0}
     h100.write_text(json.dumps({"triton": "3.9.0", "kernels": {"varlen_attention": [entry]}}))
     launch_config.clear_cache()
-    by_use = {
-        row["use"]: row["backend"] for row in machine.find_backends("cuda") if row["kernel"] == "varlen_attention"
-    }
+    by_use = {row["use"]: row["backend"] for row in machine.find_backends("cuda") if row["kernel"] == "varlen_attention"}
     assert by_use["vision, 1 x 1024"] == "torch" and by_use["text, 1 x 1024"] == "triton"
     text = doctor.to_text(doctor.Diagnosis(backends=machine.find_backends("cuda")))
     assert "varlen_attention         vision, 1 x 1024: torch" in text

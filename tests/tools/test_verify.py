@@ -1,4 +1,4 @@
-"""`verify`: correct kernels pass, and each kind of mistake that it checks for makes it fail."""
+"""`verify`: correct kernels pass, and each kind of error that it checks for makes it fail."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_a_kernel_that_is_slightly_wrong_fails_the_command(monkeypatch, capsys):
     assert main(["verify", "--device", "cpu", "--seeds", "1", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     passed = {(line["operator"], line["dtype"]): line["passed"] for line in found["results"]}
-    # In fp16 this mistake is smaller than the rounding error
+    # In fp16 this error is smaller than the rounding error
     assert not passed["rope_2d", "fp32"] and passed["position_embedding_2d", "fp32"] and not found["passed"]
     assert "interpreter" in found["notes"][0]
 

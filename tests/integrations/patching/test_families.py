@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import keye_kernels as kk
 
 pytest.importorskip("transformers")
-from .models import BUILDERS, batch, build, instance_forwards, logits
+from tests.helpers.patched_families import BUILDERS, batch, build, instance_forwards, logits
 
 # Sums in a different order
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -147,9 +147,7 @@ def test_gradients_match():
     found = gradients()
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(
-            found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **FLOAT32
-        )
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **FLOAT32)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "paddleocr_vl"])

@@ -10,7 +10,7 @@ import keye_kernels as kk
 from keye_kernels.integrations.patching.patch import patched_parts
 
 pytest.importorskip("transformers")
-from .models import build, instance_forwards, logits, operators_run
+from tests.helpers.patched_families import build, instance_forwards, logits, operators_run
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 FAMILY = "qwen2_vl"

@@ -6,8 +6,7 @@ from torch import nn
 
 import keye_kernels as kk
 from keye_kernels.integrations.patching.patch import patched_parts
-
-from .models import IMAGE_GRIDS, batch, build
+from tests.helpers.patched_families import IMAGE_GRIDS, batch, build
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 PATCHES = sum(t * h * w for t, h, w in IMAGE_GRIDS)

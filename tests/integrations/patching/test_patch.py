@@ -12,7 +12,7 @@ from keye_kernels.integrations.patching.patch import patched_parts
 from tests.helpers.tiny import CONFIG, tiny_model
 
 pytest.importorskip("transformers")
-from .models import BUILDERS, build, instance_forwards, logits, operators_run
+from tests.helpers.patched_families import BUILDERS, build, instance_forwards, logits, operators_run
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 FAMILY = "qwen2_vl"
@@ -85,7 +85,7 @@ def test_a_report_reverts_only_once(model):
 
 
 @pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn", "rotary_pos_emb"])
-def test_reverting_only_one_side_of_a_position_exchange_raises(model, part):
+def test_reverting_one_module_of_several_that_share_positions_raises(model, part):
     expected = logits(model, FAMILY)
     kk.apply_keye_kernels(model)
     before = instance_forwards(model)
@@ -226,7 +226,7 @@ def transformers_model() -> nn.Module:
 
 
 @pytest.mark.parametrize("build_model", [tiny_model, transformers_model])
-def test_models_of_this_package_are_reported_as_done(build_model):
+def test_models_of_this_package_are_reported_and_left_alone(build_model):
     model = build_model()
     report = kk.apply_keye_kernels(model, strict=True)
     assert not report.replaced and not instance_forwards(model)

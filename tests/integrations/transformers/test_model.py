@@ -12,29 +12,28 @@ import keye_kernels as kk
 from keye_kernels.editions import EDITIONS
 from keye_kernels.integrations.transformers.modeling import MODELS
 from keye_kernels.integrations.transformers.vision import PatchEmbedding
+from tests.helpers.auto_model import load
 from tests.helpers.tiny import CONFIG, prompt, save_checkpoint, tiny_model
-
-from .conftest import load
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
 
 def two_prompts():
-    """Two prompts, with one and two images, each alone and both as a left-padded batch."""
-    rows = [prompt([(1, 4, 6)]), prompt([(1, 4, 4), (1, 2, 6)], seed=1)]
-    length = max(row["input_ids"].shape[1] for row in rows)
-    pads = [length - row["input_ids"].shape[1] for row in rows]
+    """Returns two prompts, the first with one image and the second with two, and a left-padded batch of both."""
+    prompts = [prompt([(1, 4, 6)]), prompt([(1, 4, 4), (1, 2, 6)], seed=1)]
+    length = max(single["input_ids"].shape[1] for single in prompts)
+    pads = [length - single["input_ids"].shape[1] for single in prompts]
     assert max(pads) > 0
     pad = torch.nn.functional.pad
     batch = {
-        "input_ids": torch.cat([pad(row["input_ids"], (n, 0)) for row, n in zip(rows, pads, strict=True)]),
+        "input_ids": torch.cat([pad(single["input_ids"], (n, 0)) for single, n in zip(prompts, pads, strict=True)]),
         "attention_mask": torch.cat(
-            [pad(torch.ones_like(row["input_ids"]), (n, 0)) for row, n in zip(rows, pads, strict=True)]
+            [pad(torch.ones_like(single["input_ids"]), (n, 0)) for single, n in zip(prompts, pads, strict=True)]
         ),
-        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
-        "image_grid_thw": torch.cat([row["image_grid_thw"] for row in rows]),
+        "pixel_values": torch.cat([single["pixel_values"] for single in prompts]),
+        "image_grid_thw": torch.cat([single["image_grid_thw"] for single in prompts]),
     }
-    return rows, batch
+    return prompts, batch
 
 
 def new_tokens(model, inputs, **options):
@@ -49,12 +48,12 @@ def test_auto_classes_load_the_model(tiny_folder, auto):
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_dtype_argument_has_two_names(tiny_folder, name):
+def test_dtype_and_torch_dtype_set_the_dtype(tiny_folder, name):
     assert AutoModel.from_pretrained(tiny_folder, **{name: torch.bfloat16}).dtype == torch.bfloat16
 
 
 def test_loading_equals_direct_construction(tiny, tiny_folder):
-    """Loading uses the meta device, which would leave buffers uninitialised."""
+    """Loading uses the meta device, which would leave buffers uninitialized."""
     built = type(tiny)(AutoConfig.from_pretrained(tiny_folder)).eval()
     built.load_state_dict(tiny.state_dict())
     assert not list(tiny.buffers())
@@ -111,14 +110,14 @@ def test_tokens_do_not_depend_on_the_cache(tiny):
 
 
 def test_tokens_do_not_depend_on_left_padding(tiny):
-    rows, batch = two_prompts()
-    alone = torch.cat([new_tokens(tiny, row) for row in rows])
+    prompts, batch = two_prompts()
+    alone = torch.cat([new_tokens(tiny, single) for single in prompts])
     assert torch.equal(new_tokens(tiny, batch), alone)
 
 
 def test_beams_use_the_images_of_their_sequence(tiny):
-    rows, batch = two_prompts()
-    alone = torch.cat([new_tokens(tiny, row, num_beams=3) for row in rows])
+    prompts, batch = two_prompts()
+    alone = torch.cat([new_tokens(tiny, single, num_beams=3) for single in prompts])
     assert torch.equal(new_tokens(tiny, batch, num_beams=3), alone)
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     assert not torch.equal(new_tokens(tiny, other, num_beams=3), alone)
@@ -126,11 +125,11 @@ def test_beams_use_the_images_of_their_sequence(tiny):
 
 def test_beams_use_the_videos_of_their_sequence(tiny):
     """Two videos with different second_per_grid_ts, so that their rope_deltas differ."""
-    rows, _ = two_prompts()
+    prompts, _ = two_prompts()
     videos = []
-    for row, seconds in zip(rows[:1] * 2, (0.5, 3.0), strict=True):
-        ids = row["input_ids"].masked_fill(row["input_ids"] == 115, 116)
-        patches = row["pixel_values"]
+    for single, seconds in zip(prompts[:1] * 2, (0.5, 3.0), strict=True):
+        ids = single["input_ids"].masked_fill(single["input_ids"] == 115, 116)
+        patches = single["pixel_values"]
         videos.append(
             {
                 "input_ids": ids,
@@ -211,11 +210,11 @@ def test_prompt_lookup_decoding_gives_the_same_tokens(tiny):
 
 
 def test_two_conversations_are_independent(tiny):
-    rows, _ = two_prompts()
-    caches = [tiny(**row).past_key_values for row in rows]
+    prompts, _ = two_prompts()
+    caches = [tiny(**single).past_key_values for single in prompts]
     token = torch.tensor([[5]])
-    for row, cache in zip(rows, caches, strict=True):
-        longer = {**row, "input_ids": torch.cat([row["input_ids"], token], dim=1)}
+    for single, cache in zip(prompts, caches, strict=True):
+        longer = {**single, "input_ids": torch.cat([single["input_ids"], token], dim=1)}
         found = tiny(token, past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(found, tiny(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
 
@@ -266,14 +265,14 @@ def test_given_position_ids(tiny, shape):
     """[B, S], [3, B, S], or [4, B, S] as in transformers, which puts text positions first."""
     ids = torch.arange(24).view(2, 12)
     positions = torch.arange(5, 17).expand(shape)
-    moved = tiny(ids, position_ids=positions).logits
+    shifted = tiny(ids, position_ids=positions).logits
     # Attention depends only on differences of positions
-    torch.testing.assert_close(moved, tiny(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shifted, tiny(ids).logits, atol=1e-4, rtol=1e-4)
     cache = tiny(ids[:, :-1], position_ids=positions[..., :-1]).past_key_values
     last = tiny(ids[:, -1:], past_key_values=cache).logits
-    torch.testing.assert_close(last, moved[:, -1:], atol=1e-4, rtol=1e-4)
-    stretched = tiny(ids, position_ids=2 * positions).logits
-    assert (stretched - moved).abs().max() > 1e-2
+    torch.testing.assert_close(last, shifted[:, -1:], atol=1e-4, rtol=1e-4)
+    scaled = tiny(ids, position_ids=2 * positions).logits
+    assert (scaled - shifted).abs().max() > 1e-2
 
 
 def test_eager_attention_returns_its_weights(tiny_folder):
@@ -299,7 +298,7 @@ def test_patch_embedding_matches_the_convolution():
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pickled_weights_are_refused(tiny_folder, tmp_path, name):
+def test_pickled_weights_are_rejected(tiny_folder, tmp_path, name):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     (tmp_path / name).touch()
     (tmp_path / "adapter_model.safetensors").touch()
@@ -318,7 +317,7 @@ def test_remote_code_is_not_run(tiny, tiny_folder, tmp_path):
     assert torch.equal(AutoModel.from_pretrained(folder)(**inputs).logits, tiny(**inputs).logits)
 
 
-def test_integer_pixels_are_refused(tiny):
+def test_integer_pixels_are_rejected(tiny):
     inputs = prompt([(1, 4, 6)])
     with pytest.raises(TypeError, match=r"pixel_values must be normalised.*uint8"):
         tiny(**{**inputs, "pixel_values": torch.zeros(24, 3, 14, 14, dtype=torch.uint8)})
@@ -343,7 +342,7 @@ def test_image_features(tiny):
     assert features.shape == (6, tiny.config.hidden_size)
 
 
-def test_scaled_rope_is_refused():
+def test_scaled_rope_is_rejected():
     config = copy.deepcopy(CONFIG)
     config["rope_scaling"]["type"] = "yarn"
     with pytest.raises(ValueError, match="rope_scaling must have type"):

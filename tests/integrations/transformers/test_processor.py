@@ -21,9 +21,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 
 def conversation(**source):
-    return [
-        {"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": "what is in the picture?"}]}
-    ]
+    return [{"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": "what is in the picture?"}]}]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ def test_image_keys_of_transformers(small, key):
     assert_same(found, small[1].apply_chat_template(conversation(image=Image.open(IMAGE)), **template))
 
 
-def test_pixel_limits_when_loading_per_call_and_as_attribute(small):
+def test_pixel_limits_are_set_when_loading_per_call_or_as_attribute(small):
     messages, limit = conversation(image=Image.open(IMAGE)), 16 * 784
     template = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     expected = kk.small_processor(max_pixels=limit).apply_chat_template(messages, tokenize=True)
@@ -120,7 +118,7 @@ def test_grouped_arguments(small):
     assert_same(found, small[1](text=["<|image_pad|>", "two words"], images=[image], **flat))
 
 
-def test_loading_refuses_unknown_arguments():
+def test_loading_rejects_unknown_arguments():
     with pytest.raises(TypeError, match=r"\['max_pixel'\].*'max_pixels'"):
         AutoProcessor.from_pretrained(SMALL, max_pixel=5)
     AutoProcessor.from_pretrained(SMALL, use_fast=True, trust_remote_code=False, revision="main", force_download=False)
@@ -172,12 +170,12 @@ def test_image_processor_alone(small):
     assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
 
 
-@pytest.mark.parametrize("edition, grey", [("preview", 1.0), ("1.5", -1.0)])
-def test_transparency_depends_on_the_edition(edition, grey, v1_5_folder):
+@pytest.mark.parametrize("edition, gray", [("preview", 1.0), ("1.5", -1.0)])
+def test_transparency_depends_on_the_edition(edition, gray, v1_5_folder):
     """A black, transparent image becomes white if it is blended and stays black if alpha is dropped."""
     processor = AutoProcessor.from_pretrained(v1_5_folder if edition == "1.5" else SMALL)
     pixels = processor(text="<|image_pad|>", images=[Image.new("RGBA", (56, 56))])["pixel_values"]
-    assert (pixels == grey).all()
+    assert (pixels == gray).all()
 
 
 def test_continue_final_message(small):
@@ -195,7 +193,7 @@ def test_continue_final_message(small):
     ],
     ids=["truncation", "other edition", "numpy"],
 )
-def test_unsupported_arguments_are_refused(small, options, message):
+def test_unsupported_arguments_are_rejected(small, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         small[1](text="hello", **options)
 
@@ -231,9 +229,7 @@ def test_saved_model_and_processor_run_again(small, tmp_path):
     processor.save_pretrained(tmp_path)
     messages = conversation(image=Image.open(io.BytesIO(IMAGE.read_bytes())))
     again = AutoModel.from_pretrained(tmp_path)
-    inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True
-    )
+    inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     lean = kk.Keye.from_pretrained(tmp_path).generate(
         **kk.KeyeProcessor.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True), max_new_tokens=24
     )

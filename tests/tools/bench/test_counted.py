@@ -38,7 +38,7 @@ def test_the_projector_of_16_images_meets_its_budget():
 
 
 @pytest.mark.parametrize("name", ["attention ragged, 64 rows", "attention ragged, 128 rows"])
-def test_attention_of_ragged_segments_meets_its_budget_with_either_tile_height(name):
+def test_attention_of_ragged_segments_meets_its_budget_with_both_block_sizes(name):
     found = count_case(name)
     assert found["launches"] == 1 and found["eager_operators"] == 0 and found["above"] == []
     assert 1.0 <= found["unique"] < 1.001 and 1.0 < found["multiplies"] <= counted_cases()[name].limits["multiplies"]
@@ -60,7 +60,7 @@ def test_an_exceeded_budget_is_named(case):
     assert found["requested"] == 1.5 and found["eager_operators"] == 2 and found["above"] == ["requested"]
 
 
-def test_a_peer_with_other_results_is_refused(case, monkeypatch):
+def test_a_peer_with_other_results_is_rejected(case, monkeypatch):
     def peer(factor):
         return peers.Peer("a peer", "math", "round", lambda case: lambda: (case.arguments["x"] * factor,))
 
@@ -71,7 +71,7 @@ def test_a_peer_with_other_results_is_refused(case, monkeypatch):
         count_case("round", "a peer")
 
 
-def test_every_peer_has_one_of_our_cases():
+def test_every_peer_has_a_case_of_this_package():
     assert {peer.case for peer in peers.PEERS} <= counted_cases().keys()
 
 

@@ -37,7 +37,7 @@ def test_one_expensive_request_gets_its_own_device():
     assert [0] in pack_longest_first([100, 3, 4, 5, 6], 2)
 
 
-def test_order_of_arrival_gives_runs_of_equal_length():
+def test_arrival_order_gives_each_device_the_same_number_of_requests():
     assert pack_in_arrival_order([9, 9, 1, 1, 1, 1], 3) == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -45,9 +45,7 @@ def test_imbalance_is_the_largest_load_over_the_mean_minus_one():
     assert imbalance([2, 2, 2]) == 0 and imbalance([3, 2, 1]) == pytest.approx(0.5) and imbalance([0, 0]) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments, message", [(([1], 0), "bins must be at least 1"), (([1, -1], 1), "costs must not")]
-)
+@pytest.mark.parametrize("arguments, message", [(([1], 0), "bins must be at least 1"), (([1, -1], 1), "costs must not")])
 def test_invalid_packing_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         pack_longest_first(*arguments)

@@ -178,9 +178,7 @@ def test_existing_page_is_overwritten_only_with_force(write, report, tmp_path):
     assert code == 0 and "b.json" in page
 
 
-@pytest.mark.parametrize(
-    "content, message", [("{", "not valid JSON"), ("[]", "is not a result"), ("{}", "is not a result")]
-)
+@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "is not a result"), ("{}", "is not a result")])
 def test_other_json_files_are_errors(tmp_path, report, content, message):
     (tmp_path / "a.json").write_text(content)
     code, _, error = report(str(tmp_path / "a.json"))

@@ -148,9 +148,7 @@ class SiglipEncoder(nn.Module):
             rope_emb = (rope_emb.cos(), rope_emb.sin())
         attentions = ()
         for encoder_layer in self.layers:
-            outputs = encoder_layer(
-                hidden_states, attention_mask, output_attentions, cu_seqlens=cu_seqlens, rope_emb=rope_emb
-            )
+            outputs = encoder_layer(hidden_states, attention_mask, output_attentions, cu_seqlens=cu_seqlens, rope_emb=rope_emb)
             hidden_states = outputs[0]
             attentions += outputs[1:]
         return hidden_states, attentions
@@ -292,9 +290,7 @@ class KeyeDecoderLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=1e-6)
 
     def forward(self, hidden_states, attention_mask, past_key_value, position_embeddings):
-        attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states), attention_mask, past_key_value, position_embeddings
-        )
+        attended, _, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_value, position_embeddings)
         return hidden_states + attended
 
 

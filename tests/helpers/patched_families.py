@@ -59,7 +59,7 @@ def _qwen3_vl() -> nn.Module:
 
 
 def _keye() -> nn.Module:
-    from .keye_official import KeyeForConditionalGeneration, official_config
+    from tests.helpers.keye_official import KeyeForConditionalGeneration, official_config
 
     return KeyeForConditionalGeneration(official_config())
 
@@ -130,7 +130,7 @@ def logits(model: nn.Module, family: str, **options) -> torch.Tensor:
 
 
 def instance_forwards(model: nn.Module) -> dict[str, object]:
-    """The forwards that are attributes of the instances, as patched ones are, by module name."""
+    """Module name -> forward, for modules with a forward of their own in `__dict__`. Patched modules have one."""
     return {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__}
 
 

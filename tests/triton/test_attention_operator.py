@@ -1,4 +1,4 @@
-"""`ops.varlen_attention` around the kernel: tile schedules, shared `Segments`, and the choice of a backend."""
+"""The operator `ops.varlen_attention`: tile schedules, shared `Segments`, and the choice of a backend."""
 
 import importlib
 import logging
@@ -65,7 +65,7 @@ def test_segments_build_each_schedule_once_per_batch(monkeypatch):
     calls = []
     build = segments_module.tile_schedule
     monkeypatch.setattr(segments_module, "tile_schedule", lambda *args: calls.append(args[1:]) or build(*args))
-    monkeypatch.setattr(operator_module, "tile_schedule", None)  # that of plain offsets is not built as well
+    monkeypatch.setattr(operator_module, "tile_schedule", None)  # the schedule of plain offsets must not be built
     q, k, v, _ = packed([40, 30], head_dim=16)
     segments = Segments.from_lengths([40, 30], CPU)
     block_m = launcher.attention_config(CPU, q.dtype, 16, 70, False)["BLOCK_M"]
@@ -139,7 +139,7 @@ def test_wrong_offsets_on_a_cpu_raise(cu_seqlens, impl):
 
 @pytest.fixture
 def torch_runs(monkeypatch):
-    """torch's FlashAttention without a GPU: records its arguments, leaves garbage in tokens of no segment, takes every device."""
+    """Replaces torch's FlashAttention by the reference on every device. Records the calls, and fills tokens of no segment with NaN."""
     calls = []
 
     def flash(q, k, v, cu_seqlens, *options, scale):
@@ -178,7 +178,7 @@ def test_torch_gives_zero_to_tokens_of_no_segment(torch_runs, cu_seqlens):
     assert out[~outside].isfinite().all() and lse[:, ~outside].isfinite().all()
 
 
-def test_torch_takes_segments(torch_runs):
+def test_torch_accepts_segments(torch_runs):
     q, k, v, cu_seqlens = packed([40, 30])
     plain = attend(q, k, v, cu_seqlens, impl="torch")
     assert_same_bits(attend(q, k, v, Segments.from_lengths([40, 30], CPU), impl="torch"), plain)

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: a launch runs the specialization that the JIT would choose, and asks the JIT once for each.
+"""The cache of compiled kernels: a launch runs the specialization that the JIT would choose, and calls the JIT once per specialization.
 
 A subprocess compiles for an H100 with a driver that records launches. No GPU is needed.
 """

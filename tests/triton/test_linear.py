@@ -41,9 +41,9 @@ def test_any_number_of_input_features(poisoned_empty, width, dtype):
 
 
 @pytest.mark.parametrize("width", [17, 24, 100])
-def test_the_mask_of_k_hides_what_follows_a_row(width):
+def test_nothing_past_the_last_row_is_used(width):
     x, weight, bias = inputs(20, width, 40, torch.float32)
-    # The last rows end at NaN, which a load past the end would read
+    # Each tensor is followed by NaN, which an unmasked load of the last row would read
     guarded = []
     for tensor in (x, weight):
         buffer = torch.full((tensor.numel() + 64,), torch.nan)

@@ -88,7 +88,7 @@ def test_use_tma_is_tried_only_where_there_is_tma(name):
     for shape, _, arch, heuristic in uses(spec):
         assert not heuristic.get("use_tma")
         tried = {candidate.get("use_tma", False) for candidate in spec.candidates(shape, arch, heuristic)}
-        assert arch.has_tma or True not in tried
+        assert arch.has_tma or not any(tried)
 
 
 def assert_signature_fits(variant):
@@ -107,21 +107,21 @@ def assert_signature_fits(variant):
 def test_variants_name_every_parameter_of_the_kernel(name):
     spec = kernel_spec(name)
     for shape, dtype, arch, heuristic in uses(spec):
-        kinds = [{"backend": "triton"}, {"backend": "triton", "use_tma": True}] if "backend" in heuristic else [{}]
-        for kind in kinds:
-            variants = spec.variants(shape.part, dtype, arch, heuristic | kind)
+        changes = [{"backend": "triton"}, {"backend": "triton", "use_tma": True}] if "backend" in heuristic else [{}]
+        for change in changes:
+            variants = spec.variants(shape.part, dtype, arch, heuristic | change)
             assert variants
             for variant in variants:
                 assert_signature_fits(variant)
-                described = any(str(value).startswith("tensordesc") for value in variant.signature.values())
-                assert described == kind.get("use_tma", False)
+                uses_descriptors = any(str(value).startswith("tensordesc") for value in variant.signature.values())
+                assert uses_descriptors == change.get("use_tma", False)
         if "backend" in heuristic:
             assert spec.variants(shape.part, dtype, arch, heuristic | {"backend": "torch"}) == []
 
 
 @NAMES
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
-def test_shipped_variants_have_unique_labels_and_whole_signatures(name, arch):
+def test_shipped_variants_have_unique_labels_and_complete_signatures(name, arch):
     variants = kernel_spec(name).shipped_variants(arch)
     assert len({variant.label for variant in variants}) == len(variants) > 0
     for variant in variants:
@@ -129,7 +129,7 @@ def test_shipped_variants_have_unique_labels_and_whole_signatures(name, arch):
 
 
 @NAMES
-def test_keys_name_their_part(name):
+def test_a_config_key_gives_the_part_of_its_shape(name):
     spec = kernel_spec(name)
     for shape, dtype, _, _ in uses(spec):
         assert spec.part_of(spec.config_key(shape, dtype)) == shape.part

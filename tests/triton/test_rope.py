@@ -86,7 +86,7 @@ def test_cos_sin_error_is_bounded(largest, fused, monkeypatch):
 def test_angles_are_float32_products_up_to_the_largest_positions(largest):
     torch.manual_seed(0)
     position_ids = largest - torch.randint(0, 1000, (1, 100))
-    q = torch.cat([torch.ones(100, 1, 4), torch.zeros(100, 1, 4)], dim=2)  # rotated, it holds cosines and sines
+    q = torch.cat([torch.ones(100, 1, 4), torch.zeros(100, 1, 4)], dim=2)  # rotating (1, 0) gives (cos, sin)
     inv_freq = torch.tensor([1.0, 0.7853, 0.31, 1e-3])
     cos_sin, _ = rope(q, q[:, :0], position_ids, inv_freq, [4])
     expected, _ = reference.rope(q.double(), q[:, :0].double(), position_ids, inv_freq, [4])

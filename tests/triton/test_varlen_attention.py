@@ -1,7 +1,7 @@
 """The attention kernel in the interpreter: against float64, and exact properties.
 
-`attend` runs every call twice: with a tile schedule from the host, and with tiles that the kernel finds in cu_seqlens. Both must
-give the same bits.
+`attend` runs every call twice: with a tile schedule from the host, and without one, where each program searches cu_seqlens for its
+tile. Both must give the same bits.
 """
 
 import pytest
@@ -22,7 +22,7 @@ FP16_AND_FP32 = pytest.mark.parametrize("dtype", [torch.float16, torch.float32],
 
 
 def attend(q, k, v, cu_seqlens, causal=False, scale=None, max_seqlen=None):
-    """out and lse of both ways to find the tiles, compared bit by bit."""
+    """Returns out and lse. Runs with and without a tile schedule, and compares the results bit by bit."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
     arguments = q, k, v, cu_seqlens, max_seqlen, scale, causal, True

@@ -139,7 +139,7 @@ def test_wrong_offsets_on_a_cpu_raise(cu_seqlens, impl):
 
 @pytest.fixture
 def torch_runs(monkeypatch):
-    """Replaces torch's FlashAttention by the reference on every device. Records the calls, and fills tokens of no segment with NaN."""
+    """Replaces torch's FlashAttention by the reference on every device. Records calls; tokens of no segment become NaN."""
     calls = []
 
     def flash(q, k, v, cu_seqlens, *options, scale):

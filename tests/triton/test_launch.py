@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: a launch runs the specialization that the JIT would choose, and calls the JIT once per specialization.
+"""The cache of compiled kernels: launches run the specialization that the JIT chooses, and call the JIT once for each.
 
 A subprocess compiles for an H100 with a driver that records launches. No GPU is needed.
 """

@@ -1,7 +1,7 @@
 """The attention kernel in the interpreter: against float64, and exact properties.
 
-`attend` runs every call twice: with a tile schedule from the host, and without one, where each program searches cu_seqlens for its
-tile. Both must give the same bits.
+`attend` runs every call twice: with a tile schedule from the host, and without one, where each program finds its tile in
+cu_seqlens. Both must give the same bits.
 """
 
 import pytest

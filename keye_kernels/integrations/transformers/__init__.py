@@ -1,17 +1,12 @@
-"""Keye in transformers: registration with the Auto classes.
-
-`register()` registers everything. `register_processors()` leaves out the models, for servers that bring their own, such as
-vLLM; it imports neither `modeling` nor transformers' model code. Both may be called several times.
-"""
+"""Registration of Keye with transformers' Auto classes. Both functions may be called several times."""
 
 from .versions import require_transformers
 
 
 def register_processors() -> None:
-    """Registers configuration, image processor, tokenizer and processor of both editions with transformers' Auto classes.
+    """Registers configuration, image processor, tokenizer and processor of both editions, and imports no model code.
 
-    Raises:
-        ImportError: transformers is missing or too old.
+    For servers that have their own model classes, such as vLLM. Raises ImportError if transformers is missing or too old.
     """
     require_transformers()
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
@@ -28,13 +23,7 @@ def register_processors() -> None:
 
 
 def register() -> None:
-    """Registers what `register_processors` does, and the models of both editions.
-
-    The models are registered with AutoModel, AutoModelForCausalLM and AutoModelForImageTextToText.
-
-    Raises:
-        ImportError: transformers is missing or too old.
-    """
+    """Registers the models of both editions and what `register_processors` does. Raises ImportError as it does."""
     register_processors()
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -1,4 +1,5 @@
-"""`attn_implementation="keye"` for transformers: `ops.varlen_attention` for prompts, SDPA for decoding and masks with holes.
+"""`attn_implementation="keye"` for transformers: `ops.varlen_attention` for prompts, SDPA for decoding and for
+masks with padding between tokens.
 
 Symbols: B sequences, S tokens and M keys per sequence, H query heads, Hk key heads, D head dim.
 """
@@ -37,23 +38,11 @@ def keye_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls.
+    """The attention function that transformers calls, for query [B, H, S, D] and key, value [B, Hk, M, D]; Hk divides H.
 
-    Args:
-        module: the attention layer.
-        query: [B, H, S, D].
-        key, value: [B, Hk, M, D]; Hk divides H.
-        attention_mask: [B, 1, S, M] or None.
-        scaling: softmax scale; default: D ** -0.5.
-        dropout: dropout probability of the attention weights.
-        is_causal: whether to mask later keys; default: `module.is_causal`.
-        cu_seq_lens_q: [num_segments + 1] int32 offsets of segments in the B·S tokens. If given, tokens attend within their
-            segment and `attention_mask` is not read. Vision towers, collators that pack, and Keye's prompts pass it.
-        max_length_q: length of the longest segment.
-        **kwargs: passed to SDPA.
-
-    Returns:
-        Output [B, S, H, D] and None instead of attention weights.
+    Returns the output [B, S, H, D] and None instead of attention weights. `scaling` is the softmax scale. With `cu_seq_lens_q`
+    [num_segments + 1], the offsets of segments in the B·S tokens, tokens attend within their segment, and `attention_mask`
+    [B, 1, S, M] is not read. Vision towers, collators that pack, and Keye's prompts pass it. `kwargs` are passed to SDPA.
     """
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None and attention_mask is None and length == key.shape[2] and length > 1:
@@ -61,8 +50,7 @@ def keye_attention(
         cu_seq_lens_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * length
         max_length_q = length
     if cu_seq_lens_q is None or dropout:
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # A static cache returns all its slots; a prompt is in the first ones
     packed = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -71,13 +59,7 @@ def keye_attention(
 
 
 def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """`attn_implementation="eager"`: plain PyTorch that also returns the attention weights [B, H, S, M]."""
     group = query.shape[1] // key.shape[1]

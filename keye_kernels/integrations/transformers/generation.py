@@ -12,10 +12,7 @@ MEDIA = (
     ("video_token_id", "pixel_values_videos", "video_grid_thw"),
 )
 
-VISION_INPUTS = (
-    *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
-    *("second_per_grid_ts", "num_frames"),
-)
+VISION_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "num_frames")
 
 IMAGES_NEED_IDS = "images and videos need input_ids, which contain their placeholders"
 
@@ -33,9 +30,9 @@ class KeyeGenerationMixin:
         tokens: Tensor,
         attention_mask: Tensor | None,
         cache: Cache | None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        second_per_grid_ts: Tensor | None = None,
+        image_grid_thw: Tensor | None,
+        video_grid_thw: Tensor | None,
+        second_per_grid_ts: Tensor | None,
     ) -> Tensor:
         """Computes position ids [3, B, S] of `tokens` [B, S], which follow the tokens in the cache.
 
@@ -47,13 +44,12 @@ class KeyeGenerationMixin:
             index = torch.arange(past, past + tokens.shape[1], device=tokens.device)
             return (index + cache.rope_deltas.to(tokens.device)).expand(3, -1, -1)
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask must have shape [B, tokens] unless position_ids are given, got {list(attention_mask.shape)}"
-            )
+            shape = list(attention_mask.shape)
+            raise ValueError(f"attention_mask must have shape [B, tokens] unless position_ids are given, got {shape}")
         mask = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
         position, delta = self.get_rope_index(tokens, image_grid_thw, video_grid_thw, second_per_grid_ts, mask)
         if past:
-            # Another turn of the conversation, with images of its own
+            # A later turn of the conversation, with new images
             before = cache.rope_deltas.to(delta.device)
             position, delta = position + past + before, delta + before
         if cache is not None:
@@ -88,7 +84,7 @@ class KeyeGenerationMixin:
                 raise ValueError(IMAGES_NEED_IDS)
             inputs["input_ids"] = input_ids
         cache = inputs.get("past_key_values")
-        tokens = tokens_or_text(inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        tokens = tokens_or_text(inputs.get("input_ids"), embeds)
         if cache is not None and cache.get_seq_length() and not self._is_new_prompt(tokens, kwargs):
             inputs = {name: value for name, value in inputs.items() if name not in VISION_INPUTS}
         if position_ids is None:
@@ -119,9 +115,7 @@ class KeyeGenerationMixin:
         input_ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **rest)
         return input_ids, {**rest, **repeated}
 
-    def _repeat_media(
-        self, placeholders: Tensor, kwargs: dict[str, Any], pixels: str, grids: str, times: int
-    ) -> dict[str, Any]:
+    def _repeat_media(self, placeholders: Tensor, kwargs: dict[str, Any], pixels: str, grids: str, times: int) -> dict[str, Any]:
         """Pixels, grids and second_per_grid_ts of each sequence, `times` times. `placeholders` [B]: number per sequence."""
         merged = self.config.vision_config.spatial_merge_size**2
         patches = kwargs[grids].prod(1)

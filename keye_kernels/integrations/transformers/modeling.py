@@ -19,7 +19,7 @@ from keye_kernels.model.positions import check_placeholders, rope_index
 
 from .attention import NAME, register_attention
 from .config import KeyeConfig, KeyeVL1_5Config
-from .generation import IMAGES_NEED_IDS, KeyeGenerationMixin, tokens_or_text
+from .generation import IMAGES_NEED_IDS, MEDIA, KeyeGenerationMixin, tokens_or_text
 from .pretrained import KeyePreTrainedModel
 from .text import KeyeTextModel
 from .versions import lm_head_plan
@@ -36,11 +36,7 @@ class KeyeOutput(CausalLMOutputWithPast):
 
 
 class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, GenerationMixin):
-    """Keye-VL-8B-Preview.
-
-    Args:
-        config: configuration of the model.
-    """
+    """Keye-VL-8B-Preview."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": lm_head_plan(), "mlp_AR.linear_1": "colwise", "mlp_AR.linear_2": "rowwise"}  # noqa: RUF012
@@ -51,29 +47,19 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
             # Otherwise transformers would choose SDPA for the tower
             config.vision_config._attn_implementation = NAME
         super().__init__(config)
-        lean = config.lean()
         self.visual = KeyeVisionModel(config.vision_config, edition_of(config.model_type).segment_by_frame)
-        self.mlp_AR = Projector(lean, impl="auto")
+        self.mlp_AR = Projector(config.lean(), impl="auto")
         self.model = KeyeTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Encodes images or videos with tower and projector.
+        """Encodes patches [T, 3, 14, 14] with the grids [n, 3] to embeddings [T/4, hidden] of the placeholder tokens.
 
-        Args:
-            pixel_values: [T, 3, 14, 14] normalised patches.
-            image_grid_thw: [n, 3] grids of the images or videos.
-
-        Returns:
-            [T/4, hidden] embeddings of the placeholder tokens.
-
-        Raises:
-            TypeError: the pixels are integers.
-            ValueError: the grids do not fit the patches.
+        Raises TypeError for integer pixels, and ValueError if the grids do not match the patches.
         """
         if not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values must be normalised, of a floating dtype, got {pixel_values.dtype}")
+            raise TypeError(f"pixel_values must be normalized, of a floating dtype, got {pixel_values.dtype}")
         return self.mlp_AR(*self.visual(pixel_values, image_grid_thw))
 
     def get_rope_index(
@@ -110,62 +96,43 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> KeyeOutput:
-        """Processes a prompt, or further tokens with the cache of the previous ones.
+        """Processes a prompt, or further tokens with the cache of the previous ones, to logits [B, S, V].
 
-        Args:
-            input_ids: [B, S] with expanded placeholders.
-            attention_mask: [B, cached and new tokens], 0 = padding.
-            position_ids: [3, B, S], or [B, S] for all three axes; default: computed.
-            past_key_values: cache of the previous tokens.
-            inputs_embeds: [B, S, hidden], instead of `input_ids`, or together with them if there are pixels.
-            labels: [B, S], -100 = no loss. The loss is that of predicting the next token.
-            use_cache: return a cache; default: as in the configuration.
-            pixel_values, pixel_values_videos: [T, 3, 14, 14] patches from the processor.
-            image_grid_thw, video_grid_thw: [n, 3] grids from the processor.
-            second_per_grid_ts: seconds between frames of each video, from the processor (Preview).
-            num_frames: from the processor (1.5); not used.
-            logits_to_keep: number of last tokens to compute logits for, or their indices; 0 = all tokens.
-            **kwargs: passed to the text model and the loss.
-
-        Returns:
-            Loss, logits [B, S, V] and cache, and the `rope_deltas` that are kept with the cache.
-
-        Raises:
-            ValueError: neither ids nor embeddings, pixels without grids or ids, grids without pixels, or placeholders that do
-                not match the grids.
+        `attention_mask` is [B, cached and new tokens], 0 = padding. `position_ids` is [3, B, S], or [B, S] for all three axes;
+        default: computed. `inputs_embeds` [B, S, hidden] is passed instead of `input_ids` [B, S], or together with them if there
+        are pixels. `labels` [B, S] are the tokens themselves, -100 = no loss. Pixels [T, 3, 14, 14], grids [n, 3], the seconds
+        between frames (Preview) and `num_frames` (1.5, not used) come from the processor. `logits_to_keep` is a number of last
+        tokens, or token indices; 0 = all tokens. `kwargs` are passed to the text model and the loss. Raises ValueError if
+        inputs are missing, or the placeholders do not match the grids.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("forward needs input_ids or inputs_embeds, got neither")
-        visual = (
-            (self.config.image_token_id, pixel_values, image_grid_thw, "pixel_values", "image_grid_thw"),
-            (self.config.video_token_id, pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw"),
-        )
-        for _, pixels, grid_thw, pixels_name, grid_name in visual:
-            if pixels is not None and grid_thw is None:
-                raise ValueError(f"{pixels_name} needs {grid_name}")
+        media = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        media |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        for _, pixels, grids in MEDIA:
+            if media[pixels] is not None and media[grids] is None:
+                raise ValueError(f"{pixels} needs {grids}")
             # inputs_embeds may already contain the features; the grids are then needed for the positions
-            if pixels is None and grid_thw is not None and inputs_embeds is None:
-                raise ValueError(f"{grid_name} needs {pixels_name}")
-            if pixels is not None and input_ids is None:
+            if media[pixels] is None and media[grids] is not None and inputs_embeds is None:
+                raise ValueError(f"{grids} needs {pixels}")
+            if media[pixels] is not None and input_ids is None:
                 raise ValueError(IMAGES_NEED_IDS)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.model.gradient_checkpointing):
             past_key_values = DynamicCache()
         if position_ids is None:
-            grids = image_grid_thw, video_grid_thw, second_per_grid_ts
-            tokens = tokens_or_text(input_ids, inputs_embeds)
-            position_ids = self.positions(tokens, attention_mask, past_key_values, *grids)
+            tokens, seconds = tokens_or_text(input_ids, inputs_embeds), second_per_grid_ts
+            position_ids = self.positions(tokens, attention_mask, past_key_values, image_grid_thw, video_grid_thw, seconds)
         else:
             position_ids = position_ids[None] if position_ids.ndim == 2 else position_ids[-3:]
             self.remember_positions(position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
-        for token, pixels, grid_thw, *_ in visual:
-            if pixels is None:
-                continue
-            features = self.get_image_features(pixels, grid_thw).to(inputs_embeds.device, inputs_embeds.dtype)
-            place = (input_ids == token).to(inputs_embeds.device)
-            inputs_embeds = inputs_embeds.masked_scatter(place[..., None], features)
+        for token, pixels, grids in MEDIA:
+            if media[pixels] is not None:
+                features = self.get_image_features(media[pixels], media[grids]).to(inputs_embeds.device, inputs_embeds.dtype)
+                is_placeholder = (input_ids == getattr(self.config, token)).to(inputs_embeds.device)
+                inputs_embeds = inputs_embeds.masked_scatter(is_placeholder[..., None], features)
         output = self.model(inputs_embeds, position_ids, attention_mask, past_key_values, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])

@@ -26,12 +26,7 @@ class KeyePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Loads a model as in transformers, from safetensors only.
-
-        Raises:
-            ValueError: the weights of the checkpoint are pickled.
-            ImportError: `attn_implementation="flash_attention_2"` without flash-attn.
-        """
+        """Loads a model as in transformers, but raises ValueError for pickled weights."""
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         pickled = any(any(folder.glob(name)) for name in PICKLES) and not any(folder.glob("model*.safetensors"))
         if pickled or kwargs.pop("use_safetensors", None) is False:

@@ -27,7 +27,7 @@ MASK_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(create_causal_
 
 
 class TextAttention(nn.Module):
-    """Causal attention with grouped heads. q and k are normalised per head before rope."""
+    """Causal attention with grouped heads. q and k are normalized per head before rope."""
 
     is_causal = True
 
@@ -55,9 +55,7 @@ class TextAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Maps [B, S, hidden], with `position_ids` [3, B·S], to [B, S, hidden] and the attention weights, or None."""
         shape = x.shape[:2]
-        q, k, v = (
-            proj(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         norms = {}
         if is_plain(self.q_norm, self.k_norm):
             norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.q_norm.eps}
@@ -103,9 +101,6 @@ class KeyeTextModel(KeyePreTrainedModel):
     """The decoder. Must agree with `Qwen3Model` with 3D rope.
 
     See `docs/models/keye_vl_1_5.md`, "3D position ids" and "Text model".
-
-    Args:
-        config: configuration of the model.
     """
 
     def __init__(self, config: KeyeConfig):
@@ -126,32 +121,25 @@ class KeyeTextModel(KeyePreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Runs the decoder.
+        """Maps `inputs_embeds` [B, S, hidden], with `position_ids` [3, B, S], to [B, S, hidden] after the final norm.
 
-        Args:
-            inputs_embeds: [B, S, hidden].
-            position_ids: [3, B, S].
-            attention_mask: [B, cached and new tokens], 0 = padding, or a mask prepared by `generate`.
-            past_key_values: keys and values of the previous tokens; the new ones are added.
-            output_hidden_states: also return the input of each layer.
-            output_attentions: also return the attention weights of each layer.
-            **kwargs: passed to the attention implementation.
-
-        Returns:
-            last_hidden_state [B, S, hidden] after the final norm, and what was asked for.
+        `attention_mask` is [B, cached and new tokens], 0 = padding, or a mask prepared by `generate`. The new keys and values are
+        added to `past_key_values`. `kwargs` are passed to the attention implementation.
         """
-        batch_size, length = inputs_embeds.shape[:2]
+        (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if MASK_TAKES_CACHE_POSITION and kwargs.get("cache_position") is None:
-            kwargs["cache_position"] = torch.arange(past, past + length, device=inputs_embeds.device)
+        cache_position = ()
+        if MASK_TAKES_CACHE_POSITION:
+            if kwargs.get("cache_position") is None:
+                kwargs["cache_position"] = torch.arange(past, past + length, device=device)
+            cache_position = (kwargs["cache_position"],)
         if self.config._attn_implementation == NAME and past == 0 and _is_contiguous(attention_mask):
             kwargs |= {"cu_seq_lens_q": prompt_segments(attention_mask).cu_seqlens, "max_length_q": length}
+        rope_theta = self.config.rope_parameters["rope_theta"]
         batch = {
-            "attention_mask": self._causal_mask(inputs_embeds, attention_mask, past_key_values, kwargs),
+            "attention_mask": create_causal_mask(self.config, inputs_embeds, attention_mask, *cache_position, past_key_values),
             "position_ids": position_ids.expand(3, batch_size, -1).flatten(1),
-            "inv_freq": inverse_frequencies(
-                self.config.rope_parameters["rope_theta"], self.config.head_dim // 2, inputs_embeds.device
-            ),
+            "inv_freq": inverse_frequencies(rope_theta, self.config.head_dim // 2, device),
             "past_key_values": past_key_values,
         }
         if output_hidden_states is None:
@@ -173,14 +161,7 @@ class KeyeTextModel(KeyePreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _causal_mask(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None, kwargs: dict[str, Any]) -> Any:
-        if MASK_TAKES_CACHE_POSITION:
-            return create_causal_mask(self.config, embeds, mask, kwargs["cache_position"], cache)
-        return create_causal_mask(self.config, embeds, mask, cache)
-
 
 def _is_contiguous(attention_mask: Any) -> bool:
     """Whether this is a mask [B, S] without padding between tokens. Reads its values, once per prompt."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return False
-    return not has_inner_padding(attention_mask).any()
+    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not has_inner_padding(attention_mask).any()

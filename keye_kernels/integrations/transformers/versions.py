@@ -6,11 +6,7 @@ from keye_kernels.requirements import require
 
 
 def require_transformers() -> None:
-    """Checks the installed transformers.
-
-    Raises:
-        ImportError: it is missing or too old; the message has the command that fixes it.
-    """
+    """Raises ImportError, with the command that fixes it, if transformers is missing or too old."""
     require("transformers", needed_by="keye_kernels.auto")
 
 

@@ -1,7 +1,6 @@
-"""Vision tower and projector, with one parameter per tensor of the checkpoint.
+"""Vision tower and projector, with one parameter per tensor of the checkpoint, as LoRA, tensor parallelism and saving need it.
 
-LoRA, tensor parallelism and `save_pretrained` need those parameters. The forward of the tower is
-`keye_kernels.model.vision.vision_forward`. Symbols: T patches, C channels.
+The forward of the tower is `keye_kernels.model.vision.vision_forward`. Symbols: T patches, C channels.
 """
 
 import torch
@@ -93,7 +92,7 @@ class KeyeVisionTransformer(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, VisionBatch]:
         config, device = self.tower_config, pixel_values.device
-        batch = vision_batch(config, grid_thw, pixel_values.shape[0], segment_by_frame=self.segment_by_frame, device=device)
+        batch = vision_batch(config, grid_thw, pixel_values.shape[0], self.segment_by_frame, device)
         features = vision_forward(
             pixel_values,
             batch,
@@ -109,11 +108,8 @@ class KeyeVisionTransformer(nn.Module):
 class KeyeVisionModel(KeyePreTrainedModel):
     """The vision tower. Must agree with `SiglipVisionModel` of the official code.
 
-    See `docs/models/keye_vl_1_5.md`, "Vision tower", and `docs/models/keye_vl_preview.md`, "Vision tower".
-
-    Args:
-        config: configuration of the tower.
-        segment_by_frame: attention runs within single frames, see `keye_kernels.editions.Edition`.
+    See `docs/models/keye_vl_1_5.md` and `docs/models/keye_vl_preview.md`, "Vision tower". `segment_by_frame`: attention runs
+    within single frames, see `keye_kernels.editions.Edition`.
     """
 
     config_class = KeyeVisionConfig
@@ -136,15 +132,7 @@ class KeyeVisionModel(KeyePreTrainedModel):
         return self.vision_model.embeddings.patch_embedding
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, VisionBatch]:
-        """Encodes patches.
-
-        Args:
-            pixel_values: [T, 3, 14, 14] in raster order.
-            grid_thw: [n, 3] grids of the images or videos.
-
-        Returns:
-            Features [T, C] in block order, and the geometry of the batch.
-        """
+        """Encodes patches [T, 3, 14, 14] in raster order to features [T, C] in block order; also returns the geometry."""
         return self.vision_model(pixel_values, grid_thw)
 
 

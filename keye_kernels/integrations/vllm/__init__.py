@@ -1,7 +1,6 @@
 """The vLLM plugin: entry point `keye_kernels` of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. Models are registered as strings, so that neither vLLM nor torch is imported
-here.
+vLLM calls `register` in each of its processes. Models are registered as strings, so that neither vLLM nor torch is imported here.
 """
 
 import logging

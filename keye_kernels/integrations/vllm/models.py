@@ -1,6 +1,6 @@
 """vLLM's Keye models with this package's operators in the vision tower and the projector.
 
-vLLM keeps the tensor-parallel and quantised linear layers, the text model with its compiled rope and paged attention, and the
+vLLM keeps the tensor-parallel and quantized linear layers, the text model with its compiled rope and paged attention, and the
 scheduling of images. The names of the weights do not change.
 Symbols: T patches of all images of a call, C channels, n grids, D head dim.
 """
@@ -29,9 +29,9 @@ _logger = logging.getLogger("vllm.keye_kernels")
 class VisionAttention(nn.Module):
     """Attention within each segment, with vLLM's linear layers, for the heads of this rank."""
 
-    def __init__(self, stock: keye.KeyeSiglipAttention):
+    def __init__(self, vllm_module: keye.KeyeSiglipAttention):
         super().__init__()
-        self.qkv_proj, self.out_proj, self.head_dim = stock.qkv_proj, stock.out_proj, stock.head_dim
+        self.qkv_proj, self.out_proj, self.head_dim = vllm_module.qkv_proj, vllm_module.out_proj, vllm_module.head_dim
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         return self.out_proj(vision_attention(x, self._project_qkv, batch, inv_freq))[0]
@@ -43,10 +43,10 @@ class VisionAttention(nn.Module):
 class VisionLayer(nn.Module):
     """A layer of vLLM's tower with the arguments of `vision_forward`."""
 
-    def __init__(self, stock: keye.KeyeSiglipEncoderLayer):
+    def __init__(self, vllm_module: keye.KeyeSiglipEncoderLayer):
         super().__init__()
-        self.layer_norm1, self.layer_norm2, self.mlp = stock.layer_norm1, stock.layer_norm2, stock.mlp
-        self.self_attn = VisionAttention(stock.self_attn)
+        self.layer_norm1, self.layer_norm2, self.mlp = vllm_module.layer_norm1, vllm_module.layer_norm2, vllm_module.mlp
+        self.self_attn = VisionAttention(vllm_module.self_attn)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
@@ -54,30 +54,27 @@ class VisionLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """vLLM's tower on one packed [T, C] axis. Each module of vLLM's keeps its name."""
+    """vLLM's tower on one packed [T, C] axis. The modules keep vLLM's names."""
 
-    def __init__(self, stock: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool, order: Order):
+    def __init__(self, vllm_module: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool, order: Order):
         super().__init__()
-        self.tower_config, self.segment_by_frame, self.order = stock.config.lean(), segment_by_frame, order
-        self.embeddings, self.encoder, self.post_layernorm = stock.embeddings, stock.encoder, stock.post_layernorm
+        self.tower_config, self.segment_by_frame, self.order = vllm_module.config.lean(), segment_by_frame, order
+        self.embeddings, self.encoder, self.post_layernorm = (
+            vllm_module.embeddings,
+            vllm_module.encoder,
+            vllm_module.post_layernorm,
+        )
         for index, layer in enumerate(self.encoder.layers):
             self.encoder.layers[index] = VisionLayer(layer)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any) -> tuple[Tensor, VisionBatch] | list[Tensor]:
-        """Encodes patches [T, 3, 14, 14] in raster order. The other arguments of vLLM follow from the grids.
+        """Encodes patches [T, 3, 14, 14] in raster order. vLLM's other arguments are ignored: the grids determine them.
 
-        Returns:
-            For this package's projector the features [T, C] in block order and the geometry of the batch. For vLLM's
-            projector the features of each grid in raster order.
+        For this package's projector, returns the features [T, C] in block order and the geometry of the batch. For vLLM's
+        projector, returns the features of each grid in raster order.
         """
-        batch = vision_batch(
-            self.tower_config,
-            torch.tensor(image_grid_thw),
-            pixel_values.shape[0],
-            segment_by_frame=self.segment_by_frame,
-            order=self.order,
-            device=pixel_values.device,
-        )
+        grids, device = torch.tensor(image_grid_thw), pixel_values.device
+        batch = vision_batch(self.tower_config, grids, pixel_values.shape[0], self.segment_by_frame, device, self.order)
         features = vision_forward(
             pixel_values,
             batch,
@@ -93,7 +90,7 @@ class VisionTransformer(nn.Module):
 
 
 class Projector(vision.Projector):
-    """The lean projector with the arguments of vLLM's. Each rank has all its weights, so that nothing is gathered."""
+    """The lean projector with the arguments of vLLM's. Each rank has all the weights, so that no gather is needed."""
 
     def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
         """Maps the output of `VisionTransformer` to the embeddings [t·h·w/4, hidden] of each grid."""
@@ -101,16 +98,16 @@ class Projector(vision.Projector):
         return list(super().forward(*encoded).split(merged_patches.tolist()))
 
 
-class KeyeKernels:
-    """What both editions add to vLLM's classes, which follow it in the method resolution order."""
+class KeyeKernelsMixin:
+    """Replaces the modules of vLLM's class of either edition, which must be the next base class."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         lora = vllm_config.lora_config
-        # Quantised weights and LoRA need vLLM's linear layers
+        # Quantized weights and LoRA need vLLM's linear layers
         self._replaces_projector = vllm_config.quant_config is None and not (lora and lora.enable_tower_connector_lora)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         replaced = []
-        # Without a tower if --limit-mm-per-prompt is zero
+        # There is no tower if --limit-mm-per-prompt is zero
         if isinstance(self.visual, keye.KeyeSiglipVisionModel):
             self.visual.vision_model = VisionTransformer(
                 self.visual.vision_model,
@@ -121,11 +118,8 @@ class KeyeKernels:
             replaced.append(f"position embedding, rope and attention of {layers} vision layers")
         if isinstance(self.mlp_AR, Projector):
             replaced.append("projector")
-        _logger.info(
-            "keye_kernels in %s: %s (KEYE_KERNELS_VLLM=0 turns it off)",
-            type(self).__name__,
-            ", ".join(replaced) or "nothing, the model has no vision tower",
-        )
+        names = ", ".join(replaced) or "nothing, the model has no vision tower"
+        _logger.info("keye_kernels in %s: %s (KEYE_KERNELS_VLLM=0 turns it off)", type(self).__name__, names)
 
     def _build_projector(self, text_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         if self._replaces_projector:
@@ -139,7 +133,7 @@ class KeyeKernels:
 @MULTIMODAL_REGISTRY.register_processor(
     keye.KeyeMultiModalProcessor, info=keye.KeyeProcessingInfo, dummy_inputs=keye.KeyeDummyInputsBuilder
 )
-class KeyeForConditionalGeneration(KeyeKernels, keye.KeyeForConditionalGeneration):
+class KeyeForConditionalGeneration(KeyeKernelsMixin, keye.KeyeForConditionalGeneration):
     """Keye-VL-8B-Preview."""
 
 
@@ -148,5 +142,5 @@ class KeyeForConditionalGeneration(KeyeKernels, keye.KeyeForConditionalGeneratio
     info=keye_vl1_5.KeyeVL1_5ProcessingInfo,
     dummy_inputs=keye_vl1_5.KeyeVL1_5DummyInputsBuilder,
 )
-class KeyeVL1_5ForConditionalGeneration(KeyeKernels, keye_vl1_5.KeyeVL1_5ForConditionalGeneration):
+class KeyeVL1_5ForConditionalGeneration(KeyeKernelsMixin, keye_vl1_5.KeyeVL1_5ForConditionalGeneration):
     """Keye-VL-1.5-8B."""

@@ -319,7 +319,7 @@ def test_remote_code_is_not_run(tiny, tiny_folder, tmp_path):
 
 def test_integer_pixels_are_rejected(tiny):
     inputs = prompt([(1, 4, 6)])
-    with pytest.raises(TypeError, match=r"pixel_values must be normalised.*uint8"):
+    with pytest.raises(TypeError, match=r"pixel_values must be normalized.*uint8"):
         tiny(**{**inputs, "pixel_values": torch.zeros(24, 3, 14, 14, dtype=torch.uint8)})
 
 

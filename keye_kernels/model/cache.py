@@ -52,8 +52,9 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores keys and values [B, S, Hk, D] of one layer in `slots` [S]."""
-        self.keys[layer].index_copy_(1, slots, key.detach())
-        self.values[layer].index_copy_(1, slots, value.detach())
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            # Under autocast, projections have another dtype than the parameters
+            stored.index_copy_(1, slots, new.detach().to(stored.dtype))
 
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
         """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""

@@ -5,18 +5,18 @@ tensors of the checkpoint. The names are listed in `docs/models/keye_vl_1_5.md`,
 """
 
 import ctypes
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .config import read_json
 from .linear import FusedLinear
 
 if TYPE_CHECKING:
@@ -32,10 +32,18 @@ RENAMED = {
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Present in released checkpoints, not used for inference
 UNUSED = ("visual.vision_model.head.", "visual.vision_model.embeddings.packing_position_embedding.")
+# The dtypes that are loaded, by their names in safetensors. Others have scales or a meaning that a cast would lose
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Pages of a mapped file count as memory of the process until it is unmapped. After this many bytes the file is mapped again
 BYTES_PER_MAPPING = 32 << 20
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # the value on Linux for every architecture that torch supports
+
+
+class StoredTensor(NamedTuple):
+    file: Path
+    shape: list[int]
+    dtype: str  # as in safetensors: "BF16"
 
 
 def destinations(model: "Keye") -> dict[str, Tensor]:
@@ -73,61 +81,71 @@ def prefer_huge_pages(x: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
 
-def load_weights(model: "Keye", path: Path, *, progress: bool = False) -> None:
-    """Copies the safetensors in the folder `path` into the parameters of `model`.
+def matching_tensors(model: "Keye", path: Path) -> dict[str, StoredTensor]:
+    """The tensors in the folder `path` that `model` needs. The model may be on the meta device.
 
-    Before anything is copied, raises FileNotFoundError if a file is missing, and ValueError if a file is damaged or tensors are
-    missing, unexpected or have the wrong shape. The message lists all of them.
+    Raises FileNotFoundError if a file is missing, and ValueError if a file is damaged or tensors are missing, unexpected or have
+    the wrong shape or dtype. The message lists all of them.
     """
     views, found = destinations(model), _stored_tensors(path)
     accepted = (*UNUSED, "lm_head.") if model.config.tie_word_embeddings else UNUSED
     wrong = [f"missing: {name}" for name in views.keys() - found.keys()]
     wrong += [f"unexpected: {name}" for name in found.keys() - views.keys() if not name.startswith(accepted)]
-    shapes = [(name, found[name][1], list(views[name].shape)) for name in views.keys() & found.keys()]
-    wrong += [f"wrong shape: {name} is {stored}, expected {shape}" for name, stored, shape in shapes if stored != shape]
+    matching = {name: tensor for name, tensor in found.items() if name in views}
+    for name, tensor in matching.items():
+        if tensor.shape != (shape := list(views[name].shape)):
+            wrong.append(f"wrong shape: {name} is {tensor.shape}, expected {shape}")
+        if tensor.dtype not in STORED_DTYPES:
+            wrong.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
     if wrong:
         listed = "\n  ".join(sorted(wrong))
         raise ValueError(f"path must hold the tensors that its config.json describes, got {path} with\n  {listed}")
+    return matching
+
+
+def load_weights(model: "Keye", stored: dict[str, StoredTensor], *, progress: bool = False) -> None:
+    """Copies the tensors that `matching_tensors` found into the parameters of `model`."""
+    views = destinations(model)
     total = sum(view.nbytes for view in views.values())
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         # In the order of the files, so that each file is read sequentially
-        for name, first, chunk in _read_chunks((name, file) for name, (file, _) in found.items() if name in views):
+        for name, first, chunk in _read_chunks((name, tensor.file) for name, tensor in stored.items()):
             target = views[name][first : first + len(chunk)]
             target.copy_(chunk)
             bar.update(target.nbytes)
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """The dtype of the token embeddings in the checkpoint."""
-    file, _ = _stored_tensors(path)["model.embed_tokens.weight"]
-    with safe_open(file, "pt") as handle:
-        return handle.get_slice("model.embed_tokens.weight")[:1].dtype
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names. They must be in its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map must be a JSON object, got {weight_map!r:.100}")
+    for tensor, file in weight_map.items():
+        # The name in a Windows path is the part after the last / or \, without a drive
+        if not isinstance(file, str) or file in ("", "..") or PureWindowsPath(file).name != file:
+            raise ValueError(f"{index}: weight_map must name files in its own folder, got {file!r:.100} for {tensor}")
+    return sorted({index.parent / file for file in weight_map.values()})
 
 
-def read_optional_json(file: Path) -> dict:
-    """The content of a JSON file, or {} if there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _stored_tensors(path: Path) -> dict[str, tuple[Path, list[int]]]:
-    """File and shape of every tensor in a checkpoint."""
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a checkpoint."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({path / file for file in names.values()})
+        files = _indexed_files(index)
     elif single.is_file():
         files = [single]
     elif any(path.glob("*.bin")) or any(path.glob("*.pt")):
         raise ValueError(f"path must hold safetensors, got {path} with pickled weights, which can run code; convert them first")
     else:
         raise FileNotFoundError(f"path must hold model.safetensors or model.safetensors.index.json, got {path}")
-    tensors: dict[str, tuple[Path, list[int]]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{index} names {file.name}, which is missing; download the checkpoint again")
         try:
             with safe_open(file, "pt") as handle:
-                tensors |= {name: (file, handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                tensors |= {name: StoredTensor(file, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
     return tensors

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import WEIGHT_DTYPES
+
 
 def check_device(device: torch.device | str) -> torch.device:
     """Returns `device` as a torch.device. Raises ValueError if it is not one or is not available."""
@@ -19,10 +21,10 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Returns `dtype` as a torch.dtype. Raises TypeError if it is not a floating-point dtype."""
+    """Returns `dtype` as a torch.dtype. Raises TypeError if it is not one of WEIGHT_DTYPES."""
     chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
+    if chosen not in [getattr(torch, name) for name in WEIGHT_DTYPES]:
+        raise TypeError(f"dtype must be a floating-point torch dtype, one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}")
     return chosen
 
 

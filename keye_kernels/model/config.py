@@ -2,10 +2,51 @@
 
 import json
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from keye_kernels.editions import PREVIEW, EditionName, edition_of
+
+# float32, in which rope computes its angles, has every integer up to here
+MAX_POSITION = 2**24
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Smallest and largest value of the numbers in `config.json`. Bounds that are integers admit integers only
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (1, 2**20)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (1, 1024)),
+    **dict.fromkeys(("head_dim", "patch_size"), (1, 256)),
+    **dict.fromkeys(("num_channels", "spatial_merge_size"), (1, 16)),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), (1e-30, 1.0)),
+    "num_hidden_layers": (0, 1024),
+    "image_size": (1, 2**14),
+    "max_position_embeddings": (1, MAX_POSITION),
+    "rope_theta": (1e-30, 1e30),
+    "initializer_range": (0.0, 1e6),
+    "tokens_per_second": (1e-3, 1e3),
+}
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number from `low` to `high`, an integer if both bounds are."""
+    kind, described = (Integral, "an integer") if isinstance(low, int) and isinstance(high, int) else (Real, "a number")
+    is_valid = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    _require(is_valid, name, f"{described} from {low} to {high}", value)
+
+
+def _require(is_valid: bool, name: str, expected: str, value: Any) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} must be {expected}, got {value!r:.100}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, or {} if there is no such file. Raises ValueError for other content."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    _require(isinstance(values, dict), str(file), "a JSON object", values)
+    return values
 
 
 @dataclass(frozen=True)
@@ -31,6 +72,14 @@ class VisionConfig:
         if activation != "gelu_pytorch_tanh":
             raise ValueError(f"vision_config.hidden_act must be 'gelu_pytorch_tanh', got {activation!r}")
         return _from_known_fields(cls, values)
+
+    def __post_init__(self) -> None:
+        _check_limits(self, "vision_config.")
+        multiple = 4 * self.num_attention_heads
+        is_multiple = self.hidden_size % multiple == 0
+        _require(is_multiple, "vision_config.hidden_size", f"a multiple of 4 * heads = {multiple}", self.hidden_size)
+        is_large = self.image_size >= self.patch_size
+        _require(is_large, "vision_config.image_size", f"at least patch_size = {self.patch_size}", self.image_size)
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +116,8 @@ class KeyeConfig:
     vision_start_token_id: int = 151652
     image_token_id: int = 151655
     video_token_id: int = 151656
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
     torch_dtype: str | None = None
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
@@ -84,16 +135,17 @@ class KeyeConfig:
 
         Raises:
             FileNotFoundError: there is no `config.json`.
-            ValueError: the file is not valid JSON, or describes a model that this package cannot run.
+            ValueError: the file is not valid JSON, or a field, which the message names, describes a model that cannot be run.
         """
         file = Path(path) / "config.json"
         if not file.is_file():
             command = "hf download Kwai-Keye/Keye-VL-8B-Preview --local-dir DIR"
             raise FileNotFoundError(f"path must be a Keye checkpoint, but {file} does not exist; download one: `{command}`")
+        values = read_json(file)
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KeyeConfig":
@@ -107,8 +159,8 @@ class KeyeConfig:
             ValueError: the model cannot be run by this package.
         """
         model_type = edition_of(values.get("model_type")).model_type
-        values = {**values, **(values.get("text_config") or {}), "model_type": model_type}
-        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        values = {**values, **_object(values, "text_config"), "model_type": model_type}
+        rope = {**_object(values, "rope_scaling"), **_object(values, "rope_parameters")}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):
             raise ValueError(f"rope_scaling must have type 'mrope' or 'default', got {rope_type!r}")
@@ -116,18 +168,47 @@ class KeyeConfig:
             if values.get(name, expected) != expected:
                 raise ValueError(f"{name} must be {expected!r}, got {values[name]!r}")
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
-        values["mrope_section"] = tuple(rope.get("mrope_section", cls.mrope_section))
+        values["mrope_section"] = rope.get("mrope_section")
         values["torch_dtype"] = values.get("dtype", values.get("torch_dtype"))
-        values["vision_config"] = VisionConfig.from_dict(values.get("vision_config") or {})
+        values["vision_config"] = VisionConfig.from_dict(_object(values, "vision_config"))
         return _from_known_fields(cls, values)
 
     def __post_init__(self) -> None:
-        if sum(self.mrope_section) * 2 != self.head_dim or len(self.mrope_section) != 3:
-            expected = f"three numbers that add up to head_dim/2 = {self.head_dim // 2}"
-            raise ValueError(f"mrope_section must be {expected}, got {list(self.mrope_section)}")
+        _check_limits(self)
+        for name in ("vision_start_token_id", "image_token_id", "video_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, self.vocab_size - 1)
+        pairs, sizes = self.head_dim / 2, self.mrope_section
+        is_split = _are_integers(sizes) and len(sizes) == 3 and min(sizes) >= 0 and sum(sizes) == pairs
+        _require(is_split, "mrope_section", f"three numbers that add up to head_dim/2 = {pairs:g}", sizes)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads = {kv_heads}", heads)
+        _require(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false", self.tie_word_embeddings)
+        is_dtype = self.torch_dtype is None or str(self.torch_dtype).removeprefix("torch.") in WEIGHT_DTYPES
+        _require(is_dtype, "torch_dtype", f"one of {', '.join(WEIGHT_DTYPES)}", self.torch_dtype)
+        ends = self.eos_token_id
+        is_token = ends is None or _are_integers(ends if isinstance(ends, tuple) else (ends,))
+        _require(is_token, "eos_token_id", "an integer or a list of integers", ends)
+
+
+def _are_integers(values: Any) -> bool:
+    is_sequence = isinstance(values, (tuple, list))
+    return is_sequence and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
+def _check_limits(config: Any, prefix: str = "") -> None:
+    for name in config.__dataclass_fields__.keys() & LIMITS.keys():
+        check_number(prefix + name, getattr(config, name), *LIMITS[name])
+
+
+def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The JSON object `values[name]`; {} if it is null or missing."""
+    value = values.get(name)
+    _require(value is None or isinstance(value, dict), name, "a JSON object", value)
+    return value or {}
 
 
 def _from_known_fields(cls: type[Any], values: dict[str, Any]) -> Any:
     """An instance of the dataclass `cls` from the entries of `values` that are fields of it and not None."""
     known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
-    return cls(**known)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

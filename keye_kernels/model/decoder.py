@@ -81,7 +81,7 @@ class TextAttention(nn.Module):
             cache.write(self.layer, batch.slots, *(x.unflatten(0, (batch.batch_size, -1)) for x in (k, v)))
         if batch.cache_mask is None:
             impl = impl_for("varlen_attention", self.impl)
-            out = ops.varlen_attention(q, k, v, batch.segments, batch.segments.max_seqlen, causal=True, impl=impl)
+            out = ops.varlen_attention(q, k, v, batch.segments, causal=True, impl=impl)
         else:
             out = self._attend_to_cache(q, batch, cache)
         return self.o_proj(out.flatten(1))

@@ -5,15 +5,21 @@ Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .config import check_number, read_json
 from .step_graph import decoding_step
 
 if TYPE_CHECKING:
     from .keye import Keye
+
+# Smallest and largest value
+SAMPLING_LIMITS = (("temperature", 1e-9, 1e9), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
 
 
 class Streamer(Protocol):
@@ -51,8 +57,9 @@ class TextStreamer:
             self._write_new(text)
 
     def end(self) -> None:
-        """Emits the rest of the text."""
+        """Emits the rest of the text. The next prompt starts a new one."""
         self._write_new(self.decode(self.ids))
+        self.ids, self.chars_written, self.prompt_seen = [], 0, False
 
     def _write_new(self, text: str) -> None:
         if len(text) > self.chars_written:
@@ -75,12 +82,9 @@ class Sampler:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; use do_sample=False for greedy decoding")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be at least 1, or 0 for no limit, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name, low, high in SAMPLING_LIMITS:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low, high)
         self.generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -97,15 +101,38 @@ class Sampler:
             # The sum excludes the token itself, so that the most likely token is always kept
             removed = probability.cumsum(-1) - probability >= self.top_p
             logits = logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
-        return logits.softmax(-1).multinomial(1, generator=self.generator)[:, 0]
+        # On a GPU, multinomial stops the process at NaN; generate_tokens reports it instead
+        probabilities = logits.softmax(-1).nan_to_num_(nan=1.0)
+        return probabilities.multinomial(1, generator=self.generator)[:, 0]
 
 
-def end_token_ids(eos_token_id: int | Iterable[int] | None, default: int | Iterable[int] | None) -> list[int]:
+def end_token_ids(eos_token_id: int | Iterable[int] | None) -> list[int]:
     """End tokens as a list; empty means that generation does not stop before max_new_tokens."""
-    chosen = default if eos_token_id is None else eos_token_id
-    if chosen is None:
+    if eos_token_id is None:
         return []
-    return [chosen] if isinstance(chosen, int) else [int(token) for token in chosen]
+    try:
+        return [index(token) for token in ([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)]
+    except TypeError as error:
+        expected = "an integer or a list of integers"
+        raise ValueError(f"eos_token_id must be {expected}, got {eos_token_id!r:.100}") from error
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
+    """The content of generation_config.json, {} if there is none. Raises ValueError naming the file and the field."""
+    values = read_json(file)
+    sampling: dict[str, Any] = {name: values.get(name) for name, _, _ in SAMPLING_LIMITS}
+    try:
+        Sampler(**sampling)
+        end_token_ids(values.get("eos_token_id"))
+        check_number("pad_token_id", first_given(values.get("pad_token_id"), 0), 0, vocab_size - 1)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return values
 
 
 def generate_tokens(
@@ -120,7 +147,7 @@ def generate_tokens(
     """Prefills a prompt, then decodes one token per sequence and step; returns [B, S + number of new tokens].
 
     `inputs` are arguments of `model.forward`, with input_ids [B, S]. A sequence ends with any of `end_tokens` and is then filled
-    with `pad_token_id`.
+    with `pad_token_id`. Raises RuntimeError if logits were not finite.
     """
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape
@@ -132,16 +159,21 @@ def generate_tokens(
         streamer.put(input_ids)
     cache = model.new_cache(batch_size, length + max_new_tokens)
     logits = model(**inputs, cache=cache, logits_to_keep=1).logits
+    # Of all logits: not finite if any of them is not. Read once at the end, so that no step waits for the GPU
+    checksum = torch.zeros((), device=device)
     step = decoding_step(model, cache, max_new_tokens - 1)
-    for index in range(length, length + max_new_tokens):
+    for column in range(length, length + max_new_tokens):
+        checksum += logits.sum(dtype=torch.float32)
         chosen = sampler(logits[:, -1]).masked_fill(finished, pad_token_id)
-        tokens[:, index] = chosen
+        tokens[:, column] = chosen
         if streamer is not None:
             streamer.put(chosen)
         finished |= torch.isin(chosen, ends)
-        if index + 1 == tokens.shape[1] or (len(ends) and finished.all()):
+        if column + 1 == tokens.shape[1] or (len(ends) and finished.all()):
             break
         logits = step(chosen[:, None])
     if streamer is not None:
         streamer.end()
-    return tokens[:, : index + 1]
+    if not checksum.isfinite():
+        raise RuntimeError(f"the logits are NaN or infinite; check the weights, or try another dtype than {model.dtype}")
+    return tokens[:, : column + 1]

@@ -17,13 +17,13 @@ from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
 from .cache import KVCache
-from .checkpoint import allocate, load_weights, read_optional_json, stored_dtype
+from .checkpoint import STORED_DTYPES, allocate, load_weights, matching_tensors
 from .checks import check_device, check_dtype, check_generation, check_given_together, check_tokens
-from .config import KeyeConfig
+from .config import KeyeConfig, check_number, read_json
 from .decoder import Decoder
-from .generation import Sampler, Streamer, end_token_ids, generate_tokens
+from .generation import Sampler, Streamer, end_token_ids, first_given, generate_tokens, read_generation_config
 from .linear import Linear
-from .positions import check_placeholders, rope_index
+from .positions import check_placeholders, check_position_range, check_seconds, rope_index
 from .vision import Projector, VisionTower
 
 # `forward` allocates caches in multiples of this many tokens, with room for at least this many more than the prompt
@@ -102,18 +102,21 @@ class Keye(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the model type is unknown, the device is not available, or tensors do not match config.json.
+            ValueError: a JSON file is invalid, the device is not available, or tensors do not match config.json.
         """
         path = Path(path)
         config = KeyeConfig.from_pretrained(path)
         device = check_device(torch.get_default_device() if device is None else device)
         with torch.device("meta"):
             model = cls(config, impl)
-        allocate(model, check_dtype(dtype or config.torch_dtype or stored_dtype(path)), device)
+        model.generation_config = read_generation_config(path / "generation_config.json", config.vocab_size)
+        model.visual.pixel_norm = PixelNorm.from_dict(read_json(path / "preprocessor_config.json"))
+        # Before memory is allocated: sizes in config.json may be far from those of the tensors
+        stored = matching_tensors(model, path)
+        default = config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype]
+        allocate(model, check_dtype(dtype or default), device)
         model._tie_embeddings()
-        load_weights(model, path, progress=progress)
-        model.generation_config = read_optional_json(path / "generation_config.json")
-        model.visual.pixel_norm = PixelNorm.from_dict(read_optional_json(path / "preprocessor_config.json"))
+        load_weights(model, stored, progress=progress)
         return model.eval()
 
     @property
@@ -138,7 +141,7 @@ class Keye(nn.Module):
         second_per_grid_ts: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the 3D position ids of a prompt. The arguments are those of `forward`.
+        """Computes the 3D position ids of a prompt, from 0. The arguments are those of `forward`.
 
         See "3D position ids" in `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`.
 
@@ -146,12 +149,13 @@ class Keye(nn.Module):
             position_ids [3, B, S] (time, height, width; 1 on padding) and rope_deltas [B, 1].
 
         Raises:
-            ValueError: the placeholders do not match the grids, or the mask hides a placeholder.
+            ValueError: the placeholders do not match the grids, the mask hides a placeholder, or second_per_grid_ts is invalid.
         """
         if second_per_grid_ts is not None and not isinstance(second_per_grid_ts, Tensor):
             second_per_grid_ts = torch.tensor(second_per_grid_ts, dtype=torch.float32)
         if not torch.compiler.is_compiling():
             check_placeholders(self.config, input_ids, image_grid_thw, video_grid_thw, attention_mask)
+            check_seconds(self.config, video_grid_thw, second_per_grid_ts)
         return rope_index(self.config, input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
 
     def get_image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -165,8 +169,11 @@ class Keye(nn.Module):
             [T/4, hidden]: one embedding per 2x2 block of patches.
 
         Raises:
+            TypeError: the patches are integers other than uint8.
             ValueError: the shapes are wrong or do not match.
         """
+        if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
+            raise TypeError(f"pixel_values must be normalised floats or uint8, got {pixel_values.dtype}")
         shape = self.config.vision_config.patch_shape
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
             raise ValueError(f"pixel_values must have shape {['T', *shape]}, got {list(pixel_values.shape)}")
@@ -187,7 +194,7 @@ class Keye(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> KeyeOutput:
-        """Runs a prompt (without a cache or with an empty one) or the next tokens (with the cache of all tokens before).
+        """Runs a prompt, or the tokens after those in `cache`: a decoding step, a chunk of a prompt or a turn with new images.
 
         Args:
             input_ids: [B, S], with placeholders expanded to one token per merged patch.
@@ -203,8 +210,9 @@ class Keye(nn.Module):
             logits_to_keep: compute logits of only this many last tokens; 0 = all.
 
         Raises:
-            ValueError: shapes, placeholders, grids or padding do not match, or the cache is full.
+            ValueError: shapes, placeholders, grids or padding do not match, the cache is full, or positions exceed 2**24.
         """
+        check_number("logits_to_keep", logits_to_keep, 0, 2**63)
         batch_size, length = input_ids.shape
         check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
         check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
@@ -212,13 +220,20 @@ class Keye(nn.Module):
         if cache is None:
             cache = self.new_cache(batch_size, (length // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS)
         cache.check_capacity(batch_size, length)
-        if cache.is_empty:
-            # Needed even if the caller passes position_ids: decoding uses the deltas
-            computed, cache.rope_deltas = self.get_rope_index(
-                input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask
-            )
+        has_grids = image_grid_thw is not None or video_grid_thw is not None
+        if length == 1 and not cache.is_empty and not has_grids:
+            # A decoding step reads no values of tensors, so that it does not wait for the GPU
+            computed, deltas = (cache.slots(1) + cache.rope_deltas).expand(3, batch_size, 1), cache.rope_deltas
         else:
-            computed = (cache.slots(length) + cache.rope_deltas).expand(3, batch_size, length)
+            # Needed even if the caller passes position_ids: decoding uses the deltas
+            mask_given = None if attention_mask is None else mask
+            computed, deltas = self.get_rope_index(input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, mask_given)
+            if not cache.is_empty:
+                # The official delta of padded text is too large for sequences of less than two tokens
+                deltas = cache.rope_deltas + (deltas if has_grids else mask.sum(1, keepdim=True) - length)
+                computed = computed + cache.length + cache.rope_deltas
+            if not torch.compiler.is_compiling():
+                check_position_range(computed if position_ids is None else position_ids, cache.max_length)
         embeds = self.model.embed_tokens(input_ids)
         for token, pixels, grid_thw in (
             (self.config.image_token_id, pixel_values, image_grid_thw),
@@ -228,6 +243,7 @@ class Keye(nn.Module):
                 features = self.get_image_features(pixels, grid_thw).to(embeds.dtype)
                 embeds = embeds.masked_scatter((input_ids == token)[..., None], features)
         hidden = self.model(embeds, computed if position_ids is None else position_ids, mask, cache)
+        cache.rope_deltas = deltas
         return KeyeOutput(self.lm_head(hidden[:, -logits_to_keep:]), cache, cache.rope_deltas)
 
     @torch.no_grad()
@@ -257,8 +273,8 @@ class Keye(nn.Module):
             temperature: divides the logits; must be positive.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the most likely tokens that together reach this probability.
-            eos_token_id: one or several end tokens. An empty collection disables stopping.
-            pad_token_id: fills a sequence after its end token. Default: the first end token, else 0.
+            eos_token_id: one or several end tokens; () disables stopping. config.json may also have a default.
+            pad_token_id: fills a sequence after its end token. Default: also from config.json, else the first end token, else 0.
             seed: makes sampling reproducible.
             streamer: receives the prompt, then the tokens [B] of each step, then a call of `end()`.
             vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`.
@@ -268,14 +284,16 @@ class Keye(nn.Module):
 
         Raises:
             ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument.
+            RuntimeError: logits were NaN or infinite. Checked after the last token.
         """
         check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
         defaults = self.generation_config
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = {name: defaults.get(name) if value is None else value for name, value in sampling.items()}
+        sampling = {name: first_given(value, defaults.get(name)) for name, value in sampling.items()}
         sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
-        ends = end_token_ids(eos_token_id, defaults.get("eos_token_id"))
-        if pad_token_id is None:
-            pad_token_id = defaults.get("pad_token_id", ends[0] if ends else 0)
+        ends = end_token_ids(first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id))
+        configured = first_given(defaults.get("pad_token_id"), self.config.pad_token_id)
+        pad_token_id = first_given(pad_token_id, configured, *ends[:1], 0)
+        check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}
         return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer)

@@ -6,13 +6,15 @@ one video frame (1.5). A text token advances the position by one, the first toke
 every other token of a block by zero. Symbols: B sequences, S tokens per sequence, n grids.
 """
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
 from keye_kernels.editions import edition_of
 from keye_kernels.geometry import check_grid_thw
 
-from .config import KeyeConfig
+from .config import MAX_POSITION, KeyeConfig
 
 
 def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tensor:
@@ -142,3 +144,24 @@ def check_placeholders(
     ends_with_start = (input_ids[:, -1] == config.vision_start_token_id).any()
     if ends_with_start and not edition_of(config.model_type).position_block_per_frame:
         raise ValueError("input_ids must not end with <|vision_start|>, which needs a placeholder after it")
+
+
+def check_seconds(config: KeyeConfig, video_grid_thw: Tensor | None, seconds: Tensor | None) -> None:
+    """Raises ValueError unless `seconds` has one number, or one per video, and keeps positions below MAX_POSITION."""
+    if seconds is None:
+        return
+    values, frames = seconds.flatten().tolist(), [] if video_grid_thw is None else video_grid_thw[:, 0].tolist()
+    if len(values) not in (1, len(frames)):
+        raise ValueError(f"second_per_grid_ts must have one number for each of {len(frames)} videos, got {len(values)}")
+    longest = max(frames, default=1) * config.vision_config.tokens_per_second
+    if not all(isfinite(value) and 0 <= value * longest < MAX_POSITION for value in values):
+        expected = f"finite, not negative, and below {MAX_POSITION / longest:g} for these videos"
+        raise ValueError(f"second_per_grid_ts must be {expected}, got {values}")
+
+
+def check_position_range(position_ids: Tensor, further_tokens: int) -> None:
+    """Raises ValueError if a position, or that of one of `further_tokens` more, exceeds MAX_POSITION. Synchronises."""
+    largest = int(position_ids.amax())
+    if largest + further_tokens > MAX_POSITION:
+        got = f"{largest} in a cache with room for {further_tokens} tokens"
+        raise ValueError(f"position_ids must not exceed {MAX_POSITION}, up to which rope in float32 is exact, got {got}")

@@ -75,7 +75,7 @@ def vision_attention(
     """
     q, k, v = project_qkv(x)
     q, k = ops.rope_2d(q, k, batch.position_ids, inv_freq, impl=rope_impl)
-    return ops.varlen_attention(q, k, v, batch.segments, batch.segments.max_seqlen, impl=impl).flatten(1)
+    return ops.varlen_attention(q, k, v, batch.segments, impl=impl).flatten(1)
 
 
 class VisionAttention(nn.Module):

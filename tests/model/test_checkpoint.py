@@ -129,6 +129,79 @@ def test_invalid_checkpoints_raise_with_the_reason(tmp_path):
             kk.Keye.from_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    "file", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x", "C:x", "..", ".", "", 5, None], ids=str
+)
+def test_index_names_outside_the_folder_are_refused(tmp_path, file):
+    path = tmp_path / "model"
+    write_random_checkpoint(path)
+    outside = tmp_path / "x.safetensors"
+    outside.write_bytes((path / "model-00001-of-00002.safetensors").read_bytes())
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map must name files in its own folder, got .* for model.norm.weight"
+    ):
+        kk.Keye.from_pretrained(path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": "a"}'])
+def test_an_index_without_a_weight_map_is_named(tmp_path, content):
+    path = save_checkpoint(tiny_model(), tmp_path)
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must be a JSON object"):
+        kk.Keye.from_pretrained(path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_weights_of_other_dtypes_are_refused(tmp_path, dtype, name):
+    model = tiny_model()
+    weight = checkpoint.destinations(model)[name].clone().to(getattr(torch, dtype))
+    with pytest.raises(ValueError, match=rf"wrong dtype: {name} is \w+, expected one of BF16, F16, F32, F64"):
+        kk.Keye.from_pretrained(save_checkpoint(model, tmp_path, **{name: weight}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_floating_point_weights_are_loaded(tmp_path, dtype):
+    path = save_checkpoint(tiny_model().to(dtype), tmp_path)
+    model = kk.Keye.from_pretrained(path)
+    assert model.dtype == dtype
+    assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", torch.float8_e5m2, torch.complex64, "uint8", "no_dtype", 5])
+def test_other_dtypes_of_the_model_are_refused(tmp_path, dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating-point torch dtype, one of float32, bfloat16"):
+        kk.Keye.from_pretrained(save_checkpoint(tiny_model(), tmp_path), dtype=dtype)
+
+
+def test_wrong_sizes_in_config_json_allocate_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("keye_kernels.model.keye.allocate", None)
+    path = save_checkpoint(tiny_model(), tmp_path, {**CONFIG, "intermediate_size": 2**20, "num_hidden_layers": 64})
+    with pytest.raises(ValueError, match=r"wrong shape: model\.layers\.0\.mlp\.down_proj\.weight"):
+        kk.Keye.from_pretrained(path)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_tensors_loaded_in_pieces_are_complete(tmp_path, monkeypatch, rows):
+    """Pieces of `rows` rows of a matrix with 64 columns, which do not divide the number of rows."""
+    model = tiny_model()
+    path = save_checkpoint(model, tmp_path)
+    monkeypatch.setattr(checkpoint, "BYTES_PER_MAPPING", 4 * 64 * rows)
+    pieces = list(checkpoint._read_chunks([("lm_head.weight", path / "model.safetensors")]))
+    assert [first for _, first, _ in pieces] == list(range(0, 120, rows))
+    with torch.device("meta"):
+        loaded = kk.Keye(model.config)
+    checkpoint.allocate(loaded, torch.float32, torch.device("cpu"))
+    for parameter in loaded.parameters():
+        parameter.data.fill_(float("nan"))
+    checkpoint.load_weights(loaded, checkpoint.matching_tensors(loaded, path))
+    for (name, found), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 def test_missing_gpu_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be available, got 'cuda', but torch finds no CUDA"):

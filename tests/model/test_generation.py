@@ -106,8 +106,9 @@ def test_generation_config_gives_the_defaults():
 def test_seed_makes_sampling_repeatable(model):
     inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
     options = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0, "eos_token_id": ()}
-    first, again, other = (model.generate(**inputs, **options, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    for seed in (0, 1):
+        first, again, other = (model.generate(**inputs, **options, seed=seed) for seed in (seed, seed, seed + 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_sampler_frequencies_follow_the_truncated_distribution():
@@ -121,6 +122,9 @@ def test_sampler_frequencies_follow_the_truncated_distribution():
     torch.testing.assert_close(frequencies(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.02, rtol=0)
     torch.testing.assert_close(frequencies(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.02, rtol=0)
     assert frequencies(top_p=0.01)[0] == 1
+    # The most likely token reaches top_p exactly
+    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(200, 3)
+    assert not Sampler(True, seed=0, top_p=0.5)(halves).any() and Sampler(True, seed=0, top_p=0.51)(halves).any()
     square = probabilities**2 / (probabilities**2).sum()
     torch.testing.assert_close(frequencies(temperature=0.5), square, atol=0.02, rtol=0)
 
@@ -142,6 +146,55 @@ def test_text_streamer_writes_complete_characters_only():
         streamer.put(torch.tensor([byte]))
     streamer.end()
     assert written == ["a", "é", "€"]
+
+
+def test_a_text_streamer_can_be_used_again(model):
+    written = []
+    streamer = kk.TextStreamer(lambda ids: "".join(f"<{token}>" for token in ids), written.append)
+    for ids in ([[1, 2]], [[3, 4, 5]]):
+        written.clear()
+        tokens = model.generate(torch.tensor(ids), max_new_tokens=3, eos_token_id=(), streamer=streamer)
+        assert "".join(written) == "".join(f"<{token}>" for token in tokens[0, len(ids[0]) :].tolist())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("weight", ["lm_head", "model.layers.1.mlp.down_proj"])
+def test_logits_that_are_not_finite_raise(value, do_sample, weight):
+    model, streamer = tiny_model(), RecordingStreamer()
+    model.get_submodule(weight).weight.data[7, 3] = value
+    with pytest.raises(RuntimeError, match=r"the logits are NaN or infinite; .* another dtype than torch.float32"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=do_sample, seed=0, streamer=streamer)
+    assert streamer.ended == 1
+
+
+def test_one_bad_step_is_reported(model, monkeypatch):
+    """The first and the last step are finite."""
+    forward, steps = model.forward, []
+
+    def forward_with_nan(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        steps.append(output)
+        return output._replace(logits=output.logits * torch.nan) if len(steps) == 2 else output
+
+    monkeypatch.setattr(model, "forward", forward_with_nan)
+    with pytest.raises(RuntimeError, match="the logits are NaN or infinite"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, eos_token_id=())
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_prompts_steps_and_later_turns(model, dtype):
+    inputs = prompt([(1, 4, 6)])
+    calls = inputs, {"input_ids": torch.tensor([[5]])}, prompt([(1, 2, 2)], seed=1)
+    results = []
+    for enabled in (False, True):
+        cache = model.new_cache(1, 64)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=enabled):
+            results.append([model(**call, cache=cache).logits.float() for call in calls])
+            assert model.generate(**inputs, max_new_tokens=3, eos_token_id=()).shape[1] == inputs["input_ids"].shape[1] + 3
+    for expected, found in zip(*results, strict=True):
+        assert 0 < (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_invalid_calls_raise_with_the_reason(model):
@@ -184,9 +237,14 @@ def test_invalid_calls_raise_with_the_reason(model):
         model(ids[:, :2], cache=cache)
     with pytest.raises(ValueError, match="cache holds 1 sequences, but input_ids has 2"):
         model(ids.repeat(2, 1), cache=cache)
-    for name, value in (("temperature", 0.0), ("top_p", 1.5), ("top_k", -1)):
+    nan = float("nan")
+    sampling = ("temperature", 0.0), ("temperature", nan), ("temperature", "1"), ("top_p", 1.5), ("top_p", nan), ("top_k", -1)
+    for name, value in (*sampling, ("top_k", 2.5), ("pad_token_id", 120), ("pad_token_id", -1), ("eos_token_id", [0.5])):
         with pytest.raises(ValueError, match=f"{name} must"):
             model.generate(ids, do_sample=True, **{name: value})
+    for value in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="logits_to_keep must be an integer from 0"):
+            model(ids, logits_to_keep=value)
 
 
 def test_flash_attn_computes_the_attention_of_prompts_only(monkeypatch):

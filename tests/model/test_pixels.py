@@ -33,6 +33,13 @@ def test_uint8_patches_give_the_features_of_normalized_patches(norm):
         assert error["uint8"] < 1.5 * error["normalized"], error
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_patches_of_other_dtypes_are_refused(dtype):
+    inputs = prompt([(1, 4, 6)])
+    with pytest.raises(TypeError, match=rf"pixel_values must be normalised floats or uint8, got {dtype}"):
+        tiny_model()(**inputs | {"pixel_values": inputs["pixel_values"].to(dtype)})
+
+
 def test_normalization_is_read_from_the_checkpoint(tmp_path):
     path = save_checkpoint(tiny_model(), tmp_path)
     assert kk.Keye.from_pretrained(path).visual.pixel_norm == PixelNorm()

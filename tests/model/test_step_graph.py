@@ -1,5 +1,8 @@
 """When decoding steps are recorded as a CUDA graph. tests/gpu checks what recorded steps compute."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +71,35 @@ def test_cpu_compiled_models_and_autocast_are_not_recorded():
         assert not is_recorded(ModelOnGpu())
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+class FakeGraph:
+    """Records the call of the model, which `replay` repeats with the tensors of the recorded call."""
+
+    def capture_begin(self, **options):
+        pass
+
+    def capture_end(self):
+        pass
+
+
+def test_a_recorded_step_gets_the_token_of_each_call(monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(step_graph, "_capture_stream", lambda device: Stream())
+
+    class Double(nn.Module):
+        def forward(self, token, cache):
+            assert cache == "cache"
+            FakeGraph.replay = lambda graph: logits.copy_(2 * token)
+            logits = 2 * token
+            return SimpleNamespace(logits=logits)
+
+    step = _RecordedStep(Double(), "cache")
+    found = [int(step(torch.tensor([[token]]))) for token in (3, 5, 4, 9)]
+    assert found == [6, 10, 8, 18] and isinstance(step.graph, FakeGraph)

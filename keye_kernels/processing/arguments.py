@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import torch
 
 from .sampling import DEFAULT_FPS
+
+# 1 / fps must be finite in float32.
+MIN_FPS = 1e-37
 
 
 def list_prompts(text: str | Sequence[str]) -> list[str]:
@@ -21,6 +25,10 @@ def list_prompts(text: str | Sequence[str]) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"text[{index}] is empty; a prompt needs at least one token")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text[{index}] has a character that UTF-8 cannot encode: {error}") from error
     return list(prompts)
 
 
@@ -118,11 +126,12 @@ def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:
     """
     if isinstance(value, torch.Tensor):
         value = list(value) if value.ndim == (2 if nested else 1) else [value] if nested else value.item()
-    if value is None or (isinstance(value, (list, tuple)) and not value):
+    # keye_vl_utils 1.5 leaves out timestamps of videos without times, which may be all of them.
+    if value is None or (isinstance(value, (list, tuple)) and not value and (name == "timestamps" or not count)):
         return [None] * count
     if not isinstance(value, (list, tuple)):
         return [value] * count
-    if nested and isinstance(value[0], (int, float)):
+    if nested and value and isinstance(value[0], (int, float)):
         value = [value]
     if len(value) != count:
         raise ValueError(f"{name} must hold one entry for each of the {count} videos, got {len(value)}")
@@ -134,13 +143,19 @@ def frame_size(height_name: str, width_name: str, options: Mapping[str, Any]) ->
     height, width = options[height_name], options[width_name]
     if (height is None) != (width is None):
         raise ValueError(f"{height_name} and {width_name} must be given together")
-    return None if height is None else (int(height), int(width))
+    if height is None:
+        return None
+    for name, value in ((height_name, height), (width_name, width)):
+        if not math.isfinite(value) or value != int(value):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(height), int(width)
 
 
 def seconds_per_grid(fps: Any, count: int) -> torch.Tensor:
     """Computes the seconds between frames, float32 `[count]`, from one frame rate, one per video, or None for the default."""
-    rates = [DEFAULT_FPS if rate is None else float(rate) for rate in per_video("fps", fps, count, nested=False)]
+    rates = [DEFAULT_FPS if rate is None else rate for rate in per_video("fps", fps, count, nested=False)]
     for rate in rates:
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"fps must be positive, got {rate}")
-    return torch.tensor([1.0 / rate for rate in rates], dtype=torch.float32)
+        is_number = isinstance(rate, (int, float, np.number, torch.Tensor)) and not isinstance(rate, bool)
+        if not is_number or not MIN_FPS <= rate < math.inf:
+            raise ValueError(f"fps must be a positive number, got {rate!r}")
+    return torch.tensor([1.0 / float(rate) for rate in rates], dtype=torch.float32)

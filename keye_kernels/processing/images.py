@@ -20,6 +20,9 @@ from .sources import DOWNLOAD_TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES, describe_sour
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Older releases of Pillow open 16-bit gray images of these formats in mode I, and all do PPM.
+FORMATS_WITH_16_BITS = ("PNG", "PPM")
+
 
 def load_image(
     source: Any,
@@ -52,6 +55,8 @@ def load_image(
             f"image {name} is not in a format that Pillow can read ({len(encoded)} bytes); pass a PNG, JPEG or WebP"
         ) from error
     with image:
+        if image.format == "EPS":
+            raise ValueError(f"image {name} is an EPS file, for which Pillow would run Ghostscript; pass a PNG, JPEG or WebP")
         return _to_rgb(image, blend_alpha, name)
 
 
@@ -96,8 +101,16 @@ def size_from_options(
     edition_limits: tuple[float, float] = edition_named(edition).image_pixel_limits
     if resized_height is not None and resized_width is not None:
         return smart_resize(resized_height, resized_width, min_pixels=edition_limits[0], max_pixels=edition_limits[1])
+    check_pixel_limits(part)
     low, high = pixel_limits or edition_limits
     return smart_resize(height, width, min_pixels=part.get("min_pixels") or low, max_pixels=part.get("max_pixels") or high)
+
+
+def check_pixel_limits(part: Mapping[str, Any]) -> None:
+    """Raises ValueError if a message part has `min_pixels` above its `max_pixels`."""
+    low, high = part.get("min_pixels"), part.get("max_pixels")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"min_pixels={low} must not exceed max_pixels={high}")
 
 
 def _image_from_array(array: np.ndarray) -> Image:
@@ -118,11 +131,20 @@ def _to_rgb(image: Image, blend_alpha: bool, name: str) -> Image:
             background = Image.new("RGB", image.size, (255, 255, 255))
             background.paste(image, mask=image.getchannel("A"))
             return background
-        return image.convert("RGB")
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_WITH_16_BITS):
+            # Pillow's own conversion to RGB clips at 255.
+            values = np.rint(np.asarray(image) / 257)
+            return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode not in ("I", "F"):
+            return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise _bomb_error(name, error) from error
     except Exception as error:
         raise ValueError(f"image {name} cannot be decoded ({error}); it may be truncated or damaged") from error
+    raise ValueError(
+        f"image {name} has mode {image.mode} (32-bit {'integers' if image.mode == 'I' else 'floating point'}), in which black "
+        "and white have no defined values; convert it to 8 bits (mode L or RGB) first"
+    )
 
 
 def _bomb_error(name: str, error: Exception) -> ValueError:

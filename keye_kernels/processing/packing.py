@@ -6,6 +6,7 @@ Symbols: N frames, P patches, h and w rows and columns of patches. Agrees with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -76,14 +77,17 @@ def pack_video(
     frame. `frame_types` are 0 for slow and 1 for fast (default: all slow), `timestamps` the seconds written into the prompt
     (default: none). Raises ValueError for a size, frame type or number of entries that does not fit the frames.
     """
-    frame_types = [SLOW] * len(frames) if frame_types is None else [int(frame_type) for frame_type in frame_types]
-    if len(frame_types) != len(frames) or not set(frame_types) <= {SLOW, FAST}:
+    types = [float(SLOW)] * len(frames) if frame_types is None else [float(frame_type) for frame_type in frame_types]
+    if len(types) != len(frames) or not set(types) <= {SLOW, FAST}:
         raise ValueError(
             f"frame_types must hold one 0 (slow) or 1 (fast) for each of the {len(frames)} frames, "
-            f"got {len(frame_types)} values from {sorted(set(frame_types))}"
+            f"got {len(types)} values from {sorted(set(types))}"
         )
+    frame_types = [int(frame_type) for frame_type in types]
     if timestamps is not None and len(timestamps) != len(frames):
         raise ValueError(f"timestamps must hold one time for each of the {len(frames)} frames, got {len(timestamps)}")
+    if timestamps is not None and not all(0 <= float(time) < math.inf for time in timestamps):
+        raise ValueError(f"timestamps must be finite and not negative, got {[float(time) for time in timestamps]}")
     default_size = config.resized_size(*frames[0].shape[-2:])
     sizes = {SLOW: slow_size or default_size, FAST: fast_size or default_size}
     grids = [config.grid(*sizes[frame_type]) for frame_type in frame_types]

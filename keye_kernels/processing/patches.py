@@ -18,6 +18,11 @@ from keye_kernels.pixel_norm import PixelNorm
 from .images import load_image
 from .resize import smart_resize_processor
 
+# Steps that preprocessor_config.json can turn off; the model was trained with all of them.
+STEPS = ("do_resize", "do_rescale", "do_normalize")
+# The largest number of a Pillow resize filter, Image.Resampling.HAMMING
+MAX_RESAMPLE = 5
+
 
 @dataclass(frozen=True)
 class PatchConfig:
@@ -33,6 +38,17 @@ class PatchConfig:
     # Pillow's number of the resize filter
     resample: int = PREVIEW.resample
 
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "resample"):
+            value, lowest = getattr(self, name), 0 if name == "resample" else 1
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 or value < lowest:
+                raise ValueError(f"{name} in preprocessor_config.json must be an integer of at least {lowest}, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        if self.resample > MAX_RESAMPLE:
+            raise ValueError(f"resample in preprocessor_config.json must be from 0 to {MAX_RESAMPLE}, got {self.resample}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} of the image processor must not exceed max_pixels={self.max_pixels}")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], edition: EditionName) -> PatchConfig:
         """Reads the content of `preprocessor_config.json`; missing entries keep their defaults.
@@ -41,11 +57,19 @@ class PatchConfig:
         """
         if config.get("temporal_patch_size", 1) != 1:
             raise ValueError(f"temporal_patch_size in preprocessor_config.json must be 1, got {config['temporal_patch_size']}")
+        for name in STEPS:
+            if config.get(name) not in (None, True):
+                raise ValueError(
+                    f"{name} in preprocessor_config.json must be true, got {config[name]!r}: the model needs this step"
+                )
         size = config.get("size") or {}
+        if not isinstance(size, Mapping):
+            raise ValueError(f"size in preprocessor_config.json must be an object with min_pixels and max_pixels, got {size!r}")
         values = {name: config.get(name) for name in ("patch_size", "merge_size", "resample")}
-        values["min_pixels"] = config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
-        values["max_pixels"] = config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
-        given: dict[str, Any] = {name: int(value) for name, value in values.items() if value is not None}
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            limits = (config.get(name), size.get(name), size.get(edge))
+            values[name] = next((limit for limit in limits if limit is not None), None)
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         return replace(cls(norm=PixelNorm.from_dict(config), resample=edition_named(edition).resample), **given)
 
     @property
@@ -113,7 +137,7 @@ def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
         raise ValueError(f"a video array must have shape [T, H, W, 3], got {list(video.shape)}")
     elif isinstance(video, (list, tuple, np.ndarray)):
         frames = [
-            _check_tensor(frame)
+            _check_tensor(frame, is_frame=True)
             if isinstance(frame, torch.Tensor)
             else torch.from_numpy(np.array(load_image(frame, edition=edition))).permute(2, 0, 1)
             for frame in video
@@ -128,21 +152,29 @@ def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
     return frames
 
 
-def to_uint8(pixels: torch.Tensor, name: str) -> torch.Tensor:
-    """Converts pixels to uint8 on the CPU; floating-point values must be from 0 to 255 and are rounded."""
+def to_uint8(pixels: torch.Tensor, name: str, is_frame: bool = False) -> torch.Tensor:
+    """Converts pixels to uint8 on the CPU; floating-point values must be from 0 to 255 and are rounded.
+
+    `is_frame`: accepts floating-point values that are only 0 and 1, as in the first frames of a video that starts black.
+    """
     pixels = pixels.detach().cpu()
     if pixels.dtype == torch.uint8:
         return pixels
+    if pixels.dtype == torch.bool or pixels.is_complex():
+        raise TypeError(f"{name} must hold integers or floating-point numbers from 0 to 255, got {pixels.dtype}")
+    if not pixels.is_floating_point():
+        pixels = pixels.long()
     if pixels.numel() and not bool(((pixels >= 0) & (pixels <= 255)).all()):
         raise ValueError(f"{name} must hold values from 0 to 255, got {pixels.min().item()} to {pixels.max().item()}")
     if pixels.is_floating_point():
-        if pixels.numel() and pixels.max() <= 1 and bool((pixels != pixels.round()).any()):
+        is_integer = bool((pixels == pixels.round()).all())
+        if pixels.numel() and 0 < pixels.max() <= 1 and not (is_frame and is_integer):
             raise ValueError(f"{name} must hold values from 0 to 255, got values from 0 to 1; multiply them by 255")
         pixels = pixels.round()
     return pixels.to(torch.uint8)
 
 
-def _check_tensor(image: torch.Tensor) -> torch.Tensor:
+def _check_tensor(image: torch.Tensor, is_frame: bool = False) -> torch.Tensor:
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image tensor must have shape [3, H, W], got {list(image.shape)}")
-    return to_uint8(image, "an image tensor")
+    return to_uint8(image, "an image tensor", is_frame)

@@ -22,6 +22,7 @@ from .arguments import (
     seconds_per_grid,
 )
 from .batch import BatchFeature, check_padding, pad_sequences
+from .edition_marks import check_edition, is_marked
 from .packing import PackedVideo, pack_videos
 from .patches import PatchConfig, to_frame_array, to_frame_tensors
 from .prompts import load_chat_template, render_chat_template
@@ -83,8 +84,21 @@ class KeyeProcessor:
         thinking: str | None = None,
         *,
         tokenize: Literal[True],
+        return_dict: Literal[True] = True,
         **variables: Any,
     ) -> BatchFeature: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        thinking: str | None = None,
+        *,
+        tokenize: Literal[True],
+        return_dict: Literal[False],
+        **variables: Any,
+    ) -> torch.Tensor: ...
 
     @overload
     def apply_chat_template(
@@ -102,8 +116,15 @@ class KeyeProcessor:
         add_generation_prompt: bool = True,
         thinking: str | None = None,
         tokenize: bool = False,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        processor_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
-    ) -> str | list[str] | BatchFeature:
+    ) -> Any:
         """Renders the prompt of a conversation, or of each conversation of a batch.
 
         Args:
@@ -111,24 +132,38 @@ class KeyeProcessor:
             add_generation_prompt: end the prompt with the start of the assistant's turn.
             thinking: "think", "no_think", or None or "auto" to let the model decide.
             tokenize: also load the images and videos, and return the model's inputs.
-            **variables: other variables of the template, such as `add_vision_id`.
+            continue_final_message: end with the last message's text, which the model continues, without trailing white space.
+            tools: JSON schemas of functions, for a template that uses `tools`.
+            chat_template: source of a Jinja template. Default: that of the processor.
+            return_dict: with `tokenize`, return all inputs; False returns only `input_ids`.
+            return_tensors: with `tokenize`, must be "pt".
+            processor_kwargs: with `tokenize`, arguments of the processor's call such as `padding_side`.
+            **variables: variables of the template, such as `add_vision_id`.
 
         Returns:
             A string, or a list of strings for a batch. With `tokenize`, the same `BatchFeature` as calling the processor.
 
         Raises:
             ValueError: the prompt is empty, the thinking mode is unknown, or a turn has no role or content.
-            TypeError: `messages` is not a list of turns.
+            TypeError: `messages` is not a list of turns, a text is not a string, or the template does not use a variable.
         """
         prompts = [
             render_chat_template(
-                self.chat_template, conversation, add_generation_prompt=add_generation_prompt, thinking=thinking, **variables
+                chat_template or self.chat_template,
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                thinking=thinking,
+                tools=tools,
+                **variables,
             )
             for conversation in split_conversations(messages)
         ]
         if tokenize:
             images, videos, video_kwargs = process_vision_info(messages, True, edition=self.edition)
-            return self(prompts, images=images, videos=videos, **video_kwargs)
+            options = {**video_kwargs, "return_tensors": return_tensors, **(processor_kwargs or {})}
+            inputs = self(prompts, images=images, videos=videos, **options)
+            return inputs if return_dict else inputs["input_ids"]
         return prompts[0] if isinstance(messages[0], Mapping) else prompts
 
     def __call__(
@@ -172,6 +207,8 @@ class KeyeProcessor:
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         prompts = list_prompts(text)
         edition = EDITIONS[self.edition]
+        images, videos = list_images(images), list_videos(videos)
+        check_edition(self.edition, images=images, videos=videos)
         unknown = sorted(set(video_kwargs) - set(edition.video_kwargs))
         if unknown:
             raise TypeError(
@@ -186,7 +223,6 @@ class KeyeProcessor:
         image_tokens: list[int] = []
         video_tokens: list[int] = []
 
-        images = list_images(images)
         check_placeholders("image", IMAGE_PAD, prompts, len(images))
         if images:
             packed = [self.patch_config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
@@ -194,7 +230,6 @@ class KeyeProcessor:
             outputs["image_grid_thw"] = torch.tensor([grid for _, grid in packed])
             image_tokens = [math.prod(grid) // merged_patches for _, grid in packed]
 
-        videos = list_videos(videos)
         check_placeholders("video", VIDEO_PAD, prompts, len(videos))
         if videos and edition.slow_fast_frames:
             packed_videos = self._pack_slow_fast_videos(videos, video_kwargs)
@@ -246,6 +281,9 @@ class KeyeProcessor:
         return self.patch_config.frames_to_patches([frame.permute(1, 2, 0).contiguous().numpy() for frame in frames])
 
     def _pack_slow_fast_videos(self, videos: list[Any], video_kwargs: Mapping[str, Any]) -> list[PackedVideo]:
+        if is_marked(videos) and not video_kwargs:
+            names = EDITIONS[self.edition].video_kwargs
+            raise ValueError(f"videos of process_vision_info need its keyword arguments {names}, got none")
         # Only videos need these tokens, so a tokenizer without them still works for images.
         for token in (FRAME, FAST_START, FAST_END):
             self.tokenizer.token_to_id(token)

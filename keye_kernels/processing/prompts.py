@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .tokenizer import IMAGE_PAD, read_json
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
+# Marks the end of the last message in a rendered prompt; no message contains a NUL character around this name.
+END_MARK = "\0end of the final message\0"
 THINKING_SUFFIXES = {None: "", "auto": "", "think": "/think", "no_think": "/no_think"}
 
 # The template of both editions' processors, for checkpoints without a template.
@@ -76,27 +72,47 @@ def render_chat_template(
     conversation: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     thinking: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> str:
     """Renders the prompt of one conversation with a Jinja template in the form that transformers defines.
 
     `thinking`: "think" or "no_think" appends that mode's suffix to the last user text; None or "auto" lets the model decide.
-    Raises ValueError for an unknown mode, no user turn for its suffix, an empty prompt, or a template that fails.
+    `variables` are other variables of the template. Raises TypeError for a variable that the template does not use, and
+    ValueError for an unknown mode, no user turn for its suffix, no final text to continue, an empty prompt, or a template that
+    fails.
     """
-    from jinja2 import TemplateError
+    # Imports jinja2, which is loaded only if a template is rendered.
+    from .templates import render_template, template_variables
 
     if thinking not in THINKING_SUFFIXES:
         raise ValueError(f"thinking must be one of {list(THINKING_SUFFIXES)}, got {thinking!r}")
+    accepted = template_variables(template) - {"messages", "add_generation_prompt", "tools"}
+    unknown = sorted(set(variables) - accepted)
+    if unknown:
+        raise TypeError(
+            f"unexpected keyword arguments {unknown}: they are neither arguments of apply_chat_template nor variables of "
+            f"the chat template, which uses {sorted(accepted)}"
+        )
+    if tools is not None:
+        variables["tools"] = _plain_tools(tools, "tools" in template_variables(template))
     turns = [_to_plain_data(turn) for turn in conversation]
     if not any(_has_content(turn["content"]) for turn in turns):
         raise ValueError("the prompt is empty: no turn in messages has text, an image or a video")
     if THINKING_SUFFIXES[thinking]:
         _append_to_last_user_text(turns, THINKING_SUFFIXES[thinking])
-    try:
-        return _compile(template).render(messages=turns, add_generation_prompt=add_generation_prompt, **variables)
-    except TemplateError as error:
-        raise ValueError(f"the chat template failed: {error}") from error
+    if continue_final_message:
+        add_generation_prompt = False
+        _mark_end(turns[-1])
+    prompt = render_template(template, {**variables, "messages": turns, "add_generation_prompt": add_generation_prompt})
+    if continue_final_message:
+        prompt, mark, _ = prompt.rpartition(END_MARK)
+        if not mark:
+            raise ValueError("continue_final_message needs a last message that the chat template renders")
+        prompt = prompt.rstrip()
+    return prompt
 
 
 class SplitAnswer(NamedTuple):
@@ -167,6 +183,27 @@ def _append_to_last_user_text(turns: list[dict[str, Any]], suffix: str) -> None:
     raise ValueError("thinking needs a turn with role 'user' in messages, to append the mode's suffix to its text")
 
 
+def _mark_end(turn: dict[str, Any]) -> None:
+    """Appends `END_MARK` to the text of a turn. A search for the text itself could find it in the template's own text."""
+    content = turn["content"]
+    if isinstance(content, list):
+        if content and content[-1].get("text"):
+            content[-1]["text"] += END_MARK
+            return
+    elif content:
+        turn["content"] += END_MARK
+        return
+    raise ValueError("continue_final_message needs a last message that ends in text")
+
+
+def _plain_tools(tools: Any, is_used: bool) -> Any:
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TypeError("tools must be a list of dictionaries, the JSON schemas of the functions")
+    if tools and not is_used:
+        raise ValueError("the chat template does not use tools; leave tools out or pass chat_template")
+    return _to_plain_data(tools)
+
+
 def _has_content(content: Any) -> bool:
     if isinstance(content, list):
         return any(part.get("text", True) for part in content)
@@ -182,28 +219,3 @@ def _to_plain_data(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return type(value).__name__
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str) -> Template:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # The same settings as in transformers, for which chat templates are written.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is not valid: {error}") from error
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    # Jinja's built-in filter escapes HTML characters.
-    return json.dumps(value, **{"ensure_ascii": False, **options})

@@ -15,7 +15,7 @@ import torch
 
 from keye_kernels.editions import PIXELS_PER_TOKEN
 
-from .images import size_from_options
+from .images import check_pixel_limits, size_from_options
 from .resize import smart_resize
 
 Options = Mapping[str, Any]
@@ -47,6 +47,7 @@ def check_options(options: Options) -> None:
         _check_number(options, name, lambda value: 0 < value < math.inf, "a positive number")
     for name in ("video_start", "video_end", "min_frame_similarity"):
         _check_number(options, name, math.isfinite, "a number")
+    check_pixel_limits(options)
     low, high = FPS_LIMITS
     _check_number(options, "fps", lambda value: low <= value <= high, f"a number from {low} to {high:.0f}")
     if options.get("fps") is not None and options.get("nframes") is not None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
+import math
+import os
+import socket
+import stat
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +44,8 @@ def open_source(
     """Opens a source as a seekable binary file and closes it at the end. Downloads go to a temporary file.
 
     A source is a path, `file://` or `http(s)://` URL, `data:...;base64,` string, or bytes. `timeout`, in seconds, and `max_bytes`
-    limit downloads. Raises FileNotFoundError, ValueError for a source that cannot be read (the message names it), or TypeError.
+    limit downloads. A path must be that of a regular file. Raises FileNotFoundError, ValueError for a source that cannot be read
+    (the message names it), or TypeError.
     """
     if isinstance(source, (bytes, bytearray)):
         with io.BytesIO(source) as file:
@@ -46,7 +53,7 @@ def open_source(
     elif isinstance(source, str) and source.startswith("data:"):
         with io.BytesIO(_decode_base64(source)) as file:
             yield file
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+    elif _is_http(source):
         with tempfile.TemporaryFile() as file:
             download(source, file, timeout=timeout, max_bytes=max_bytes)
             file.seek(0)
@@ -57,13 +64,16 @@ def open_source(
 
 
 def read_source(source: Any, *, timeout: float = DOWNLOAD_TIMEOUT_SECONDS, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
-    """Returns the bytes of a source; arguments and errors as for `open_source`."""
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        content = io.BytesIO()
-        download(source, content, timeout=timeout, max_bytes=max_bytes)
-        return content.getvalue()
+    """Returns the bytes of a source; arguments and errors as for `open_source`. `max_bytes` also limits local files."""
+    if _is_http(source):
+        downloaded = io.BytesIO()
+        download(source, downloaded, timeout=timeout, max_bytes=max_bytes)
+        return downloaded.getvalue()
     with open_source(source) as file:
-        return file.read()
+        content = file.read(int(max_bytes) + 1)
+    if len(content) > max_bytes:
+        raise _too_large(describe_source(source), max_bytes)
+    return content
 
 
 def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> None:
@@ -71,9 +81,39 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
 
     Raises ValueError if the URL cannot be read within the limits.
     """
+    for limit, value in (("timeout", timeout), ("max_bytes", max_bytes)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{limit} must be a positive number, got {value!r}")
+    name = describe_source(url)
+    connections: list[socket.socket] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            _download(url, file, connections, timeout=timeout, max_bytes=max_bytes)
+        except Exception as error:
+            errors.append(error)
+
+    # The timeout of a socket limits each receive only. A thread can be left at the end of the time.
+    worker = threading.Thread(target=work, name=f"download {name}", daemon=True)
+    worker.start()
+    try:
+        worker.join(min(timeout, threading.TIMEOUT_MAX))
+        if worker.is_alive():
+            raise ValueError(f"{name} did not arrive within timeout={timeout} seconds")
+    finally:
+        # Ends the receive that the thread waits for.
+        for connection in connections:
+            with suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+    if errors:
+        raise errors[0]
+
+
+def _download(url: str, file: BinaryIO, connections: list[socket.socket], *, timeout: float, max_bytes: int) -> None:
     name = describe_source(url)
     deadline = time.monotonic() + timeout
-    opener = urllib.request.build_opener(_HttpRedirectsOnly)
+    opener = urllib.request.build_opener(_HttpRedirectsOnly, *_recording_handlers(connections, deadline))
     size = 0
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
@@ -94,7 +134,7 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
             raise ValueError(f"{name} did not arrive within timeout={timeout} seconds") from error
         raise ValueError(f"cannot download {name}: {reason or type(reason).__name__}") from error
     if size > max_bytes:
-        raise ValueError(f"{name} is larger than max_bytes={max_bytes}; raise max_bytes or use a smaller file")
+        raise _too_large(name, max_bytes)
     if missing:
         raise ValueError(f"cannot download {name}: the connection ended {missing} bytes early; try again")
 
@@ -102,9 +142,51 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
 class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         # A server must not be able to make the client read its own local files.
-        if not newurl.startswith(("http://", "https://")):
+        if not _is_http(newurl):
             raise urllib.error.URLError(f"it redirects to {newurl!r}, and only http and https are followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _recording_handlers(connections: list[socket.socket], deadline: float) -> list[urllib.request.BaseHandler]:
+    """Returns handlers of http and https that append each socket to `connections` and open none after the deadline."""
+
+    def record(connection: http.client.HTTPConnection, connect: Callable[[], None]) -> None:
+        connection.timeout = deadline - time.monotonic()
+        if connection.timeout <= 0:
+            raise TimeoutError
+        connect()
+        connections.append(connection.sock)
+
+    class Http(http.client.HTTPConnection):
+        def connect(self) -> None:
+            record(self, super().connect)
+
+    class Https(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            record(self, super().connect)
+
+    class HttpHandler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Http, req)
+
+    class HttpsHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Https, req)
+
+    return [HttpHandler(), HttpsHandler()]
+
+
+def _is_http(source: Any) -> bool:
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
+def _too_large(name: str, max_bytes: int) -> ValueError:
+    return ValueError(f"{name} is larger than max_bytes={max_bytes}; raise max_bytes or use a smaller file")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _open_file(source: Any) -> BinaryIO:
@@ -117,11 +199,15 @@ def _open_file(source: Any) -> BinaryIO:
         )
     name = describe_source(source)
     try:
-        return open(source, "rb")
+        file = open(source, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
     except FileNotFoundError as error:
         raise FileNotFoundError(f"file {name} does not exist; check the path") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read file {name}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"cannot read file {name}: it is not a regular file")
+    return file
 
 
 def _decode_base64(source: str) -> bytes:

@@ -123,16 +123,19 @@ def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
 def read_json(path: Path, *, default: Any = None) -> Any:
     """Reads a JSON file; returns `default` if the file does not exist and `default` is not None.
 
-    Raises FileNotFoundError, or ValueError for invalid JSON.
+    Raises FileNotFoundError, or ValueError for invalid JSON or JSON that is not an object.
     """
     if not path.is_file():
         if default is not None:
             return default
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a Keye checkpoint?")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _token_text(token: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
@@ -28,6 +29,16 @@ FALLBACK_FPS = 25.0
 # Largest relative difference between the header's frame rate and the measured one.
 MAX_FPS_ERROR = 0.2
 BUFFER_BYTES = 1 << 18
+# FFmpeg's names of the accepted containers and raw streams. Others, such as SDP and playlists, open sockets and other files.
+CONTAINERS = (
+    *("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "nut", "mxf", "dv", "gif"),
+    *("ivf", "obu", "av1", "h264", "hevc", "m4v", "mjpeg", "yuv4mpegpipe", "wav", "mp3", "flac"),
+)
+MAX_STREAMS = 64
+# Five million frames last 46 hours at 30 frames per second. Sound has packets of its own.
+MAX_PACKETS = 20_000_000
+# For scanning and decoding one file, including the time to resize and classify its frames.
+MAX_READ_SECONDS = 1800.0
 
 
 class DecodedFrame(NamedTuple):
@@ -69,6 +80,7 @@ class VideoReader:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.name = name
+        self._deadline = time.monotonic() + MAX_READ_SECONDS
         self._file = file
         size, expected = file.seek(0, os.SEEK_END), declared_size(file)
         if expected is not None and size < expected:
@@ -120,11 +132,15 @@ class VideoReader:
         except ImportError as error:
             raise ImportError("reading video files needs PyAV; install it with: pip install av") from error
         self._file.seek(0)
+        limits = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none", "max_streams": str(MAX_STREAMS)}
         try:
-            container = av.open(_NamelessFile(self._file), "r", buffer_size=BUFFER_BYTES, io_open=_reject_other_files)
+            container = av.open(
+                _NamelessFile(self._file), "r", container_options=limits, buffer_size=BUFFER_BYTES, io_open=_reject_other_files
+            )
         except (av.error.FFmpegError, ValueError) as error:
+            formats = ", ".join(CONTAINERS)
             raise ValueError(
-                f"video {self.name} cannot be opened; it is empty, truncated or not in a format that FFmpeg supports"
+                f"video {self.name} cannot be opened; it is empty, truncated or not in a supported format ({formats})"
             ) from error
         with container:
             # FFmpeg lists the cover image of an audio file as a video stream.
@@ -140,7 +156,10 @@ class VideoReader:
 
     def _scan(self, container: InputContainer, stream: VideoStream) -> _Packets:
         pts, flags, end = [], [], 0.0
-        for packet in container.demux():
+        for index, packet in enumerate(container.demux()):
+            if index > MAX_PACKETS:
+                raise ValueError(f"video {self.name} has more than {MAX_PACKETS} packets")
+            self._check_time()
             if packet.pts is not None and packet.time_base:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index == stream.index and packet.size:
@@ -189,11 +208,15 @@ class VideoReader:
             context.thread_type = "AUTO"
             # Without this, FFmpeg conceals damage with parts of other frames.
             context.options = {"err_detect": "explode"}
+            if limit := _max_frame_pixels():
+                # Of frames that grow within a stream; FFmpeg checks it before it allocates them.
+                context.options |= {"max_pixels": str(limit)}
             packets = (packet for packet in container.demux(stream) if packet.size)
             count, is_flushed = 0, True
             is_skipping = wanted is not None
             try:
                 for is_needed, packet in zip([*needed, False], chain(packets, [None]), strict=False):
+                    self._check_time()
                     frames: list[VideoFrame] = []
                     if packet is not None and is_needed:
                         # A frame that is not requested is only decoded if other frames refer to it.
@@ -230,15 +253,16 @@ class VideoReader:
         return position <= last[gop]
 
     def _check_area(self, height: int, width: int) -> None:
-        from PIL import Image
-
-        # Pillow's rule for images: an error above twice MAX_IMAGE_PIXELS.
-        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+        limit = _max_frame_pixels()
         if limit and height * width > limit:
             raise ValueError(
                 f"video {self.name} is rejected as a decompression bomb: frames of {height}x{width} exceed {limit} "
                 "pixels; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS before loading"
             )
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise ValueError(f"video {self.name} took longer than {MAX_READ_SECONDS} seconds to read")
 
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(f"video {self.name} is damaged or truncated: {reason}")
@@ -254,6 +278,13 @@ class _NamelessFile:
 def _reject_other_files(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
     # A playlist contains paths and URLs of other files, which must not be read.
     raise ValueError(f"a video must not open other files, got {url!r}")
+
+
+def _max_frame_pixels() -> int | None:
+    from PIL import Image
+
+    # Pillow's rule for images: an error above twice MAX_IMAGE_PIXELS.
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
 
 
 def _quarter_turns(frame: VideoFrame) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from keye_kernels.editions import EditionName, edition_named
 
+from .edition_marks import mark_edition
 from .images import fetch_image
 from .videos import SampledVideo, fetch_video
 
@@ -17,7 +18,8 @@ Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
 def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]:
     """Returns one conversation, or a batch of conversations, as a list of conversations.
 
-    Raises TypeError if `messages` is not a list of turns, ValueError for an empty list or a turn without role or known content.
+    Raises TypeError if `messages` is not a list of turns or a text is not a string, ValueError for an empty list or a turn
+    without role or known content.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise TypeError(
@@ -33,6 +35,8 @@ def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]
         for turn in conversation:
             if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
                 raise ValueError(f"each turn needs 'role' and 'content', got {_shorten(turn)}")
+            if not isinstance(turn["role"], str):
+                raise TypeError(f"role must be a string, got {type(turn['role']).__name__}")
             _check_content(turn["content"])
     return conversations
 
@@ -101,9 +105,9 @@ def process_vision_info(
         return fetch_video(part, edition=edition, original_size=original_size, **limits)
 
     fetched = _map(fetch, _vision_parts(messages), workers, progress)
-    images = [item for item in fetched if not isinstance(item, SampledVideo)] or None
     sampled = [item for item in fetched if isinstance(item, SampledVideo)]
-    videos = [video.frames for video in sampled] or None
+    images = [mark_edition(item, edition) for item in fetched if not isinstance(item, SampledVideo)] or None
+    videos = [mark_edition(video.frames, edition) for video in sampled] or None
     if slow_fast_frames:
         video_kwargs = {
             "height": [video.slow_size[0] for video in sampled],
@@ -156,6 +160,9 @@ def _check_content(content: Any) -> None:
     for part in content:
         if not isinstance(part, Mapping) or not ("text" in part or modality(part)):
             raise ValueError(f"a part of content must have 'text', 'image', 'image_url' or 'video', got {_shorten(part)}")
+        text = part.get("text")
+        if not isinstance(text, str) and not (text is None and modality(part)):
+            raise TypeError(f"text of a part must be a string, got {type(text).__name__}")
 
 
 def _shorten(value: Any) -> str:

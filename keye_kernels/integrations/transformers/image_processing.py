@@ -9,12 +9,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from keye_kernels.editions import PREVIEW, V1_5, EditionName
 from keye_kernels.processing.arguments import list_images
-from keye_kernels.processing.patches import PatchConfig, to_frame_array
+from keye_kernels.processing.edition_marks import check_edition
+from keye_kernels.processing.patches import STEPS, PatchConfig, to_frame_array
 
 SETTINGS = (
     *("min_pixels", "max_pixels", "size", "patch_size", "merge_size", "temporal_patch_size"),
-    *("image_mean", "image_std", "rescale_factor", "resample"),
+    *("image_mean", "image_std", "rescale_factor", "resample", *STEPS),
 )
+# Arguments of transformers' image processors without effect here: images are always converted to RGB on the CPU
+IGNORED_ARGUMENTS = ("do_convert_rgb", "device", "disable_grouping", "input_data_format", "data_format")
 
 
 class SiglipImageProcessor(BaseImageProcessor):
@@ -40,6 +43,7 @@ class SiglipImageProcessor(BaseImageProcessor):
         self.patch_size, self.merge_size, self.temporal_patch_size = config.patch_size, config.merge_size, 1
         self.image_mean, self.image_std = list(config.norm.image_mean), list(config.norm.image_std)
         self.rescale_factor, self.resample = config.norm.rescale_factor, config.resample
+        self.do_resize = self.do_rescale = self.do_normalize = True
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -90,12 +94,18 @@ class SiglipImageProcessor(BaseImageProcessor):
             pixel_values [T, 3, 14, 14] float32 and image_grid_thw [n, 3].
 
         Raises:
-            ValueError: there is no image, or `return_tensors` is not "pt".
+            ValueError: there is no image, or a setting or `return_tensors` is not supported.
+            TypeError: unknown argument.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        unknown = [name for name in overrides if name not in (*SETTINGS, *IGNORED_ARGUMENTS)]
+        if unknown:
+            raise TypeError(f"unexpected keyword arguments {unknown}: this image processor takes {list(SETTINGS)}")
         config = self.patch_config({name: overrides[name] for name in SETTINGS if name in overrides})
-        packed = [config.frames_to_patches([to_frame_array(image, self.edition)]) for image in list_images(images)]
+        images = list_images(images)
+        check_edition(self.edition, images=images)
+        packed = [config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
         if not packed:
             raise ValueError("images must contain at least one image, got none")
         pixels = config.normalize(torch.cat([patches for patches, _ in packed]))

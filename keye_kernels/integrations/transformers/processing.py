@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import get_json_schema
 
 from keye_kernels.editions import EDITIONS, PREVIEW, V1_5
 from keye_kernels.processing import KeyeProcessor as LeanProcessor
@@ -22,6 +23,8 @@ IGNORED_ARGUMENTS = (
     *("add_special_tokens", "truncation", "max_length"),
     *("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"),
 )
+# Arguments of apply_chat_template that only have their default here
+DEFAULT_TEMPLATE_ARGUMENTS = (*("documents", "return_assistant_tokens_mask", "load_audio_from_video", "sanitize_control_tokens"),)
 # transformers groups arguments in these dictionaries; here they are merged
 GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs")
 # Keys of an image's or video's source in transformers' conversations
@@ -94,9 +97,7 @@ class KeyeProcessor(ProcessorMixin):
         unknown = [name for name in kwargs if name not in (*known, *IGNORED_BY_LOADING, *of_calls)]
         # A pipeline also passes the arguments of the model
         if unknown and "_from_pipeline" not in kwargs:
-            raise TypeError(
-                f"unexpected keyword arguments {unknown}: from_pretrained of this processor takes {list(known)}"
-            )
+            raise TypeError(f"unexpected keyword arguments {unknown}: from_pretrained of this processor takes {list(known)}")
         path = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         cls = PROCESSORS.get(PretrainedConfig.get_config_dict(path, **hub)[0].get("model_type"), cls)
@@ -161,6 +162,7 @@ class KeyeProcessor(ProcessorMixin):
         return_dict: bool = True,
         return_tensors: str = "pt",
         thinking: str | None = None,
+        tools: Sequence[Any] | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
@@ -171,26 +173,34 @@ class KeyeProcessor(ProcessorMixin):
                 `path` and `base64`.
             chat_template: Jinja template; default: that of the processor.
             add_generation_prompt: end with the start of the assistant's turn.
-            continue_final_message: end with the text of the last message, so that the model continues it.
+            continue_final_message: end with the text of the last message, without trailing white space, so that the model
+                continues it.
             tokenize: return the model's inputs instead of the prompt.
             return_dict: with `tokenize`, return all inputs and not only the ids.
             return_tensors: "pt".
             thinking: None, "think", "no_think" or "auto".
+            tools: functions or their JSON schemas, for a template that uses `tools`.
             processor_kwargs: arguments of `__call__`.
-            **variables: arguments of `__call__`; other names are variables of the template.
+            **variables: arguments of `__call__`, or variables of the template.
+
+        Raises:
+            ValueError: an argument has an unsupported value.
+            TypeError: a name is neither an argument of `__call__` nor a variable of the template.
         """
         messages = _official(conversation)
-        known = (*CALL_ARGUMENTS, *EDITIONS[self.edition].video_kwargs, *SETTINGS, *GROUPS)
+        known = (*CALL_ARGUMENTS, *IGNORED_ARGUMENTS, *EDITIONS[self.edition].video_kwargs, *SETTINGS, *GROUPS)
         options = {name: variables.pop(name) for name in known if name in variables} | dict(processor_kwargs or {})
-        lean = self._lean({}, chat_template)
-        prompt = lean.apply_chat_template(
+        variables = {name: value for name, value in variables.items() if value or name not in DEFAULT_TEMPLATE_ARGUMENTS}
+        if tools is not None:
+            tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+        prompt = self._lean({}, chat_template).apply_chat_template(
             messages,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             thinking=thinking,
+            tools=tools,
             **variables,
         )
-        if continue_final_message:
-            prompt = _without_ending(prompt, messages)
         if not tokenize:
             return prompt
         images, videos, found = process_vision_info(messages, True, edition=self.edition)
@@ -247,16 +257,3 @@ def _official_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
         return part
     value = f"data:image;base64,{part[source]}" if source == "base64" else part[source]
     return {**{name: other for name, other in part.items() if name != source}, kind: value}
-
-
-def _without_ending(prompt: str | list[str], messages: Sequence[Any]) -> Any:
-    """The prompt, or the batch, up to the end of the last message's text."""
-    if not isinstance(prompt, str):
-        return [_without_ending(one, turns) for one, turns in zip(prompt, messages, strict=True)]
-    content = messages[-1]["content"]
-    text = content if isinstance(content, str) else content[-1].get("text")
-    if not text or text.strip() not in prompt:
-        raise ValueError(
-            "continue_final_message needs a last message that ends in text, and a template that renders it"
-        )
-    return prompt[: prompt.rindex(text.strip()) + len(text.strip())]

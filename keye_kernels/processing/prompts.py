@@ -96,8 +96,12 @@ def render_chat_template(
             f"unexpected keyword arguments {unknown}: they are neither arguments of apply_chat_template nor variables of "
             f"the chat template, which uses {sorted(accepted)}"
         )
-    if tools is not None:
-        variables["tools"] = _plain_tools(tools, "tools" in template_variables(template))
+    if tools:
+        if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise TypeError("tools must be a list of dictionaries, the JSON schemas of the functions")
+        if "tools" not in template_variables(template):
+            raise ValueError("the chat template does not use tools; leave tools out or pass chat_template")
+        variables["tools"] = _to_plain_data(tools)
     turns = [_to_plain_data(turn) for turn in conversation]
     if not any(_has_content(turn["content"]) for turn in turns):
         raise ValueError("the prompt is empty: no turn in messages has text, an image or a video")
@@ -185,23 +189,10 @@ def _append_to_last_user_text(turns: list[dict[str, Any]], suffix: str) -> None:
 
 def _mark_end(turn: dict[str, Any]) -> None:
     """Appends `END_MARK` to the text of a turn. A search for the text itself could find it in the template's own text."""
-    content = turn["content"]
-    if isinstance(content, list):
-        if content and content[-1].get("text"):
-            content[-1]["text"] += END_MARK
-            return
-    elif content:
-        turn["content"] += END_MARK
-        return
-    raise ValueError("continue_final_message needs a last message that ends in text")
-
-
-def _plain_tools(tools: Any, is_used: bool) -> Any:
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise TypeError("tools must be a list of dictionaries, the JSON schemas of the functions")
-    if tools and not is_used:
-        raise ValueError("the chat template does not use tools; leave tools out or pass chat_template")
-    return _to_plain_data(tools)
+    parts, key = (turn["content"][-1:], "text") if isinstance(turn["content"], list) else ([turn], "content")
+    if not parts or not parts[0].get(key):
+        raise ValueError("continue_final_message needs a last message that ends in text")
+    parts[0][key] += END_MARK
 
 
 def _has_content(content: Any) -> bool:

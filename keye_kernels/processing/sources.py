@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,7 +113,7 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
 def _download(url: str, file: BinaryIO, connections: list[socket.socket], *, timeout: float, max_bytes: int) -> None:
     name = describe_source(url)
     deadline = time.monotonic() + timeout
-    opener = urllib.request.build_opener(_HttpRedirectsOnly, *_recording_handlers(connections, deadline))
+    opener = _recording_opener(connections, deadline)
     size = 0
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
@@ -147,23 +147,22 @@ class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _recording_handlers(connections: list[socket.socket], deadline: float) -> list[urllib.request.BaseHandler]:
-    """Returns handlers of http and https that append each socket to `connections` and open none after the deadline."""
+def _recording_opener(connections: list[socket.socket], deadline: float) -> urllib.request.OpenerDirector:
+    """Returns an opener for http and https that appends each socket to `connections` and opens none after the deadline."""
 
-    def record(connection: http.client.HTTPConnection, connect: Callable[[], None]) -> None:
-        connection.timeout = deadline - time.monotonic()
-        if connection.timeout <= 0:
-            raise TimeoutError
-        connect()
-        connections.append(connection.sock)
+    class Recording:
+        timeout: Any
 
-    class Http(http.client.HTTPConnection):
-        def connect(self) -> None:
-            record(self, super().connect)
+        def connect(self: Any) -> None:
+            self.timeout = deadline - time.monotonic()
+            if self.timeout <= 0:
+                raise TimeoutError
+            super().connect()  # type: ignore[misc]
+            connections.append(self.sock)
 
-    class Https(http.client.HTTPSConnection):
-        def connect(self) -> None:
-            record(self, super().connect)
+    class Http(Recording, http.client.HTTPConnection): ...
+
+    class Https(Recording, http.client.HTTPSConnection): ...
 
     class HttpHandler(urllib.request.HTTPHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
@@ -173,7 +172,7 @@ def _recording_handlers(connections: list[socket.socket], deadline: float) -> li
         def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Https, req)
 
-    return [HttpHandler(), HttpsHandler()]
+    return urllib.request.build_opener(_HttpRedirectsOnly, HttpHandler, HttpsHandler)
 
 
 def _is_http(source: Any) -> bool:

@@ -82,7 +82,8 @@ def _compile(source: str) -> tuple[Template, frozenset[str]]:
     # The same settings as in transformers, for which chat templates are written.
     environment = _LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters |= {"tojson": _tojson, "count_items": _count_items, "join_limited": _join}
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "range": _range}
+    environment.globals |= {"raise_exception": _raise_exception, "range": _range}
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
         return environment.from_string(source), frozenset(meta.find_undeclared_variables(environment.parse(source)))
     except (TemplateError, RecursionError) as error:
@@ -144,7 +145,3 @@ def _tojson(value: Any, **options: Any) -> str:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -24,7 +24,7 @@ IGNORED_ARGUMENTS = (
     *("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"),
 )
 # Arguments of apply_chat_template that only have their default here
-DEFAULT_TEMPLATE_ARGUMENTS = (*("documents", "return_assistant_tokens_mask", "load_audio_from_video", "sanitize_control_tokens"),)
+DEFAULT_TEMPLATE_ARGUMENTS = ("documents", "return_assistant_tokens_mask", "load_audio_from_video", "sanitize_control_tokens")
 # transformers groups arguments in these dictionaries; here they are merged
 GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs")
 # Keys of an image's or video's source in transformers' conversations

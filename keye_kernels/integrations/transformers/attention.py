@@ -1,6 +1,6 @@
-"""`attn_implementation="keye"` for transformers: `ops.varlen_attention` for prompts, SDPA for decoding and for
-masks with padding between tokens.
+"""`attn_implementation="keye"` for transformers.
 
+Prompts run `ops.varlen_attention`. Decoding, and masks with padding between tokens, run SDPA.
 Symbols: B sequences, S tokens and M keys per sequence, H query heads, Hk key heads, D head dim.
 """
 

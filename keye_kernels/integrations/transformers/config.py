@@ -16,11 +16,8 @@ TEXT_FIELDS = (
     *("vision_start_token_id", "image_token_id", "video_token_id"),
 )
 TEXT_DEFAULTS = {name: getattr(LeanConfig, name) for name in TEXT_FIELDS} | {"hidden_act": "silu", "use_cache": True}
-VISION_DEFAULTS = {
-    **asdict(LeanVisionConfig()),
-    "hidden_act": "gelu_pytorch_tanh",
-    "initializer_range": LeanConfig.initializer_range,
-}
+VISION_DEFAULTS = asdict(LeanVisionConfig())
+VISION_DEFAULTS |= {"hidden_act": "gelu_pytorch_tanh", "initializer_range": LeanConfig.initializer_range}
 
 
 class KeyeVisionConfig(PretrainedConfig):
@@ -68,8 +65,7 @@ class KeyeConfig(PretrainedConfig):
         self.vision_config = vision_config
         # Before transformers' own check, which accepts types of rope that Keye does not have
         lean = LeanConfig.from_dict({**kwargs, "model_type": self.model_type, "vision_config": vision_config.to_dict()})
-        for name in ("rope_scaling", "rope_parameters", "rope_theta"):
-            kwargs.pop(name, None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("rope_scaling", "rope_parameters", "rope_theta")}
         self.rope_parameters = {
             "rope_type": "default",  # "mrope" is unscaled rope with the pairs divided among three axes
             "rope_theta": lean.rope_theta,

@@ -7,11 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 # Placeholder token, pixels and grids of each kind of input
-MEDIA = (
-    ("image_token_id", "pixel_values", "image_grid_thw"),
-    ("video_token_id", "pixel_values_videos", "video_grid_thw"),
-)
-
+MEDIA = (("image_token_id", "pixel_values", "image_grid_thw"), ("video_token_id", "pixel_values_videos", "video_grid_thw"))
 VISION_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "num_frames")
 
 IMAGES_NEED_IDS = "images and videos need input_ids, which contain their placeholders"

@@ -100,10 +100,10 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
 
         `attention_mask` is [B, cached and new tokens], 0 = padding. `position_ids` is [3, B, S], or [B, S] for all three axes;
         default: computed. `inputs_embeds` [B, S, hidden] is passed instead of `input_ids` [B, S], or together with them if there
-        are pixels. `labels` [B, S] are the tokens themselves, -100 = no loss. Pixels [T, 3, 14, 14], grids [n, 3], the seconds
-        between frames (Preview) and `num_frames` (1.5, not used) come from the processor. `logits_to_keep` is a number of last
-        tokens, or token indices; 0 = all tokens. `kwargs` are passed to the text model and the loss. Raises ValueError if
-        inputs are missing, or the placeholders do not match the grids.
+        are pixels. Pixels [T, 3, 14, 14], grids [n, 3], the seconds between the frames of each video (Preview) and `num_frames`
+        (1.5, not used) come from the processor. `labels` [B, S], -100 = no loss, may be `input_ids`: the loss is that of the next
+        token. `logits_to_keep` is a number of last tokens, or token indices; 0 = all tokens. `kwargs` are passed to the text
+        model and the loss. Raises ValueError if inputs are missing, or the placeholders do not match the grids.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("forward needs input_ids or inputs_embeds, got neither")

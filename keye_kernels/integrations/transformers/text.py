@@ -142,10 +142,8 @@ class KeyeTextModel(KeyePreTrainedModel):
             "inv_freq": inverse_frequencies(rope_theta, self.config.head_dim // 2, device),
             "past_key_values": past_key_values,
         }
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         x, states, attentions = inputs_embeds, [], []
         for layer in self.layers:
             if output_hidden_states:

@@ -72,7 +72,7 @@ class KeyeVisionEmbeddings(nn.Module):
         return self.patch_embedding(patches).flatten(1)
 
     def position_table(self, device: torch.device) -> Tensor:
-        """All learned positions. The module is called, because with offloading its weight has no data before."""
+        """All learned positions. Calls the module, because an offloaded weight has data only during a call."""
         return self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=device))
 
 

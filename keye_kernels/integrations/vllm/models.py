@@ -59,11 +59,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, vllm_module: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool, order: Order):
         super().__init__()
         self.tower_config, self.segment_by_frame, self.order = vllm_module.config.lean(), segment_by_frame, order
-        self.embeddings, self.encoder, self.post_layernorm = (
-            vllm_module.embeddings,
-            vllm_module.encoder,
-            vllm_module.post_layernorm,
-        )
+        self.embeddings, self.encoder = vllm_module.embeddings, vllm_module.encoder
+        self.post_layernorm = vllm_module.post_layernorm
         for index, layer in enumerate(self.encoder.layers):
             self.encoder.layers[index] = VisionLayer(layer)
 

@@ -85,16 +85,17 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{limit} must be a positive number, got {value!r}")
     name = describe_source(url)
+    deadline = time.monotonic() + timeout
     connections: list[socket.socket] = []
     errors: list[Exception] = []
 
     def work() -> None:
         try:
-            _download(url, file, connections, timeout=timeout, max_bytes=max_bytes)
+            _download(url, file, _recording_opener(connections, deadline), timeout, deadline, max_bytes)
         except Exception as error:
             errors.append(error)
 
-    # The timeout of a socket limits each receive only. A thread can be left at the end of the time.
+    # The timeout of a socket limits each receive only, and name resolution has none. So a thread downloads and this one waits.
     worker = threading.Thread(target=work, name=f"download {name}", daemon=True)
     worker.start()
     try:
@@ -110,11 +111,10 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
         raise errors[0]
 
 
-def _download(url: str, file: BinaryIO, connections: list[socket.socket], *, timeout: float, max_bytes: int) -> None:
-    name = describe_source(url)
-    deadline = time.monotonic() + timeout
-    opener = _recording_opener(connections, deadline)
-    size = 0
+def _download(
+    url: str, file: BinaryIO, opener: urllib.request.OpenerDirector, timeout: float, deadline: float, max_bytes: int
+) -> None:
+    name, size = describe_source(url), 0
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
         with opener.open(request, timeout=timeout) as response:
@@ -148,17 +148,18 @@ class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def _recording_opener(connections: list[socket.socket], deadline: float) -> urllib.request.OpenerDirector:
-    """Returns an opener for http and https that appends each socket to `connections` and opens none after the deadline."""
+    """Returns an opener for http and https that appends each socket to `connections` and uses none after the deadline."""
 
     class Recording:
         timeout: Any
 
         def connect(self: Any) -> None:
-            self.timeout = deadline - time.monotonic()
-            if self.timeout <= 0:
-                raise TimeoutError
+            # A small positive number, because 0 would make the socket non-blocking.
+            self.timeout = max(deadline - time.monotonic(), 1e-3)
             super().connect()  # type: ignore[misc]
             connections.append(self.sock)
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
     class Http(Recording, http.client.HTTPConnection): ...
 

@@ -42,7 +42,8 @@ class PatchConfig:
         for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "resample"):
             value, lowest = getattr(self, name), 0 if name == "resample" else 1
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 or value < lowest:
-                raise ValueError(f"{name} in preprocessor_config.json must be an integer of at least {lowest}, got {value!r}")
+                where = "of the image processor (preprocessor_config.json)"
+                raise ValueError(f"{name} {where} must be an integer of at least {lowest}, got {value!r}")
             object.__setattr__(self, name, int(value))
         if self.resample > MAX_RESAMPLE:
             raise ValueError(f"resample in preprocessor_config.json must be from 0 to {MAX_RESAMPLE}, got {self.resample}")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import read_json
+from .config import read_json, require
 from .linear import FusedLinear
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def load_weights(model: "Keye", stored: dict[str, StoredTensor], *, progress: bo
 
 def _indexed_files(index: Path) -> list[Path]:
     """The files that model.safetensors.index.json names. They must be in its folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map must be a JSON object, got {weight_map!r:.100}")
+    weight_map: Any = read_json(index).get("weight_map")
+    require(isinstance(weight_map, dict), f"{index}: weight_map", "a JSON object", weight_map)
     for tensor, file in weight_map.items():
         # The name in a Windows path is the part after the last / or \, without a drive
         if not isinstance(file, str) or file in ("", "..") or PureWindowsPath(file).name != file:

@@ -17,15 +17,19 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {str(device)!r}, but torch finds no CUDA or ROCm GPU; use 'cpu'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, ImportError, AssertionError) as error:  # for "mps", for instance, dozens of lines
+        raise ValueError(f"device must be available, got {str(device)!r}, which torch cannot use here") from error
     return device
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Returns `dtype` as a torch.dtype. Raises TypeError if it is not one of WEIGHT_DTYPES."""
-    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if chosen not in [getattr(torch, name) for name in WEIGHT_DTYPES]:
+    name = str(dtype).removeprefix("torch.")
+    if name not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be a floating-point torch dtype, one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}")
-    return chosen
+    return getattr(torch, name)
 
 
 def check_given_together(name: str, value: Any, other_name: str, other_value: Any) -> None:

@@ -29,12 +29,12 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a number from `low` to `high`, an integer if both bounds are."""
-    kind, described = (Integral, "an integer") if isinstance(low, int) and isinstance(high, int) else (Real, "a number")
-    is_valid = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    _require(is_valid, name, f"{described} from {low} to {high}", value)
+    is_integer = isinstance(low, int) and isinstance(high, int)
+    is_number = isinstance(value, Integral if is_integer else Real) and not isinstance(value, bool)
+    require(is_number and low <= value <= high, name, f"{'an integer' if is_integer else 'a number'} from {low} to {high}", value)
 
 
-def _require(is_valid: bool, name: str, expected: str, value: Any) -> None:
+def require(is_valid: bool, name: str, expected: str, value: Any) -> None:
     if not is_valid:
         raise ValueError(f"{name} must be {expected}, got {value!r:.100}")
 
@@ -45,7 +45,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    _require(isinstance(values, dict), str(file), "a JSON object", values)
+    require(isinstance(values, dict), str(file), "a JSON object", values)
     return values
 
 
@@ -77,9 +77,7 @@ class VisionConfig:
         _check_limits(self, "vision_config.")
         multiple = 4 * self.num_attention_heads
         is_multiple = self.hidden_size % multiple == 0
-        _require(is_multiple, "vision_config.hidden_size", f"a multiple of 4 * heads = {multiple}", self.hidden_size)
-        is_large = self.image_size >= self.patch_size
-        _require(is_large, "vision_config.image_size", f"at least patch_size = {self.patch_size}", self.image_size)
+        require(is_multiple, "vision_config.hidden_size", f"a multiple of 4 * heads = {multiple}", self.hidden_size)
 
     @property
     def head_dim(self) -> int:
@@ -180,20 +178,19 @@ class KeyeConfig:
                 check_number(name, getattr(self, name), 0, self.vocab_size - 1)
         pairs, sizes = self.head_dim / 2, self.mrope_section
         is_split = _are_integers(sizes) and len(sizes) == 3 and min(sizes) >= 0 and sum(sizes) == pairs
-        _require(is_split, "mrope_section", f"three numbers that add up to head_dim/2 = {pairs:g}", sizes)
+        require(is_split, "mrope_section", f"three numbers that add up to head_dim/2 = {pairs:g}", sizes)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads = {kv_heads}", heads)
-        _require(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false", self.tie_word_embeddings)
+        require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads = {kv_heads}", heads)
+        require(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false", self.tie_word_embeddings)
         is_dtype = self.torch_dtype is None or str(self.torch_dtype).removeprefix("torch.") in WEIGHT_DTYPES
-        _require(is_dtype, "torch_dtype", f"one of {', '.join(WEIGHT_DTYPES)}", self.torch_dtype)
+        require(is_dtype, "torch_dtype", f"one of {', '.join(WEIGHT_DTYPES)}", self.torch_dtype)
         ends = self.eos_token_id
         is_token = ends is None or _are_integers(ends if isinstance(ends, tuple) else (ends,))
-        _require(is_token, "eos_token_id", "an integer or a list of integers", ends)
+        require(is_token, "eos_token_id", "an integer or a list of integers", ends)
 
 
 def _are_integers(values: Any) -> bool:
-    is_sequence = isinstance(values, (tuple, list))
-    return is_sequence and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    return isinstance(values, (tuple, list)) and all(type(value) is int for value in values)
 
 
 def _check_limits(config: Any, prefix: str = "") -> None:
@@ -204,7 +201,7 @@ def _check_limits(config: Any, prefix: str = "") -> None:
 def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
     """The JSON object `values[name]`; {} if it is null or missing."""
     value = values.get(name)
-    _require(value is None or isinstance(value, dict), name, "a JSON object", value)
+    require(value is None or isinstance(value, dict), name, "a JSON object", value)
     return value or {}
 
 

@@ -82,6 +82,8 @@ class Sampler:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        if isinstance(self.temperature, (int, float)) and self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; use do_sample=False for greedy decoding")
         for name, low, high in SAMPLING_LIMITS:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, high)
@@ -147,7 +149,7 @@ def generate_tokens(
     """Prefills a prompt, then decodes one token per sequence and step; returns [B, S + number of new tokens].
 
     `inputs` are arguments of `model.forward`, with input_ids [B, S]. A sequence ends with any of `end_tokens` and is then filled
-    with `pad_token_id`. Raises RuntimeError if logits were not finite.
+    with `pad_token_id`. Raises RuntimeError at the end if logits were not finite.
     """
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape

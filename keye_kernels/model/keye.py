@@ -292,8 +292,7 @@ class Keye(nn.Module):
         sampling = {name: first_given(value, defaults.get(name)) for name, value in sampling.items()}
         sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
         ends = end_token_ids(first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id))
-        configured = first_given(defaults.get("pad_token_id"), self.config.pad_token_id)
-        pad_token_id = first_given(pad_token_id, configured, *ends[:1], 0)
+        pad_token_id = first_given(pad_token_id, defaults.get("pad_token_id"), self.config.pad_token_id, *ends[:1], 0)
         check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}
         return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer)

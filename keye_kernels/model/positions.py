@@ -6,8 +6,6 @@ one video frame (1.5). A text token advances the position by one, the first toke
 every other token of a block by zero. Symbols: B sequences, S tokens per sequence, n grids.
 """
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -154,7 +152,7 @@ def check_seconds(config: KeyeConfig, video_grid_thw: Tensor | None, seconds: Te
     if len(values) not in (1, len(frames)):
         raise ValueError(f"second_per_grid_ts must have one number for each of {len(frames)} videos, got {len(values)}")
     longest = max(frames, default=1) * config.vision_config.tokens_per_second
-    if not all(isfinite(value) and 0 <= value * longest < MAX_POSITION for value in values):
+    if not all(0 <= value * longest < MAX_POSITION for value in values):
         expected = f"finite, not negative, and below {MAX_POSITION / longest:g} for these videos"
         raise ValueError(f"second_per_grid_ts must be {expected}, got {values}")
 
@@ -163,5 +161,5 @@ def check_position_range(position_ids: Tensor, further_tokens: int) -> None:
     """Raises ValueError if a position, or that of one of `further_tokens` more, exceeds MAX_POSITION. Synchronises."""
     largest = int(position_ids.amax())
     if largest + further_tokens > MAX_POSITION:
-        got = f"{largest} in a cache with room for {further_tokens} tokens"
-        raise ValueError(f"position_ids must not exceed {MAX_POSITION}, up to which rope in float32 is exact, got {got}")
+        limit = f"{MAX_POSITION} (integers in float32 are exact up to this)"
+        raise ValueError(f"position_ids must not exceed {limit}, got {largest} in a cache with room for {further_tokens} tokens")

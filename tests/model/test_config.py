@@ -121,7 +121,6 @@ def test_damaged_mrope_sections_are_named(section):
     [
         ("num_hidden_layers", 10**12, "an integer from 0 to 1024"),
         ("patch_size", 0, "an integer from 1"),
-        ("patch_size", 57, "an integer from 1|image_size must be at least patch_size"),
         ("image_size", 2**20, "an integer from 1"),
         ("hidden_size", 50, "a multiple of 4"),
         ("layer_norm_eps", -1e-6, "a number from 1e-30"),
@@ -134,7 +133,7 @@ def test_damaged_mrope_sections_are_named(section):
 def test_damaged_fields_of_the_tower_are_named(tmp_path, name, value, message):
     values = {**CONFIG, "vision_config": {**CONFIG["vision_config"], name: value}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=rf"config\.json: vision_config\..* must be .*({message})|{message}"):
+    with pytest.raises(ValueError, match=rf"config\.json: vision_config\.{name} must be {message}"):
         kk.KeyeConfig.from_pretrained(tmp_path)
 
 

@@ -153,7 +153,7 @@ def test_positions_that_rope_cannot_represent_are_refused():
     positions = torch.arange(3).expand(3, 1, 3) + MAX_POSITION - 10
     cache = model.new_cache(1, 8)
     model(ids, position_ids=positions, cache=cache)
-    with pytest.raises(ValueError, match=r"position_ids must not exceed 16777216, .* got 16777209 in a cache with room for 8"):
+    with pytest.raises(ValueError, match=r"position_ids must not exceed 16777216 .* got 16777209 in a cache with room for 8"):
         model(ids, position_ids=positions + 1, cache=model.new_cache(1, 8))
     cache.rope_deltas += MAX_POSITION
     with pytest.raises(ValueError, match="position_ids must not exceed"):

@@ -75,9 +75,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_limits(self, "vision_config.")
-        multiple = 4 * self.num_attention_heads
-        is_multiple = self.hidden_size % multiple == 0
-        require(is_multiple, "vision_config.hidden_size", f"a multiple of 4 * heads = {multiple}", self.hidden_size)
+        is_multiple = self.hidden_size % (4 * self.num_attention_heads) == 0
+        require(is_multiple, "vision_config.hidden_size", "a multiple of 4 * num_attention_heads", self.hidden_size)
 
     @property
     def head_dim(self) -> int:
@@ -184,9 +183,8 @@ class KeyeConfig:
         require(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false", self.tie_word_embeddings)
         is_dtype = self.torch_dtype is None or str(self.torch_dtype).removeprefix("torch.") in WEIGHT_DTYPES
         require(is_dtype, "torch_dtype", f"one of {', '.join(WEIGHT_DTYPES)}", self.torch_dtype)
-        ends = self.eos_token_id
-        is_token = ends is None or _are_integers(ends if isinstance(ends, tuple) else (ends,))
-        require(is_token, "eos_token_id", "an integer or a list of integers", ends)
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        require(ends == (None,) or _are_integers(ends), "eos_token_id", "an integer or a list of integers", self.eos_token_id)
 
 
 def _are_integers(values: Any) -> bool:

@@ -18,7 +18,6 @@ from .step_graph import decoding_step
 if TYPE_CHECKING:
     from .keye import Keye
 
-# Smallest and largest value
 SAMPLING_LIMITS = (("temperature", 1e-9, 1e9), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
 
 
@@ -115,8 +114,7 @@ def end_token_ids(eos_token_id: int | Iterable[int] | None) -> list[int]:
     try:
         return [index(token) for token in ([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)]
     except TypeError as error:
-        expected = "an integer or a list of integers"
-        raise ValueError(f"eos_token_id must be {expected}, got {eos_token_id!r:.100}") from error
+        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {eos_token_id!r:.100}") from error
 
 
 def first_given(*values: Any) -> Any:

@@ -113,8 +113,8 @@ class Keye(nn.Module):
         model.visual.pixel_norm = PixelNorm.from_dict(read_json(path / "preprocessor_config.json"))
         # Before memory is allocated: sizes in config.json may be far from those of the tensors
         stored = matching_tensors(model, path)
-        default = config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype]
-        allocate(model, check_dtype(dtype or default), device)
+        dtype = check_dtype(dtype or config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype])
+        allocate(model, dtype, device)
         model._tie_embeddings()
         load_weights(model, stored, progress=progress)
         return model.eval()

@@ -139,16 +139,16 @@ def check_placeholders(
             )
         if mask is not None and bool((placeholder & ~mask.bool()).any()):
             raise ValueError(f"attention_mask must be 1 for {name} placeholders, got 0 for some of them")
-    ends_with_start = (input_ids[:, -1] == config.vision_start_token_id).any()
-    if ends_with_start and not edition_of(config.model_type).position_block_per_frame:
-        raise ValueError("input_ids must not end with <|vision_start|>, which needs a placeholder after it")
+    placeholders = torch.tensor([config.image_token_id, config.video_token_id], device=input_ids.device)
+    is_split = (input_ids[:, -1] == config.vision_start_token_id) | torch.isin(input_ids[:, 0], placeholders)
+    if is_split.any() and not edition_of(config.model_type).position_block_per_frame:
+        raise ValueError("input_ids must not end with <|vision_start|> or start with a placeholder: both must be in one call")
 
 
 def check_seconds(config: KeyeConfig, video_grid_thw: Tensor | None, seconds: Tensor | None) -> None:
     """Raises ValueError unless `seconds` has one number, or one per video, and keeps positions below MAX_POSITION."""
-    if seconds is None:
-        return
-    values, frames = seconds.flatten().tolist(), [] if video_grid_thw is None else video_grid_thw[:, 0].tolist()
+    values = [1.0] if seconds is None else seconds.flatten().tolist()
+    frames = [] if video_grid_thw is None else video_grid_thw[:, 0].tolist()
     if len(values) not in (1, len(frames)):
         raise ValueError(f"second_per_grid_ts must have one number for each of {len(frames)} videos, got {len(values)}")
     longest = max(frames, default=1) * config.vision_config.tokens_per_second

@@ -108,6 +108,15 @@ def test_the_oldest_columns_of_a_full_mask_do_not_hide_the_new_token():
     assert torch.equal(run(model, inputs, *steps, batch_size=2)[0], expected)
 
 
+def test_a_start_token_and_its_placeholders_in_different_calls_are_refused():
+    """Preview counts the blocks of placeholders by their start tokens."""
+    model, image = tiny_model(), prompt([(1, 2, 2)])
+    cache = model(torch.tensor([[1]])).cache
+    model(torch.tensor([[112]]), cache=cache)
+    with pytest.raises(ValueError, match=r"must not end with <.vision_start.> or start with a placeholder"):
+        model(**image | text(115, 113), cache=cache)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -120,7 +120,7 @@ def config_sources() -> Iterator[dict[str, str]]:
     handler, level = Collector(), launch_config.logger.level
     # Lookups and their log messages are cached
     launch_config.clear_cache()
-    launch_config._report.cache_clear()
+    launch_config.log_once.cache_clear()
     launch_config.logger.addHandler(handler)
     launch_config.logger.setLevel(logging.INFO)
     try:

@@ -29,6 +29,8 @@ class VisionBatch:
     corner_weight: Tensor  # [T, 4] float32, their weights
     raster_index: Tensor  # [T] int64, the raster index of each patch, in the order of this batch
     merge_index: Tensor | None  # [T/m², m²] int32, the patches of each merged row; None in block order: they are adjacent
+    table_side: int  # side of the learned square grid of positions
+    merge_size: int
 
     @classmethod
     def build(
@@ -45,14 +47,16 @@ class VisionBatch:
         grids = check_grid_thw(grid_thw, num_patches, merge_size)
         segments = Segments.from_lengths(segment_lengths(grids, segment_by_frame), device)
         *tensors, merge_index = (t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order))
-        return cls(segments, *tensors, None if order == "block" else merge_index)  # type: ignore[call-arg]
+        merged = None if order == "block" else merge_index
+        return cls(segments, *tensors, merged, table_side, merge_size)  # type: ignore[call-arg, arg-type]
 
 
 def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -> list[Grid]:
     """The grids as Python integers. ValueError or TypeError unless they are valid and have `num_patches` patches (None: any)."""
     if not isinstance(grid_thw, Tensor):
         raise TypeError(f"grid_thw must be an integer tensor of shape [n, 3], got {type(grid_thw).__name__}")
-    if grid_thw.is_floating_point() or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+    is_integer = not (grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool)
+    if not is_integer or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(f"grid_thw must be integer [n, 3], got {grid_thw.dtype} {list(grid_thw.shape)}")
     grids = [tuple(row) for row in grid_thw.tolist()]
     for t, h, w in grids:

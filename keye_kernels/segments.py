@@ -2,22 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
-    """How the T tokens of a batch are divided into attention segments. Every token belongs to one.
+    """How the T tokens of a batch are divided into attention segments. Every token belongs to one: other rows of the output are
+    not initialized on a GPU.
 
-    Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device.
+    Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device. A CUDA
+    graph keeps the schedules of its capture; to replay it with other offsets, capture it with `Segments` without lengths.
     """
 
     cu_seqlens: Tensor  # [S+1] int32 offsets on the device, from 0 to T
     max_seqlen: int  # length of the longest segment, or an upper bound
     lengths: tuple[int, ...] | None = None  # on the host; None where only the device knows them
-    _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def num_tokens(self) -> int | None:
+        """T; None where only the device knows it."""
+        return None if self.lengths is None else sum(self.lengths)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":

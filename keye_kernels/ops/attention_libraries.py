@@ -3,14 +3,16 @@
 Symbols: T tokens, Hq query heads, Hk key heads, D head dim, S segments.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def why_not_torch(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, softmax_scale: float) -> str | None:
-    """Why torch's FlashAttention-2 cannot compute this call exactly; None where it can. Reads metadata only."""
+def why_not_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float) -> str | None:
+    """Why FlashAttention-2, torch's or the package, cannot compute this call exactly; None where it can. Reads metadata only."""
     if q.device.type != "cuda" or q.dtype not in HALF:
         return f"it needs float16 or bfloat16 tensors on a CUDA or ROCm device, got {q.dtype} on {q.device}"
     if not all(x.data_ptr() % 16 == 0 and not (x.stride(0) | x.stride(1)) % 8 for x in (q, k, v)):
@@ -19,13 +21,19 @@ def why_not_torch(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, softmax_scal
         return f"it needs a positive softmax_scale, got {softmax_scale}"
     if max_seqlen <= 1:  # it takes segments of one token for a batch without gaps
         return f"it needs a max_seqlen of at least 2, got {max_seqlen}"
+    if cu_seqlens.shape[0] < 2:
+        return "it needs at least one segment"
     return None
 
 
+def _require_flash(impl: str, *call: Any) -> None:
+    if reason := why_not_flash(*call):
+        raise ValueError(f"impl={impl!r} cannot run this varlen_attention: {reason}; use impl='triton' or impl='auto'")
+
+
 def torch_attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, covers_all_tokens):
-    """(out, lse) as the operator. Raises ValueError where `why_not_torch` has a reason."""
-    if reason := why_not_torch(q, k, v, max_seqlen, softmax_scale):
-        raise ValueError(f"impl='torch' cannot run this varlen_attention: {reason}; use impl='triton' or impl='auto'")
+    """(out, lse) as the operator. Raises ValueError where `why_not_flash` has a reason."""
+    _require_flash("torch", q, k, v, cu_seqlens, max_seqlen, softmax_scale)
     # What torch.nn.attention.varlen calls, and older versions of torch have as well
     segments = (cu_seqlens.contiguous(), cu_seqlens.contiguous(), max_seqlen, max_seqlen)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *segments, 0.0, causal, False, scale=softmax_scale)
@@ -33,9 +41,8 @@ def torch_attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, retu
 
 
 def flash_attn_attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, causal, return_lse, covers_all_tokens):
-    """(out, lse) as the operator. Raises ValueError where flash-attn cannot be imported or does not take these tensors."""
-    if q.device.type != "cuda" or q.dtype not in HALF:
-        raise ValueError(f"impl='flash_attn' needs float16 or bfloat16 tensors on a CUDA device, got {q.dtype} on {q.device}")
+    """(out, lse) as the operator. Raises ValueError where flash-attn cannot be imported or `why_not_flash` has a reason."""
+    _require_flash("flash_attn", q, k, v, cu_seqlens, max_seqlen, softmax_scale)
     try:
         from flash_attn import flash_attn_varlen_func
     except Exception as error:  # a build for another torch can raise anything

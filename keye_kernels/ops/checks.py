@@ -1,10 +1,15 @@
 """Argument checks. They read metadata only, never the values of a tensor."""
 
+import math
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+MAX_INT32 = 2**31 - 1
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
@@ -25,6 +30,24 @@ def check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
     shape = ("T", "H", "D") if like is None else (like.shape[0], "H", like.shape[2])
     check_tensor(name, x, shape, FLOATS, x if like is None else like)
     check_last_axis(name, x)
+
+
+def check_number(name: str, value: Any, wanted: str = "a finite number", minimum: float = -sys.float_info.max) -> None:
+    """TypeError or ValueError unless `value` is a finite number of at least `minimum`; `wanted` says this in the message."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if not minimum <= value < math.inf:  # false for NaN; torch.compile cannot trace math.isfinite
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_eps(eps: Any) -> None:
+    check_number("eps", eps, "a finite number of at least 0", minimum=0)
+
+
+def check_int32_offsets(name: str, x: Tensor) -> None:
+    """ValueError where the kernels' 32-bit offsets into `x` would overflow."""
+    if x.numel() > MAX_INT32:
+        raise ValueError(f"{name} must have fewer than 2**31 elements, got shape {list(x.shape)}")
 
 
 def check_last_axis(name: str, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import cache
 
 import torch
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "KEYE_KERNELS_IMPL"
 # The names that each operator takes besides "auto". "torch" stands for torch's own library: its FlashAttention-2 in
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = {
     "rope_3d": ("reference", "triton"),
     "varlen_attention": ("reference", "triton", "torch", "flash_attn"),
 }
+LIBRARY_OPERATORS = ("patch_merge_projection", "varlen_attention")  # on a GPU, "auto" may choose a library for a call of these
 ALL_IMPLEMENTATIONS = ("auto", "reference", "triton", "torch", "flash_attn")
 
 _default: ContextVar[str | None] = ContextVar("keye_kernels_impl", default=None)
@@ -58,20 +60,34 @@ def impl_for(operator: str, impl: str) -> str:
     return impl if impl in IMPLEMENTATIONS[operator] else "auto"
 
 
-def resolve(impl: str, operator: str, device: torch.device) -> str:
-    """The implementation that runs `operator` on `device`, "auto" replaced by a name.
+def resolve(impl: str, operator: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation that runs `operator` on tensors of this device and dtype, "auto" replaced by a name.
 
-    On a GPU the choice is "triton" here; varlen_attention and patch_merge_projection may then choose a library for a call, by a
-    timed table or their heuristic. Raises ValueError where an implementation that was asked for by name cannot run.
+    On a GPU, "auto" becomes "triton" (float64: "reference"). LIBRARY_OPERATORS choose a library later, by a timed table or their
+    heuristic, and log it. Raises ValueError where an implementation that was asked for by name
+    cannot run, TypeError where it does not take the dtype.
     """
     if impl == "auto":
         impl = impl_for(operator, default_impl())
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and has_triton() else "reference"
-        log_choice(operator, impl, device.type)
+        impl = "triton" if device.type == "cuda" and has_triton() and dtype != torch.float64 else "reference"
+        if impl == "reference" or operator not in LIBRARY_OPERATORS:
+            log_choice(operator, impl, device.type)
     if impl == "triton" or (impl == "torch" and operator == "patch_merge_projection"):
         _require_triton(impl, operator, device)
+        if dtype == torch.float64:  # the kernels accumulate in float32
+            types = "float32, float16 or bfloat16"
+            raise TypeError(f"impl={impl!r} of {operator} takes {types} tensors, got {dtype}; use impl='reference'")
     return impl
+
+
+def kernel_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a kernel gets `x`: Triton's interpreter multiplies the raw bits of bf16, and gets float32 instead."""
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
+
+
+def kernel_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if tensors[0].device.type != "cpu" else tuple(x.to(kernel_dtype(x)) for x in tensors)
 
 
 def is_auto(impl: str, operator: str) -> bool:

@@ -1,4 +1,4 @@
-"""The model's linear layers. In a graph compiled for a CPU they are one operator: Inductor would use the slower BLAS."""
+"""The model's linear layers. In a graph compiled for a CPU they are one operator: Inductor would call BLAS, which is slower."""
 
 import torch
 from torch import Tensor

@@ -6,8 +6,8 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_last_axis, check_tensor
-from .implementation import check_impl, is_auto, resolve
+from .checks import FLOATS, check_eps, check_int32_offsets, check_last_axis, check_tensor
+from .implementation import check_impl, is_auto, kernel_inputs, resolve
 from .registry import call, define_differentiable
 
 
@@ -54,7 +54,11 @@ def patch_merge_projection(
     check_impl(impl, "patch_merge_projection")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     check_last_axis("features", features)
-    channels = features.shape[1]
+    check_eps(eps)
+    if isinstance(merge_size, bool) or not isinstance(merge_size, int) or merge_size < 1:
+        raise ValueError(f"merge_size must be a positive int, got {merge_size!r}")
+    if (channels := features.shape[1]) == 0:
+        raise ValueError(f"features must have at least one channel, got shape {list(features.shape)}")
     width = merge_size**2 * channels
     check_tensor("norm_weight", norm_weight, ("C or 4C",), FLOATS, features)
     if norm_weight.shape[0] not in (channels, width):
@@ -64,7 +68,11 @@ def patch_merge_projection(
     check_tensor("linear_1_bias", linear_1_bias, (linear_1_weight.shape[0],), FLOATS, features)
     check_tensor("linear_2_weight", linear_2_weight, ("out", linear_1_weight.shape[0]), FLOATS, features)
     check_tensor("linear_2_bias", linear_2_bias, (linear_2_weight.shape[0],), FLOATS, features)
+    check_int32_offsets("linear_1_weight", linear_1_weight)
+    check_int32_offsets("linear_2_weight", linear_2_weight)
     if isinstance(grid_thw, VisionBatch):
+        if grid_thw.merge_size != merge_size:
+            raise ValueError(f"merge_size must be {grid_thw.merge_size} as in the VisionBatch, got {merge_size}")
         merge_index = grid_thw.merge_index
         if (patches := grid_thw.raster_index.shape[0]) != features.shape[0]:
             raise ValueError(f"grid_thw describes {patches} patches, but features has {features.shape[0]} rows")
@@ -77,13 +85,13 @@ def patch_merge_projection(
 
 def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
     backend = "auto" if is_auto(impl, "patch_merge_projection") else None
-    impl = resolve(impl, "patch_merge_projection", features.device)
+    impl = resolve(impl, "patch_merge_projection", features.device, features.dtype)
     if impl == "reference":
         return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
     from keye_kernels.triton.patch_merge import patch_merge_projection as run
 
-    weights = (weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2))
-    return run(features, merge_index, *weights, merge_size, eps, backend or impl)
+    inputs, *weights = kernel_inputs(features, *(weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2)))
+    return run(inputs, merge_index, *weights, merge_size, eps, backend or impl).to(features.dtype)
 
 
 def _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):

@@ -6,8 +6,8 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_last_axis, check_tensor
-from .implementation import check_impl, resolve
+from .checks import FLOATS, check_int32_offsets, check_last_axis, check_tensor
+from .implementation import check_impl, kernel_inputs, resolve
 from .registry import call, define_differentiable
 
 
@@ -34,13 +34,17 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     check_last_axis("features", features)
     check_tensor("table", table, ("side²", features.shape[1]), FLOATS, features)
+    check_int32_offsets("table", table)
     if isinstance(grid_thw, VisionBatch):
         index, weight = grid_thw.corner_index, grid_thw.corner_weight
         if index.shape[0] != features.shape[0]:
             raise ValueError(f"grid_thw describes {index.shape[0]} patches, but features has {features.shape[0]} rows")
+        if table.shape[0] != (side := grid_thw.table_side) ** 2:
+            found = table.shape[0]
+            raise ValueError(f"table must have {side**2} rows, because the VisionBatch has table_side={side}, got {found} rows")
     else:
         side = round(table.shape[0] ** 0.5)
-        if side * side != table.shape[0]:
+        if side == 0 or side * side != table.shape[0]:
             raise ValueError(f"table must be a square grid of position embeddings, got {table.shape[0]} rows")
         grids = check_grid_thw(grid_thw, features.shape[0], 1)
         index, weight = (t.to(features.device) for t in patch_tensors(grids, side, 1, "raster")[1:3])
@@ -48,10 +52,10 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
 
 
 def _run(features, table, corner_index, corner_weight, impl):
-    if resolve(impl, "position_embedding_2d", features.device) == "triton":
+    if resolve(impl, "position_embedding_2d", features.device, features.dtype) == "triton":
         from keye_kernels.triton.position_embedding_2d import position_embedding_2d as run
 
-        return run(features, table, corner_index, corner_weight)
+        return run(*kernel_inputs(features, table), corner_index, corner_weight).to(features.dtype)
     return _reference(features, table, corner_index, corner_weight, impl)
 
 

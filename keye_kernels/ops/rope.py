@@ -8,9 +8,9 @@ from torch import Tensor
 
 from keye_kernels import reference
 
-from .checks import FLOATS, INTEGERS, check_heads, check_tensor
-from .implementation import check_impl, resolve
-from .registry import NAMESPACE, call, define, library
+from .checks import FLOATS, INTEGERS, check_eps, check_heads, check_tensor
+from .implementation import check_impl, kernel_inputs, resolve
+from .registry import NAMESPACE, call, define, gradients, library
 
 
 def rope_3d(
@@ -49,8 +49,10 @@ def rope_3d(
         TypeError: wrong dtype or type.
     """
     check_impl(impl, "rope_3d")
-    _check(q, k, position_ids, axes=3)
-    check_tensor("inv_freq", inv_freq, (q.shape[-1] // 2,), (torch.float32,), q)
+    _check(q, k, position_ids, inv_freq, axes=3, num_frequencies=q.shape[-1] // 2)
+    check_eps(eps)
+    if not isinstance(mrope_section, list | tuple) or any(type(pairs) is not int for pairs in mrope_section):
+        raise TypeError(f"mrope_section must be a list of three integers, got {mrope_section!r}")
     if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
         raise ValueError(f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}")
     if (q_norm_weight is None) != (k_norm_weight is None):
@@ -82,28 +84,32 @@ def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, imp
         TypeError: wrong dtype or type.
     """
     check_impl(impl, "rope_2d")
-    _check(q, k, position_ids, axes=2)
+    _check(q, k, position_ids, inv_freq, axes=2, num_frequencies=q.shape[-1] // 4)
     if q.shape[-1] % 4:
         raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
-    check_tensor("inv_freq", inv_freq, (q.shape[-1] // 4,), (torch.float32,), q)
     return call(_rope_op, q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, False, impl)
 
 
-def _check(q: Tensor, k: Tensor, position_ids: Tensor, axes: int) -> None:
+def _check(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, axes: int, num_frequencies: int) -> None:
     check_heads("q", q)
     check_heads("k", k, like=q)
-    if q.shape[-1] % 2:
-        raise ValueError(f"q must have an even head dim, got {q.shape[-1]}")
+    if q.shape[-1] % 2 or q.shape[-1] == 0:
+        raise ValueError(f"q must have a positive even head dim, got {q.shape[-1]}")
     check_tensor("position_ids", position_ids, (axes, q.shape[0]), INTEGERS, q)
+    check_tensor("inv_freq", inv_freq, (num_frequencies,), (torch.float32,), q)
+    if inv_freq.requires_grad:
+        raise ValueError("inv_freq must not require a gradient: rope has gradients for q, k and the norm weights only")
 
 
 def _run(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate, impl):
     operator = "rope_3d" if len(sections) == 3 else "rope_2d"
-    if resolve(impl, operator, q.device) == "triton":
-        from keye_kernels.triton.rope import rope
-    else:
-        rope = reference.rope
-    return rope(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate)
+    options = position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate
+    if resolve(impl, operator, q.device, q.dtype) == "reference":
+        return reference.rope(q, k, *options)
+    from keye_kernels.triton.rope import rope
+
+    q_out, k_out = rope(*kernel_inputs(q, k), *options)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
 
 
 def _fake(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate, impl):
@@ -113,13 +119,14 @@ def _fake(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, 
 def _run_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
     """Rotates the gradients back, then differentiates the norm."""
     grad_q, grad_k = _run(grad_q, grad_k, position_ids, inv_freq, sections, None, None, eps, True, impl)
-    with torch.enable_grad():
-        found = []
-        for x, weight, grad in ((q, q_norm_weight, grad_q), (k, k_norm_weight, grad_k)):
-            x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-            found += torch.autograd.grad(reference.rms_norm(x, weight, eps), (x, weight), grad)
-    grad_q, grad_q_weight, grad_k, grad_k_weight = found
-    return grad_q.contiguous(), grad_k.contiguous(), grad_q_weight, grad_k_weight
+    return _norm_gradients(grad_q, grad_k, q, k, q_norm_weight, k_norm_weight, eps)
+
+
+def _norm_gradients(grad_q, grad_k, q, k, q_norm_weight, k_norm_weight, eps, create_graph=False):
+    """Of q, k and their weights; `grad_q` and `grad_k` are those of the normalized heads."""
+    of_q = gradients(reference.rms_norm, [q, q_norm_weight, eps], [0, 1], [grad_q], create_graph)
+    of_k = gradients(reference.rms_norm, [k, k_norm_weight, eps], [0, 1], [grad_k], create_graph)
+    return of_q[0], of_k[0], of_q[1], of_k[1]
 
 
 def _fake_norm_backward(grad_q, grad_k, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
@@ -136,11 +143,12 @@ def _backward(ctx, grad_q, grad_k):
     grad_q, grad_k = grad_q.contiguous(), grad_k.contiguous()
     weights = None, None
     rotation = position_ids, inv_freq, ctx.sections
-    if normed:
-        q, k, *weights = normed
-        grad_q, grad_k, *weights = _norm_backward_op(grad_q, grad_k, q, k, *rotation, *weights, ctx.eps, ctx.impl)
+    if normed and not torch.is_grad_enabled():
+        grad_q, grad_k, *weights = _norm_backward_op(grad_q, grad_k, *normed[:2], *rotation, *normed[2:], ctx.eps, ctx.impl)
     else:
         grad_q, grad_k = _rope_op(grad_q, grad_k, *rotation, None, None, ctx.eps, not ctx.conjugate, ctx.impl)
+        if normed:  # create_graph=True
+            grad_q, grad_k, *weights = _norm_gradients(grad_q, grad_k, *normed, ctx.eps, create_graph=True)
     return grad_q, grad_k, None, None, None, *weights, None, None, None
 
 

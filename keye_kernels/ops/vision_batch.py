@@ -26,8 +26,8 @@ def build_vision_batch(
     is_block = order == "block"
     sizes = num_patches, table_side, merge_size
     cu_seqlens, *tensors, merge_index = _geometry_op(grid_thw, *sizes, segment_by_frame, is_block, device)
-    segments = Segments(cu_seqlens, num_patches)
-    return VisionBatch(segments, *tensors, None if is_block else merge_index)  # type: ignore[call-arg]
+    segments, merge_index = Segments(cu_seqlens, num_patches), None if is_block else merge_index
+    return VisionBatch(segments, *tensors, merge_index, table_side, merge_size)  # type: ignore[call-arg]
 
 
 def _run(grid_thw, num_patches, table_side, merge_size, segment_by_frame, block_order, device):

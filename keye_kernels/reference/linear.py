@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Smaller matmuls finish before oneDNN or a split GEMV has started
-MIN_MULTIPLIES = 1 << 20
+# Below this, the call overhead of oneDNN or of a split GEMV is larger than the gain
+MIN_MULTIPLY_ADDS = 1 << 20
 MAX_GEMV_PARTS = 32
 
 
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On a CPU in float32 without gradients, a GEMV is split over parts of the weight (torch runs a GEMV on one core), and other
     matmuls run in oneDNN instead of BLAS: MKL uses its widest vectors on Intel processors only, and splits few rows badly.
     """
-    if not uses_cpu_matmul(x, weight, bias) or not weight.is_contiguous() or x.numel() * weight.shape[0] < MIN_MULTIPLIES:
+    if not uses_cpu_matmul(x, weight, bias) or not weight.is_contiguous() or x.numel() * weight.shape[0] < MIN_MULTIPLY_ADDS:
         return F.linear(x, weight, bias)
     if x.numel() == weight.shape[1] <= weight.shape[0]:
         return _split_gemv(x, weight, bias)

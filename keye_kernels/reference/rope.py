@@ -18,7 +18,8 @@ def rope(
     position_ids [axes, T] are integers. inv_freq is float32 [F]: the text model has one frequency per pair (64), the vision tower
     uses its 18 for the row and again for the column. `sections`: number of pairs of each axis, in order; the sum is D/2. Norm
     weights [D]: an RMSNorm of each head before the rotation. `conjugate` rotates backwards (the gradient of the rotation).
-    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower" and "3D position ids". Angles are float32 products, as there.
+    Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower" and "3D position ids". Angles are float32, as
+    in the official code.
     """
     pairs = sum(sections)
     axes, counts = torch.arange(len(sections), device=q.device), torch.tensor(sections, device=q.device)

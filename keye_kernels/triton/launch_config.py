@@ -16,7 +16,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,10 @@ BUCKETS = ("max_seqlen", "patches", "rows", "tokens")
 # The fields of an entry that are not part of its key
 NON_KEY_FIELDS = ("config", "median_us", "p20_us", "p80_us", "heuristic_us")
 MAX_BUCKET_RATIO = 4
+# What the fields of a config may be. Blocks are powers of two up to the largest of a kernel's candidates
+MAX_BLOCK_SIZES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "BLOCK_T": 16, "BLOCK_H": 16, "BLOCK_C": 128}
+MIN_DOT_BLOCK_SIZE = 16  # of tl.dot
+OTHER_FIELDS: dict[str, Any] = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "backend": ("triton", "torch")}
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,28 +52,61 @@ def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: 
     be read or does not fit the kernel is reported once and ignored; this function never raises for it.
     """
     found = _look_up(kernel, device, tuple(key.items()))
-    if found and any(name not in heuristic or type(value) is not type(heuristic[name]) for name, value in found.items()):
-        _report(f"ignoring a table entry of {kernel}: {found}; the kernel takes {heuristic}", logging.WARNING)
+    if found and (invalid := invalid_fields(found, heuristic)):
+        names = ", ".join(invalid)
+        log_once(f"ignoring a table entry of {kernel}: {found}; invalid: {names}; an example is {heuristic}", logging.WARNING)
         return heuristic
     return {**heuristic, **found} if found else heuristic
+
+
+def invalid_fields(config: Config, heuristic: Config) -> list[str]:
+    """The fields of a config whose name, type or value does not fit the kernel of this heuristic."""
+    smallest = MIN_DOT_BLOCK_SIZE if "BLOCK_N" in heuristic else 1
+
+    def is_valid(name: str, value: Any) -> bool:
+        if name not in heuristic or type(value) is not type(heuristic[name]):
+            return False
+        if name in MAX_BLOCK_SIZES:
+            return smallest <= value <= MAX_BLOCK_SIZES[name] and value & (value - 1) == 0
+        return name not in OTHER_FIELDS or value in OTHER_FIELDS[name]
+
+    return [name for name, value in config.items() if not is_valid(name, value)]
 
 
 def save_entries(device: str, kernel: str, entries: list[TableEntry], folder: str | Path | None = None) -> Path:
     """Writes entries of one kernel into the table of a device (by name) and returns the table's path.
 
-    An entry replaces one with the same key; entries of another Triton version are dropped. Raises OSError where the file cannot
-    be written.
+    An entry replaces one with the same key; entries of another Triton version are dropped. A lock file next to the table makes
+    processes that write at the same time wait for each other. Raises OSError where a file cannot be written.
     """
     path = table_path(device, folder)
-    _read.cache_clear()
-    table = _read(path)
-    kept = table["kernels"] if table and table["triton"] == triton_version() else {}
-    keys = [entry_key(entry) for entry in entries]
-    merged = [entry for entry in kept.get(kernel, []) if entry_key(entry) not in keys] + entries
-    merged.sort(key=lambda entry: [(name, str(type(value)), value) for name, value in sorted(entry_key(entry).items())])
-    write_atomically(path, to_json(device, {**kept, kernel: merged}))
+    with _lock(path.with_suffix(".lock")):
+        _read.cache_clear()
+        table = _read(path)
+        kept = table["kernels"] if table and table["triton"] == triton_version() else {}
+        keys = [entry_key(entry) for entry in entries]
+        merged = [entry for entry in kept.get(kernel, []) if entry_key(entry) not in keys] + entries
+        merged.sort(key=lambda entry: [(name, str(type(value)), value) for name, value in sorted(entry_key(entry).items())])
+        write_atomically(path, to_json(device, {**kept, kernel: merged}))
     clear_cache()
     return path
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Waits for an exclusive lock of a file. The operating system releases it when the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # retries for ten seconds; closing the file releases it
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def to_json(device: str, kernels: dict[str, list[TableEntry]]) -> str:
@@ -83,10 +121,20 @@ def to_json(device: str, kernels: dict[str, list[TableEntry]]) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file in one step: readers never see half of it. Raises OSError and leaves the old file where that fails."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder. It replaces `path` after the block, or is deleted if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def table_path(device: str, folder: str | Path | None = None) -> Path:
@@ -146,12 +194,12 @@ def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str]
         entry = _nearest(table["kernels"].get(kernel, []), dict(key)) if table else None
         if entry is None:
             continue
-        _report(f"{kernel} on {name}: launch configs from {path}", logging.INFO)
+        log_once(f"{kernel} on {name}: launch configs from {path}", logging.INFO)
         if table["triton"].split(".")[:2] != triton_version().split(".")[:2]:
             versions = f"Triton {table['triton']}, this is {triton_version()}"
-            _report(f"{path} was measured with {versions}: run `keye-kernels autotune` to measure again", logging.WARNING)
+            log_once(f"{path} was measured with {versions}: run `keye-kernels autotune` to measure again", logging.WARNING)
         return entry["config"]
-    _report(f"{kernel} on {name}: launch configs from the heuristic; no entry in {paths[0]} or later", logging.INFO)
+    log_once(f"{kernel} on {name}: launch configs from the heuristic; no entry in {paths[0]} and later tables", logging.INFO)
     return None
 
 
@@ -169,7 +217,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _report(f"ignoring launch-config table {path}: {type(error).__name__}: {error}", logging.WARNING)
+        log_once(f"ignoring launch-config table {path}: {type(error).__name__}: {error}", logging.WARNING)
         return None
     return table
 
@@ -196,5 +244,5 @@ def _nearest(entries: list[TableEntry], key: ConfigKey) -> TableEntry | None:
 
 
 @cache
-def _report(message: str, level: int) -> None:
+def log_once(message: str, level: int) -> None:
     logger.log(level, message)

@@ -1,5 +1,7 @@
 """Linear layer with bias and optional exact GELU in the epilogue. Symbols: M rows, IN and OUT features."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from .device import Arch, device_arch
 from .launch import Kernel
-from .launch_config import Config, ConfigKey, cache_config, cdiv, dtype_name, launch_config, next_power_of_2
+from .launch_config import Config, ConfigKey, cache_config, cdiv, dtype_name, launch_config, log_once, next_power_of_2
 from .tma import make_descriptors
 
 MIN_BLOCK_K = 16  # the smallest K of tl.dot
@@ -88,7 +90,10 @@ def linear(
     (rows, width), columns = x.shape, weight.shape[0]
     if config is None:
         config = _config(x.device, x.dtype, rows, columns, gelu)
-    if (config["backend"] if backend == "auto" else backend) == "torch":
+    if backend == "auto":
+        backend = str(config["backend"])
+        log_once(f"matmuls of patch_merge_projection on {x.device.type} run in {backend}", logging.INFO)
+    if backend == "torch":
         out = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
         return torch.ops.aten.gelu_(out) if gelu else out
     out, options = x.new_empty(rows, columns), launch_options(config, width)

@@ -113,7 +113,8 @@ def rope_kernel(
     o_token = first_token + tl.arange(0, BLOCK_T)
     m_token = o_token < num_tokens
     for part in tl.static_range(2 if TAIL else 1):
-        # Both halves are loaded with the vector width of the second: different layouts would exchange data in shared memory.
+        # Both halves are loaded with the vector width of the second: between different layouts the compiler would convert through
+        # shared memory.
         o_pair = tl.max_contiguous(tl.arange(0, PAIRS), VECTOR) if part == 0 else PAIRS + tl.arange(0, TAIL)
         cos, sin = _cos_sin(_angles(position_ptr, inv_freq_ptr, o_token, m_token, o_pair, stride_p_axis,
                                     stride_p_token, NUM_FREQUENCIES, SECTIONS))  # fmt: skip
@@ -173,7 +174,7 @@ def rope(
         return q_out, k_out
     if config is None:
         config = _config(q.device, q.dtype, head_dim, num_tokens)
-    has_norm = q_norm_weight is not None or k_norm_weight is not None
+    norm_weights = [None if weight is None else weight.contiguous() for weight in (q_norm_weight, k_norm_weight)]
     # The JIT specializes integers on divisibility by 16 only. A stride of 72 is passed as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), block = q.stride(), k.stride(), config["BLOCK_T"]
     unit = 8 if not (q_token | q_head | k_token | k_head) % 8 else 1
@@ -181,11 +182,11 @@ def rope(
     with torch.cuda.device_of(q):
         _launch(
             cdiv(num_tokens, block),
-            q_out, k_out, q, k, q_norm_weight, k_norm_weight, inv_freq.contiguous(), position_ids,
+            q_out, k_out, q, k, *norm_weights, inv_freq.contiguous(), position_ids,
             num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
             Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
             SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
-            **cover_pairs(head_dim, has_norm),
+            **cover_pairs(head_dim, norm_weights != [None, None]),
             BLOCK_T=block, BLOCK_H=config["BLOCK_H"], num_warps=config["num_warps"],
         )  # fmt: skip
     return q_out, k_out

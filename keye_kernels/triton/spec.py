@@ -46,7 +46,7 @@ class CompileVariant:
 
 @dataclass(frozen=True)
 class TuningShape:
-    """One launch to tune for: `count` segments of `size` rows each. `part` is "vision" or "text"; the projector's is "vision"."""
+    """One launch to tune for: `count` segments of `size` rows each. `part`: "vision", "text", "linear_1" or "linear_2"."""
 
     kernel: str
     part: str
@@ -63,7 +63,7 @@ class TuningShape:
 
 @dataclass
 class TuningProblem:
-    """The inputs of one shape, held by two functions."""
+    """The launch and the expected result of one shape; both use the same inputs."""
 
     launch: Callable[[Config], tuple[Tensor, ...]]
     expect: Callable[[torch.dtype], tuple[Tensor, ...]]  # the reference in a dtype, for the output rows `rows` only

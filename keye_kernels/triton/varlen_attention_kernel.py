@@ -16,8 +16,8 @@ LN_2 = tl.constexpr(math.log(2))
 def _find_tile(cu_seqlens_ptr, num_segments, num_tokens, tile, BLOCK_M: tl.constexpr):
     """First token and length of the segment of a tile, and the tile's first query, by binary search on the device.
 
-    Segment s gets the tiles from cu_seqlens[s] // BLOCK_M + s on: at least as many as it needs, so that no prefix sum of tile
-    counts is required. A tile without work starts at or past its segment's end, or before its start.
+    The tiles of segment s start at index cu_seqlens[s] // BLOCK_M + s. This leaves room for all of them without a prefix sum of
+    tile counts. A tile without work starts at or past its segment's end, or before its start.
     """
     # Empty segments at the end (a padded batch) are found with one load.
     last = tile - num_tokens // BLOCK_M
@@ -99,7 +99,7 @@ def _attend(b_acc, b_acc_tail, b_max, b_sum, b_q, b_q_tail, k_ptr, v_ptr, k_desc
     b_p = b_p.to(b_v.dtype)
     b_acc = tl.dot(b_p, b_v, b_acc * b_rescale[:, None], input_precision="ieee")
     if PV_TAIL:
-        # With a whole 8-wide row per thread, Triton keeps the tail transposed and stores 2 bytes at a time.
+        # If one thread held all 8 channels of a row, Triton would pick a transposed layout and store 2 bytes at a time.
         o_tail = tl.max_contiguous(MAIN + tl.arange(0, PV_TAIL), 4 if PV_TAIL == 8 else PV_TAIL)
         b_v = _load_keys(v_tail_desc, token, head, v_ptr, o_n, o_tail, num_keys, STRIDE_V, HEAD_DIM, MASKED, MAIN, PV_TAIL)
         b_acc_tail = tl.dot(b_p, b_v, b_acc_tail * b_rescale[:, None], input_precision="ieee")
@@ -140,9 +140,9 @@ def varlen_attention_fwd_kernel(
     num_queries = num_keys - first_query
     key_token, query_token = first_token.to(tl.int64), (first_token + first_query).to(tl.int64)
     key_head = head // GROUP
-    q_ptr += query_token * STRIDE_Q + head.to(tl.int64) * (stride_q_head * STRIDE_UNIT)
-    k_ptr += key_token * STRIDE_K + key_head.to(tl.int64) * (stride_k_head * STRIDE_UNIT)
-    v_ptr += key_token * STRIDE_V + key_head.to(tl.int64) * (stride_v_head * STRIDE_UNIT)
+    q_ptr += query_token * STRIDE_Q + head.to(tl.int64) * stride_q_head * STRIDE_UNIT
+    k_ptr += key_token * STRIDE_K + key_head.to(tl.int64) * stride_k_head * STRIDE_UNIT
+    v_ptr += key_token * STRIDE_V + key_head.to(tl.int64) * stride_v_head * STRIDE_UNIT
 
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, MAIN)
     b_q = _load_rows(q_ptr, o_m, o_d, num_queries, STRIDE_Q, HEAD_DIM, True, HEAD_DIM < MAIN)

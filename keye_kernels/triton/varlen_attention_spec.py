@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 SIZES = {"vision": Sizes(16, 16, 72, False), "text": Sizes(32, 8, 128, True)}
 MIN_SEQLEN_FOR_TMA = 1024  # below, building four descriptors on the CPU takes longer than the kernel
 MIN_ROWS_PER_WARP = 16  # of a tensor-core matmul
-# Images counted together: ratios do not depend on the number of heads, the interpreter's time does
+# Segment lengths of the counted ragged batch. One head is enough: the ratios do not depend on the number of heads
 COUNTED_RAGGED = (576, 252, 112, 84)
 
 

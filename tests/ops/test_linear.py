@@ -16,7 +16,7 @@ from tests.helpers.tiny import prompt, tiny_model
 # 3e-6 standard deviations of the output. Among 2^16 outputs, the largest error and the largest output are both about 4 of their
 # own standard deviations, so their ratio is 3e-6 as well.
 FP32 = 3e-6
-LARGE = (1024, 2048)  # above MIN_MULTIPLIES for any number of rows: one row runs as a split GEMV, more rows run in oneDNN
+LARGE = (1024, 2048)  # above MIN_MULTIPLY_ADDS for any number of rows: one row runs as a split GEMV, more rows run in oneDNN
 
 
 def make_inputs(rows, out=LARGE[0], width=LARGE[1], dtype=torch.float32, leading=()):

@@ -9,7 +9,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels import segments as segments_module
 from keye_kernels.ops import attention_libraries, implementation
-from keye_kernels.ops.attention_libraries import torch_attention, why_not_torch
+from keye_kernels.ops.attention_libraries import torch_attention, why_not_flash
 from keye_kernels.reference.varlen_attention import varlen_attention as reference
 from keye_kernels.segments import Segments, tile_schedule
 from keye_kernels.tools.bench.traffic import count_traffic
@@ -87,6 +87,48 @@ def test_segments_give_the_bits_of_plain_offsets(impl, causal):
     assert_same_bits(attend(q, k, v, Segments(cu_seqlens, 70), impl=impl, causal=causal), plain)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("lengths", [[10, 20], [10, 5], []], ids=str)
+def test_segments_of_another_number_of_tokens_are_refused(lengths, impl):
+    q, k, v, _ = packed([25])
+    with pytest.raises(ValueError, match=rf"cu_seqlens must have segments of q's 25 tokens, got {sum(lengths)} tokens"):
+        attend(q, k, v, Segments.from_lengths(lengths, CPU), impl=impl)
+
+
+def test_segments_need_no_max_seqlen():
+    q, k, v, cu_seqlens = packed([40, 30])
+    out = kk.ops.varlen_attention(q, k, v, Segments.from_lengths([40, 30], CPU), impl="triton")
+    assert torch.equal(out, attend(q, k, v, cu_seqlens)[0])
+    with pytest.raises(TypeError, match="max_seqlen must be an int, got NoneType"):
+        kk.ops.varlen_attention(q, k, v, cu_seqlens, impl="triton")
+
+
+def test_a_schedule_of_another_tile_height_is_not_used(monkeypatch):
+    """Tables may be reloaded between the choice of a schedule and the launch."""
+    q, k, v, cu_seqlens = packed([70, 200])
+    expected = attend(q, k, v, cu_seqlens)
+    choose = operator_module._choose
+    monkeypatch.setattr(operator_module, "_choose", lambda *call: (choose(*call)[0], 32))
+    assert_same_bits(attend(q, k, v, Segments.from_lengths([70, 200], CPU)), expected)
+
+
+def test_a_compiled_function_is_compiled_once_for_any_number_of_segments():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    q, k, v, _ = packed([24], head_dim=16, dtype=torch.float32)
+    compiled = torch.compile(lambda s: kk.ops.varlen_attention(q, k, v, s, impl="reference"), backend=backend, dynamic=True)
+    for lengths in ([24], [12, 12], [6, 6, 12], [2] * 12, [1] * 24):
+        segments = Segments.from_lengths(lengths, CPU)
+        expected = kk.ops.varlen_attention(q, k, v, segments, impl="reference")
+        torch.testing.assert_close(compiled(segments), expected)
+    assert len(graphs) <= 3, "one for any number of offsets, and what torch specializes for sizes 1 and 2"
+
+
 def test_gradients_pass_through_segments():
     q, k, v, cu_seqlens = packed([20, 13], head_dim=16, dtype=torch.float32)
     found = []
@@ -153,7 +195,7 @@ def torch_runs(monkeypatch):
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     for module in (operator_module, attention_libraries):
-        monkeypatch.setattr(module, "why_not_torch", lambda q, *_: "float32" if q.dtype == torch.float32 else None)
+        monkeypatch.setattr(module, "why_not_flash", lambda q, *_: "float32" if q.dtype == torch.float32 else None)
     return calls
 
 
@@ -202,14 +244,16 @@ def test_why_torch_cannot_compute_a_call():
     q, k, v = (torch.zeros(8, 2, 72, dtype=torch.float16).as_subclass(OnGpu) for _ in range(3))
     wide = torch.zeros(8, 2, 75, dtype=torch.float16).as_subclass(OnGpu)[..., :72]
     late = torch.zeros(8, 2, 80, dtype=torch.float16).as_subclass(OnGpu)[..., 1:73]
-    assert why_not_torch(q, k, v, 8, 0.1) is None
-    assert why_not_torch(q.bfloat16(), k.bfloat16(), v.bfloat16(), 8, 0.1) is None
-    assert "positive softmax_scale, got 0.0" in why_not_torch(q, k, v, 8, 0.0)
-    assert "positive softmax_scale, got -0.1" in why_not_torch(q, k, v, 8, -0.1)
-    assert "max_seqlen of at least 2, got 1" in why_not_torch(q, k, v, 1, 0.1)
-    assert "strides" in why_not_torch(q, wide, v, 8, 0.1)
-    assert "aligned to 16 bytes" in why_not_torch(q, k, late, 8, 0.1)
-    assert "got torch.float32" in why_not_torch(q.float(), k.float(), v.float(), 8, 0.1)
+    cu = offsets([8])
+    assert why_not_flash(q, k, v, cu, 8, 0.1) is None
+    assert why_not_flash(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu, 8, 0.1) is None
+    assert "positive softmax_scale, got 0.0" in why_not_flash(q, k, v, cu, 8, 0.0)
+    assert "positive softmax_scale, got -0.1" in why_not_flash(q, k, v, cu, 8, -0.1)
+    assert "max_seqlen of at least 2, got 1" in why_not_flash(q, k, v, cu, 1, 0.1)
+    assert "strides" in why_not_flash(q, wide, v, cu, 8, 0.1)
+    assert "aligned to 16 bytes" in why_not_flash(q, k, late, cu, 8, 0.1)
+    assert "got torch.float32" in why_not_flash(q.float(), k.float(), v.float(), cu, 8, 0.1)
+    assert "at least one segment" in why_not_flash(q, k, v, cu[:1], 8, 0.1)
 
 
 @pytest.fixture
@@ -228,11 +272,15 @@ def test_auto_follows_a_table_where_torch_can_run(torch_runs, table_says_torch, 
         for given in (cu_seqlens, segments, cu_seqlens):
             attend(q, k, v, given, impl="auto")
     assert len(torch_runs) == 3
-    assert [record.getMessage() for record in caplog.records] == ["varlen_attention on cpu (a timed table) runs impl='torch'"]
+    assert [record.getMessage() for record in caplog.records] == ["varlen_attention on cpu runs impl='torch'"]
     for given in (cu_seqlens, segments):
         out, _ = attend(q.float(), k.float(), v.float(), given, impl="auto")
         assert_same_bits([out], attend(q.float(), k.float(), v.float(), given)[:1])
     assert len(torch_runs) == 3  # not for float32
+    # nor for offsets that a compiled graph padded: the library would launch a grid of segments x max_seqlen
+    padded = Segments(torch.cat((cu_seqlens, cu_seqlens.new_full((40,), 70))), 70)
+    assert_same_bits(attend(q, k, v, padded, impl="auto"), attend(q, k, v, cu_seqlens))
+    assert len(torch_runs) == 3
 
 
 def fail(*_, **__):
@@ -247,7 +295,7 @@ def test_triton_never_calls_a_library(table_says_torch, monkeypatch):
     for name in ("linear", "gelu", "layer_norm", "scaled_dot_product_attention"):
         monkeypatch.setattr(torch.nn.functional, name, fail)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fail)
-    monkeypatch.setattr(operator_module, "why_not_torch", lambda *_: None)
+    monkeypatch.setattr(operator_module, "why_not_flash", lambda *_: None)
     with pytest.raises(AssertionError, match="a library was called"):
         kk.ops.patch_merge_projection(features, grid, *weights, impl="torch")
     for default, impl in (("auto", "triton"), ("triton", "auto")):

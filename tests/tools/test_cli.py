@@ -55,12 +55,6 @@ def test_demo_answers_every_bundled_question_and_says_which_are_right():
     assert "tokens per second" in result.stdout
 
 
-def test_demo_rejects_bf16_in_the_interpreter(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code, out, err = call(capsys, "demo", "--impl", "triton", "--dtype", "bfloat16")
-    assert code == 2 and out == "" and "dtype must be float32 or float16" in err
-
-
 def test_generate_json_stream_and_plain_agree(checkpoint, capsys):
     common = ("generate", "--model", checkpoint, "--image", IMAGE, "--max-new-tokens", 12, "what is it?")
     answer = json.loads(call(capsys, *common, "--json")[1])

@@ -1,32 +1,32 @@
 """The command line: `keye-kernels COMMAND` or `python -m keye_kernels COMMAND`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from . import __version__
 from .editions import EDITIONS
 from .tools import autotune, bench
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+from .tools.running import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; `arguments` defaults to `sys.argv`. Bad input prints one line to stderr and returns exit code 2."""
+    """Runs one command; `arguments` defaults to `sys.argv`. Errors print one line to stderr.
+
+    Returns 0, 1 for a finding of the command or an unexpected exception, 2 for bad input, or 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int | None:
         # Imported here, so that a command does not import the others
-        return import_module(f".tools.{options.command}", __package__).run(options) or 0
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"keye-kernels {options.command}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return import_module(f".tools.{options.command}", __package__).run(options)
+
+    return exit_code(f"keye-kernels {options.command}", run)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keye-kernels", description="Triton kernels and a lean model for Keye-VL.")
+    parser.add_argument("--version", action="version", version=f"keye-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="ask the bundled small model about a bundled image and a bundled clip")

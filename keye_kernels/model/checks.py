@@ -18,9 +18,9 @@ def check_device(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {str(device)!r}, but torch finds no CUDA or ROCm GPU; use 'cpu'")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, ImportError, AssertionError) as error:  # for "mps", for instance, dozens of lines
-        raise ValueError(f"device must be available, got {str(device)!r}, which torch cannot use here") from error
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, ImportError, AssertionError) as error:
+        raise ValueError(f"device must be available, got {str(device)!r}, which torch cannot use") from error
     return device
 
 

@@ -8,18 +8,17 @@ may have, or runs matmuls without tensor-core instructions; 2 for an unknown tar
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from keye_kernels.tools.autotune.command import names
+from keye_kernels.tools.running import exit_code, worker_pool
 from keye_kernels.triton.device import MULTIPROCESSORS, Arch
 from keye_kernels.triton.registry import kernel_names, kernel_spec
 from keye_kernels.triton.spec import CompileVariant
@@ -200,26 +199,19 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def _names(argument: str, known: tuple[str, ...], what: str) -> list[str]:
-    names = argument.split(",")
-    if unknown := [name for name in names if name not in known]:
-        print(f"unknown {what} {', '.join(map(repr, unknown))}: choose from {', '.join(known)}", file=sys.stderr)
-        raise SystemExit(2)
-    return names
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m keye_kernels.tools.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"of {', '.join(MULTIPROCESSORS)}")
     parser.add_argument("--kernel", default=",".join(kernel_names()), help="default: all of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
-    targets = _names(options.target, tuple(MULTIPROCESSORS), "target")
-    kernels = _names(options.kernel, kernel_names(), "kernel")
+    return exit_code("keye_kernels.tools.compile", lambda: _run(options))
 
-    # Triton decides at its first import whether it interprets or compiles: use fresh processes
-    os.environ["TRITON_INTERPRET"] = "0"
-    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+def _run(options: argparse.Namespace) -> int:
+    targets = names(options.target, tuple(MULTIPROCESSORS), "target")
+    kernels = names(options.kernel, kernel_names(), "kernel")
+    with worker_pool(2, "0") as pool:
         done = pool.map(check_kernel, *zip(*product(targets, kernels), strict=True))
         reports = [report for part in done for report in part]
 

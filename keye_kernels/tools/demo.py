@@ -6,13 +6,14 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from keye_kernels.model import Keye
+from keye_kernels.model.checks import check_device
 from keye_kernels.ops.implementation import resolve
 from keye_kernels.processing import KeyeProcessor
 from keye_kernels.small import ASSETS, small_model, small_processor
-from keye_kernels.tools.generate import chosen_device
 
 MODALITY_BY_SUFFIX = {".png": "image", ".mp4": "video"}
 MAX_NEW_TOKENS = 32
@@ -45,7 +46,7 @@ def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tup
 
 def run(options: argparse.Namespace) -> None:
     """Asks all bundled questions, and prints the answers, whether they are right, and the speed."""
-    device = chosen_device(options.device)
+    device = check_device(torch.get_default_device() if options.device is None else options.device)
     is_interpreted = resolve(options.impl, "rope_2d", device) == "triton" and device.type == "cpu"
     dtype = options.dtype or ("float32" if is_interpreted else None)
     model, processor = small_model(dtype=dtype, device=device, impl=options.impl), small_processor()

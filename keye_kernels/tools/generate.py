@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from keye_kernels.model import Keye, TextStreamer
+from keye_kernels.model.checks import check_device
 from keye_kernels.processing import KeyeProcessor
+
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,6 +37,12 @@ def answer_question(
     """
     if not options.question.strip():
         raise ValueError("question must not be empty")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
+    ignored = [f"--{name.replace('_', '-')}" for name in SAMPLING_OPTIONS if getattr(options, name) is not None]
+    if ignored and not options.sample:
+        print(f"keye-kernels generate: warning: {', '.join(ignored)} ignored without --sample", file=sys.stderr)
+    device = None if options.device is None else check_device(options.device)
     # Before the model is loaded, which takes long, so that an unreadable image is reported at once
     processor = KeyeProcessor.from_pretrained(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     messages = [{"role": "user", "content": content}]
@@ -41,7 +50,7 @@ def answer_question(
     model = Keye.from_pretrained(
         options.model,
         dtype=options.dtype,
-        device=options.device,
+        device=device,
         impl=options.impl,
         progress=sys.stderr.isatty() and not options.json,
     )

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,28 +91,17 @@ def test_failures_are_reported(tmp_path):
 def test_a_failure_gives_exit_code_1(monkeypatch, capsys):
     report = checker.Report("sm_80", "rope", "text", failures=["spills inside a loop (3 instructions)"])
 
-    class Pool:
-        def __init__(self, *_, **__): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
-        def map(self, *_):
-            return [[report]]
-
-    monkeypatch.setattr(checker, "ProcessPoolExecutor", Pool)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main changes it; this restores it
+    pool = SimpleNamespace(map=lambda *_: [[report]])
+    monkeypatch.setattr(checker, "worker_pool", lambda workers, interpret: nullcontext(pool))
     assert checker.main(["--target", "sm_80", "--kernel", "rope"]) == 1
     assert "FAILED sm_80 rope text: spills inside a loop (3 instructions)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--target", "sm_99"], ["--kernel", "softmax"], ["--target", "sm_90,"]])
 def test_an_unknown_name_gives_one_line_and_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit) as exit:
-        checker.main(arguments)
+    assert checker.main(arguments) == 2
     error = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert error.startswith("unknown ") and "choose from" in error and error.count("\n") == 1
+    assert "unknown " in error and "known: " in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,19 @@ def test_the_backends_of_impl_auto_are_shown(h100):
     text = doctor.to_text(doctor.Diagnosis(backends=machine.find_backends("cuda")))
     assert "varlen_attention         vision, 1 x 1024: torch" in text
     assert machine.find_backends("cpu") == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_implementation_of_the_projector_names_the_backend_of_its_matmuls(backend, h100, monkeypatch):
+    monkeypatch.setattr(doctor, "find_device", lambda packages: ({"type": "cuda"}, []))
+    monkeypatch.setattr(
+        doctor, "self_test", lambda device, impl: ({"implementation": impl, "operators": 5, "failed": [], "seconds": 0}, [])
+    )
+    linear = {"kernel": "linear", "use": "linear_1, 1 x 256", "backend": backend}
+    monkeypatch.setattr(doctor, "find_backends", lambda device: [linear])
+    found = doctor.diagnose()
+    implementations = {row["operator"]: row["implementation"] for row in found.operators}
+    projector = "triton, matmuls: torch" if backend == "torch" else "triton"
+    assert implementations.pop("patch_merge_projection") == projector
+    assert set(implementations.values()) == {"triton"} and found.self_test["implementation"] == "triton"
+    assert f"patch_merge_projection   {projector} (" in doctor.to_text(found)

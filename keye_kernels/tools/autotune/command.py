@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME[,NAME]", help="for --dry-run, for instance sm_90")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Tunes, or lists the candidates. Raises ValueError for an unknown kernel, target, dtype or workload."""
+def run(options: argparse.Namespace) -> int:
+    """Tunes, or lists the candidates. Returns 1 if the table cannot be written or no config of a shape works."""
     kernels = names(options.kernel, kernel_names(), "kernel")
     names(options.dtype, DTYPES, "dtype", several=False)
     shapes = load_shapes(options.shapes, kernels)
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--save-dir must be a folder, got the file {options.save_dir}")
     if options.dry_run:
         _dry_run(options, shapes)
-        return
+        return 0
     if options.target:
         raise ValueError("--target needs --dry-run; without it, the GPU of this machine is tuned")
     import torch
@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise ValueError("autotune needs a GPU, and torch finds none; --dry-run --target sm_90 compiles without one")
-    print(sweep(on_this_gpu(), shapes, options.dtype, options.save_dir, options.resume).to_text())
+    result = sweep(on_this_gpu(), shapes, options.dtype, options.save_dir, options.resume)
+    print(result.to_text())
+    return int(result.unwritable is not None or not all(record.timings for record in result.records))
 
 
 def _dry_run(options: argparse.Namespace, shapes: list) -> None:

@@ -1,16 +1,12 @@
 """Compiles candidates ahead of time in other processes, and finds those that cannot be used: spills, registers, shared memory."""
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from unittest.mock import patch
 
 from keye_kernels.tools.compile import Report
+from keye_kernels.tools.running import worker_pool
 from keye_kernels.triton.device import Arch
 from keye_kernels.triton.launch_config import Config
 from keye_kernels.triton.registry import kernel_spec
@@ -65,17 +61,6 @@ class Compiler:
 
 @contextmanager
 def compiler(workers: int | None = None) -> Iterator[Compiler]:
-    """A compiler in processes of its own: Triton decides at its first import whether it interprets or compiles."""
-    # Ctrl-C reaches all processes of a terminal. If it ended the workers, the pool would wait for them forever
-    ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn, initializer=ignore_interrupts)
-    with patch.dict(os.environ, TRITON_INTERPRET="0"):
-        try:
-            yield Compiler(executor)
-        finally:
-            # Do not wait for running compilations or, after a second Ctrl-C, for the queue
-            processes = list((executor._processes or {}).values())
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+    """A compiler in processes of its own."""
+    with worker_pool(workers, "0") as executor:
+        yield Compiler(executor)

@@ -79,6 +79,8 @@ class SweepResult:
                 lines.append(f"{kernel} {key}: {entry['median_us']:.1f} us ({other}): {config}")
         reasons = [why for record in self.records for _, why in record.rejected]
         lines.append(f"{sum(len(record.timings) for record in self.records)} timed, {len(reasons)} rejected")
+        for record in (one for one in self.records if one.rejected and not one.timings):
+            lines.append(f"no config works for {record.shape}; the first is rejected with: {record.rejected[0][1]}")
         if self.unwritable:
             lines.append(f"{self.path} cannot be written ({self.unwritable}); its content:")
             lines.append(launch_config.to_json(self.device, self.entries))

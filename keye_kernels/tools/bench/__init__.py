@@ -7,7 +7,7 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group(required=True)
-    counted_help = "count bytes, FLOPs and launches of the kernels, and read their machine code; needs no GPU, takes minutes"
+    counted_help = "count bytes, FLOPs and launches, and analyse machine code; needs no GPU, takes about a minute"
     mode.add_argument("--counted", action="store_true", help=counted_help)
     mode.add_argument("--report", metavar="DIR", help="write DIR/index.html, a page with plots of the RESULT.json files")
     mode.add_argument("--load", action="store_true", help="measure the throughput of batches packed by FLOPs")

@@ -1,16 +1,14 @@
 """`keye-kernels bench --counted`: memory traffic, FLOPs and machine code of the kernels, counted without a GPU."""
 
 import importlib.util
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
 from tqdm import tqdm
 
 from keye_kernels import __version__
+from keye_kernels.tools.running import worker_pool
 
 NOTES = """\
 floor: every input read once, every output written once, no padded FLOPs; intermediates of several launches written and read once.
@@ -64,19 +62,10 @@ def _count_row(name: str, by: str) -> dict[str, Any]:
 
 
 def _in_process(interpret: str, label: str | None, calls: Sequence[tuple[Callable, tuple]]) -> list[Any]:
-    """Runs calls in a new process: Triton decides at its first import whether it interprets or compiles."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_set_interpret, initargs=(interpret,)) as pool:
+    """Runs calls in a new process, whose Triton interprets or compiles."""
+    with worker_pool(1, interpret) as pool:
         futures = [pool.submit(call, *arguments) for call, arguments in calls]
-        bar = tqdm(futures, desc=label, disable=None if label else True)
-        try:
-            return [future.result() for future in bar]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _set_interpret(value: str) -> None:
-    os.environ["TRITON_INTERPRET"] = value
+        return [future.result() for future in tqdm(futures, desc=label, disable=None if label else True)]
 
 
 def _variants(targets: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keye_kernels.triton.launch_config import write_atomically
+
 from . import counted
 from .results import BenchmarkResult, Timing, differences
 
@@ -34,9 +36,7 @@ def write_report(
     path = Path(folder) / PAGE
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists: choose another folder, or overwrite it with --force")
-    page = to_html(results, counted_work)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, to_html(results, counted_work))
     return path
 
 

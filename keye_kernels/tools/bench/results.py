@@ -1,11 +1,18 @@
 """Reads result files of `pytest benchmarks/` and of `bench --counted`. docs/benchmarks.md describes the fields."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keye_kernels.tools.running import summary
+
+from . import counted
+
+JSON_TYPES = {dict: "an object", list: "a list of objects", str: "a string", float: "a positive number"}
+NUMBERS = ("tokens", "gb_per_s", "tflop_per_s", "roofline_share", "peak_memory_bytes")  # fields of extra_info
 BASELINES = ("official (eager)", "reference")  # speedups are relative to the first one that was timed
 Key = tuple[str, str, str, str]  # group, shape, dtype, impl
 
@@ -51,14 +58,14 @@ def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[
     ValueError if it is not a result, the number of files is wrong, nothing was timed, or `select` matches nothing.
     """
     contents = [(file, _read(file)) for file in files]
-    counted = [content for _, content in contents if "traffic" in content]
+    counted_work = [content for _, content in contents if "traffic" in content]
     timed = [(file, content) for file, content in contents if "traffic" not in content]
-    if not 1 <= len(timed) <= 2 or len(counted) > 1:
+    if not 1 <= len(timed) <= 2 or len(counted_work) > 1:
         raise ValueError(
             "a report takes one or two files of `pytest benchmarks/ --benchmark-json FILE` and at most one of "
-            f"`keye-kernels bench --counted --json`, got {len(timed)} and {len(counted)}"
+            f"`keye-kernels bench --counted --json`, got {len(timed)} and {len(counted_work)}"
         )
-    return [_result(file, content, select) for file, content in timed], counted[0] if counted else None
+    return [_result(file, content, select) for file, content in timed], counted_work[0] if counted_work else None
 
 
 def differences(one: BenchmarkResult, other: BenchmarkResult) -> list[str]:
@@ -76,29 +83,63 @@ def differences(one: BenchmarkResult, other: BenchmarkResult) -> list[str]:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+        # NaN and Infinity are not JSON; Python writes and reads them
+        content = json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not ({"benchmarks", "traffic"} & content.keys()):
         commands = "`pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
         raise ValueError(f"{file} is not a result of {commands}")
+    if "traffic" in content:
+        try:
+            counted.to_text(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is not a result of `keye-kernels bench --counted --json`: {summary(error)}") from error
     return content
 
 
+def _check(parent: Any, where: str, kind: type, *names: str, optional: bool = False) -> None:
+    """ValueError unless fields of a JSON object have a type. Numbers are finite; those that are not optional are above 0."""
+    if not isinstance(parent, dict):
+        raise ValueError(f"{where} must be an object, got {str(parent)[:60]!r}")
+    for name in names:
+        value = parent.get(name)
+        is_valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if kind is float and is_valid:
+            is_valid = math.isfinite(value) and (optional or value > 0)
+        if not is_valid and not (optional and value is None):
+            raise ValueError(f"{where}: {name} must be {JSON_TYPES[kind]}, got {str(value)[:60]!r}")
+
+
+def _check_case(case: Any, where: str) -> None:
+    """ValueError unless the fields that the page shows have the types in docs/benchmarks.md."""
+    _check(case, where, str, "group", "name")
+    _check(case, where, dict, "params", "extra_info", optional=True)
+    _check(case.get("stats"), f"{where}.stats", float, "median", "q1", "q3")
+    extra = case.get("extra_info") or {}
+    _check(extra, f"{where}.extra_info", dict, "versions", optional=True)
+    _check(extra, f"{where}.extra_info", float, *NUMBERS, optional=True)
+
+
 def _result(file: str, content: dict[str, Any], select: str | None) -> BenchmarkResult:
-    if not content["benchmarks"]:
+    _check(content, file, list, "benchmarks")
+    _check(content, file, dict, "machine_info", optional=True)
+    cases, machine = content["benchmarks"], content.get("machine_info") or {}
+    _check(machine, f"{file}: machine_info", dict, "gpu", "cpu", optional=True)
+    for index, case in enumerate(cases):
+        _check_case(case, f"{file}: benchmarks[{index}]")
+    if not cases:
         raise ValueError(
             f"{file} contains no timed case: pytest's -k or paths selected no case that can run on that machine, "
             "or --benchmark-disable was set"
         )
-    chosen = [case for case in content["benchmarks"] if not select or select in f"{case['group']} {case['name']}"]
+    chosen = [case for case in cases if not select or select in f"{case['group']} {case['name']}"]
     if not chosen:
-        groups = sorted({str(case["group"]) for case in content["benchmarks"]})
+        groups = sorted({str(case["group"]) for case in cases})
         raise ValueError(f"--select {select!r} matched nothing in {file}, its groups are {', '.join(groups)}")
-    machine = content.get("machine_info") or {}
     gpu, cpu = machine.get("gpu"), machine.get("cpu") or {}
     shown = {
-        "GPU": str(gpu["name"]) if gpu else "none",
+        "GPU": str(gpu.get("name", "unknown")) if gpu else "none",
         "CPU": str(cpu.get("brand_raw") or machine.get("processor") or machine.get("machine") or "unknown"),
         "cores": str(cpu.get("count", "unknown")),
         "system": f"{machine.get('system', '')} {machine.get('release', '')}".strip() or "unknown",

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from keye_kernels import __version__
+from keye_kernels.tools.running import summary
 
 from .machine import find_backends, find_device, find_operators, find_tables, self_test
-from .versions import Problem, find_packages, guarded, summary, torchs_triton, version_problems
+from .versions import Problem, find_packages, guarded, torchs_triton, version_problems
 
 
 @dataclass
@@ -57,6 +58,10 @@ def diagnose() -> Diagnosis:
     used = {row["implementation"] for row in found.operators if row["implementation"] not in ("flash_attn", "torch")}
     if len(used) == 1 and None not in used:
         found.self_test = probe("the self-test cannot run", lambda: self_test(kind, used.pop()), {})
+    matmuls = sorted({row["backend"] for row in found.backends if row["kernel"] == "linear"})
+    for row in found.operators:
+        if (row["operator"], row["implementation"]) == ("patch_merge_projection", "triton") and matmuls not in ([], ["triton"]):
+            row["implementation"] = f"triton, matmuls: {' or '.join(matmuls)}"
     return found
 
 

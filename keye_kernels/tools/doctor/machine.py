@@ -7,7 +7,9 @@ import subprocess
 import time
 from typing import Any
 
-from .versions import Package, Problem, guarded, summary
+from keye_kernels.tools.running import summary
+
+from .versions import Package, Problem, guarded
 
 NVIDIA_SMI_TIMEOUT_S = 10  # nvidia-smi hangs where the driver does
 MIN_CAPABILITY = (8, 0)

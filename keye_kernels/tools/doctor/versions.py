@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from keye_kernels.requirements import supported_versions
+from keye_kernels.tools.running import summary
 
 # Import name: the distributions that provide it
 PACKAGES = {
@@ -82,12 +83,6 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def summary(error: BaseException) -> str:
-    """One line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def torchs_triton() -> str | None:

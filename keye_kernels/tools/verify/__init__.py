@@ -53,7 +53,7 @@ def choose_setup(device: str | torch.device | None = None) -> Setup:
     already imported in the other mode.
     """
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError as error:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if device.type not in ("cpu", "cuda"):

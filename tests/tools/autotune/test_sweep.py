@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from keye_kernels import reference
+from keye_kernels.cli import main
 from keye_kernels.tools.autotune import sweep as sweeping
 from keye_kernels.tools.autotune.candidates import candidates
 from keye_kernels.tools.autotune.checking import Checker
@@ -224,6 +225,27 @@ def test_a_folder_that_cannot_be_written_is_reported_once_and_the_sweep_continue
     assert capsys.readouterr().err.count(f"{path} cannot be written") == 1
     text = result.to_text()
     assert json.loads(text[text.index("{\n") :])["kernels"]["rope"] == result.entries["rope"]
+
+
+@pytest.mark.parametrize("fault, expected", [(None, 0), ("folder", 1), ("Triton's cache", 1), ("one shape", 1)])
+def test_the_command_fails_if_it_cannot_save_or_no_config_works(fault, expected, stub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "tables" if fault == "folder" else tmp_path
+    if fault == "Triton's cache":
+        stub.failures = lambda variant: ["PermissionError: [Errno 13] Permission denied: '/read-only'"]
+    if fault == "one shape":
+        check = sweeping.Checker.error
+        monkeypatch.setattr(sweeping.Checker, "error", lambda self, config: check(self, config) or wrong.pop(0))
+        wrong = ["wrong"] * len(stub.tried) + [None] * len(stub.tried)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweeping, "on_this_gpu", lambda: None)
+    result = stub.sweep(folder, [SMALL, LARGE])
+    monkeypatch.setattr(sweeping, "sweep", lambda *_: result)
+    assert main(["autotune", "--shapes", "small", "--kernel", "rope"]) == expected
+    out = capsys.readouterr().out
+    assert ("cannot be written" in out) == (fault == "folder")
+    assert ("Permission denied: '/read-only'" in out) == (fault == "Triton's cache")
+    assert out.count("no config works for") == {"Triton's cache": 2, "one shape": 1}.get(fault, 0)
 
 
 def test_an_entry_that_launches_do_not_find_is_an_error(stub, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What `bench --counted` reports: floors and budgets of small cases, machine code from a listing, the tables."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,23 @@ def test_machine_code_above_a_limit_is_named(changes, expected):
     assert machine_code.above(row(**changes)) == expected
 
 
+@pytest.mark.parametrize("failures", [(), ("spills inside a loop",)])
+def test_the_row_of_a_variant_names_its_failures_and_the_limits_above_which_it_is(failures, monkeypatch):
+    """The listing has an access of 2 bytes. The variant computes one score per thread with 6 instructions and 2 integer ones."""
+    variant = SimpleNamespace(label="vision bf16", num_warps=4, scores_per_iteration=4 * 32)
+    monkeypatch.setattr(machine_code, "kernel_spec", lambda name: SimpleNamespace(shipped_variants=lambda arch: [variant]))
+    found = SimpleNamespace(registers=80, stack_bytes=8, shared_bytes=0, resident_blocks=1, failures=failures, instructions=6)
+    monkeypatch.setattr(machine_code, "check", lambda *_: found)
+    monkeypatch.setattr(machine_code, "compile_variant", lambda *_: None)
+    monkeypatch.setattr(machine_code, "analyse_nvidia", lambda *_: LISTING)
+    monkeypatch.setattr(machine_code, "hot_loop", lambda *_: LISTING)
+    row = machine_code.analyse_variant("sm_90", "a kernel", "vision bf16")
+    assert row["above"] == [*failures, "stack", "integer_per_score", "occupancy", "narrowest_access"]
+    assert (row["instructions_per_score"], row["integer_per_score"], row["narrowest_access"]) == (6.0, 2.0, 2)
+    monkeypatch.setattr(machine_code, "SCORE_LIMITS", {"sm_90": (5.9, 2.0)})
+    assert "instructions_per_score" in machine_code.analyse_variant("sm_90", "a kernel", "vision bf16")["above"]
+
+
 @pytest.mark.parametrize("target", machine_code.TARGETS)
 def test_every_kernel_has_a_variant_in_the_table(target):
     assert {kernel for kernel, _ in machine_code.variants(target)} == set(kernel_names())
@@ -133,6 +151,17 @@ def test_the_command_prints_both_tables_and_fails_above_a_budget(counts, capsys,
     assert "rope: vision bf16" in out and "ABOVE: stack" in out
     assert "Not installed, and not counted: Liger-Kernel, flash-attn." in out
     assert counts[0] == ("1", [(name, "keye_kernels") for name in counted_cases()])
+
+
+@pytest.mark.parametrize("traffic, code, expected", [([], [], 0), (["requested"], [], 1), ([], ["stack"], 1)])
+def test_either_table_above_a_limit_fails_the_command(traffic, code, expected, counts, monkeypatch, capsys):
+    case = {"operator": "", "by": "", "launches": 1, "eager_operators": 0, "requested": 1.5, "idle": 0, "unique": 1.0}
+    case |= {"multiplies": None, "limits": {}, "above": traffic}
+    one = row(kernel="rope", variant="vision bf16", registers=80, shared_bytes=0, above=code)
+    found = {"versions": {}, "traffic": [case], "machine_code": [one], "absent_peers": []}
+    monkeypatch.setattr(counted, "count", lambda targets: found)
+    assert main(["bench", "--counted"]) == expected
+    assert ("ABOVE: stack" in capsys.readouterr().out) == bool(code)
 
 
 def test_installed_peers_are_counted_after_our_kernels(monkeypatch):

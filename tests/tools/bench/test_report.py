@@ -129,6 +129,21 @@ def test_speedup_is_the_median_of_the_baseline_over_the_median(write):
     assert bars == [pytest.approx(2.0)]
 
 
+def test_the_comparison_is_the_time_of_the_second_file_over_that_of_the_first(write, report):
+    from keye_kernels.tools.bench.report import plot_comparison
+    from keye_kernels.tools.bench.results import read_results
+
+    slower = [case("official (eager)", 0.012), case("reference", 0.001)]
+    (one, other), _ = read_results([write("a.json", CASES[:2]), write("b.json", slower)])
+    axes = plot_comparison(one, other).axes[0]
+    # The first case is at the top
+    assert [bar.get_width() for bar in axes.patches] == [pytest.approx(0.5), pytest.approx(3.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1k float32  reference", "1k float32  official (eager)"]
+    assert axes.get_xlabel() == "time in b.json / time in a.json"
+    _, page, _ = report(write("a.json", CASES), write("b.json", CASES))
+    assert "Median time in b.json / median time in a.json; below 1 is faster." in page
+
+
 def test_different_machine_and_version_are_reported_on_the_page_and_on_stderr(write, report):
     first = write("a.json", CASES)
     second = write("b.json", [case("official (eager)", 0.004, version="0.2.0")], gpu=GPU)
@@ -183,6 +198,60 @@ def test_other_json_files_are_errors(tmp_path, report, content, message):
     (tmp_path / "a.json").write_text(content)
     code, _, error = report(str(tmp_path / "a.json"))
     assert code == 2 and message in error
+
+
+def changed(value, *path):
+    """A result file in which the field at `path` of the first case has another value; None removes it."""
+    content = {"benchmarks": [case("reference", 0.002)], "machine_info": {"gpu": None}}
+    parent = content
+    for name in path[:-1]:
+        parent = parent[name]
+    parent[path[-1]] = value
+    return content
+
+
+CASE = ("benchmarks", 0)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (changed({}, "benchmarks"), "a.json: benchmarks must be a list"),
+        (changed(["x"], "benchmarks"), "benchmarks[0] must be an object, got 'x'"),
+        (changed([], "machine_info"), "a.json: machine_info must be an object"),
+        (changed("H100", "machine_info", "gpu"), "machine_info: gpu must be an object"),
+        (changed(None, *CASE, "stats"), "benchmarks[0].stats must be an object, got 'None'"),
+        (changed({}, *CASE, "stats"), "benchmarks[0].stats: median must be a positive number"),
+        (changed(0, *CASE, "stats", "median"), "stats: median must be a positive number, got '0'"),
+        (changed(True, *CASE, "stats", "median"), "stats: median must be a positive number"),
+        (changed(float("nan"), *CASE, "stats", "median"), "stats: median must be a positive number"),
+        (changed(float("inf"), *CASE, "stats", "q3"), "stats: q3 must be a positive number"),
+        (changed("fast", *CASE, "stats", "q1"), "stats: q1 must be a positive number, got 'fast'"),
+        (changed(None, *CASE, "name"), "benchmarks[0]: name must be a string"),
+        (changed(7, *CASE, "group"), "benchmarks[0]: group must be a string"),
+        (changed([], *CASE, "params"), "benchmarks[0]: params must be an object"),
+        (changed("no", *CASE, "extra_info"), "benchmarks[0]: extra_info must be an object"),
+        (changed([], *CASE, "extra_info", "versions"), "extra_info: versions must be an object"),
+        (changed("many", *CASE, "extra_info", "tokens"), "extra_info: tokens must be a positive number"),
+        (changed([1], *CASE, "extra_info", "gb_per_s"), "extra_info: gb_per_s must be a positive number"),
+        ({"traffic": "none"}, "KeyError: 'versions'"),
+        ({**COUNTED, "traffic": [{"operator": "rope_2d"}]}, "KeyError: 'eager_operators'"),
+        ({**COUNTED, "traffic": [{**COUNTED["traffic"][0], "unique": "low"}]}, "ValueError: "),
+        ({**COUNTED, "machine_code": [1]}, "TypeError: "),
+        ({**COUNTED, "versions": []}, "AttributeError: "),
+    ],
+)
+def test_results_of_the_wrong_shape_name_the_file_and_the_field(content, message, tmp_path, write, report):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    code, page, error = report(str(tmp_path / "a.json"), *([write("b.json", CASES)] if "traffic" in content else []))
+    assert code == 2 and page is None and error.count("\n") == 1
+    assert f"{tmp_path / 'a.json'}" in error and message in error
+
+
+def test_a_deeply_nested_file_is_an_error(tmp_path, report):
+    (tmp_path / "a.json").write_text(100_000 * "[")
+    code, _, error = report(str(tmp_path / "a.json"))
+    assert code == 2 and "a.json is not valid JSON" in error
 
 
 def test_number_of_results_must_be_one_or_two(write, report):

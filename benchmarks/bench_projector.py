@@ -1,4 +1,4 @@
-"""The projector: LayerNorm, 2x2 merge and two matmuls. Preview normalises before the merge, 1.5 after it."""
+"""The projector: LayerNorm, 2x2 merge and two matmuls. Preview normalizes before the merge, 1.5 after it."""
 
 import pytest
 import torch

@@ -45,7 +45,7 @@ else:
     from keye_kernels import process_vision_info
     options = {"edition": "1.5"}
 messages = [{"role": "user", "content": [{"type": "video", "video": path}]}]
-# Warm-up: the first interpolation initialises torch.
+# Warm-up: the first interpolation initializes torch.
 torch.nn.functional.interpolate(torch.zeros(1, 3, 56, 56, dtype=torch.uint8), (28, 28), mode="bilinear", antialias=True)
 
 def status(field):

@@ -23,7 +23,7 @@ class Edition:
     architecture: str
     # Vision attention runs within single frames; otherwise within whole images and videos.
     segment_by_frame: bool
-    # The projector normalises single patches, before the 2x2 merge; otherwise the merged vectors.
+    # The projector normalizes single patches, before the 2x2 merge; otherwise the merged vectors.
     norm_before_merge: bool
     # For 3D positions each frame is a block of its own, and placeholders are assigned to grids by count; otherwise a video is one
     # block with a time axis, which starts after `<|vision_start|>`.

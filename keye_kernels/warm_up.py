@@ -1,7 +1,7 @@
 """`warmup`: compiles the kernels that a model needs before its first request, several in parallel.
 
 It calls the model's own forward, reduced to one layer of the vision tower and one of the decoder, on tensors of the given
-sizes. So it compiles exactly the kernels of a request, including the specialisation on strides and alignment. A first pass
+sizes. So it compiles exactly the kernels of a request, including the specialization on strides and alignment. A first pass
 compiles in threads and launches nothing. A second pass runs the same calls with the compiled kernels.
 """
 

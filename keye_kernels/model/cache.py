@@ -40,7 +40,7 @@ class KVCache:
         """Raises ValueError unless `tokens` more tokens fit for each of `batch_size` sequences."""
         if len(self.valid) != batch_size:
             raise ValueError(f"cache holds {len(self.valid)} sequences, but input_ids has {batch_size}")
-        # On a GPU, reading the length would synchronise
+        # On a GPU, reading the length would synchronize
         used = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         if used + tokens > self.max_length:
             usage = f"{self.max_length} slots per sequence, {used} of them used: {tokens} more tokens do not fit"

@@ -65,7 +65,7 @@ def destinations(model: "Keye") -> dict[str, Tensor]:
 
 
 def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a model on the meta device uninitialised parameters. Unlike `nn.Module.to_empty`, does not import torch._dynamo."""
+    """Gives a model on the meta device uninitialized parameters. Unlike `nn.Module.to_empty`, does not import torch._dynamo."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             storage = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
 
 
 def prefer_huge_pages(x: Tensor) -> None:
-    """Asks Linux for 2 MB pages for an uninitialised CPU tensor: the first write is three times as fast. This is only a hint."""
+    """Asks Linux for 2 MB pages for an uninitialized CPU tensor: the first write is three times as fast. This is only a hint."""
     start = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     length = (x.data_ptr() + x.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if sys.platform == "linux" and x.device.type == "cpu" and length > 0:

@@ -67,7 +67,7 @@ class Keye(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialises all parameters: matrices are normal (std `config.initializer_range`), norm weights one, biases zero."""
+        """Initializes all parameters: matrices are normal (std `config.initializer_range`), norm weights one, biases zero."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=self.config.initializer_range)
@@ -162,7 +162,7 @@ class Keye(nn.Module):
         """Runs the vision tower and the projector.
 
         Args:
-            pixel_values: [T, 3, 14, 14] patches, normalised floats or uint8.
+            pixel_values: [T, 3, 14, 14] patches, normalized floats or uint8.
             grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image or video.
 
         Returns:
@@ -173,7 +173,7 @@ class Keye(nn.Module):
             ValueError: the shapes are wrong or do not match.
         """
         if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
-            raise TypeError(f"pixel_values must be normalised floats or uint8, got {pixel_values.dtype}")
+            raise TypeError(f"pixel_values must be normalized floats or uint8, got {pixel_values.dtype}")
         shape = self.config.vision_config.patch_shape
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
             raise ValueError(f"pixel_values must have shape {['T', *shape]}, got {list(pixel_values.shape)}")
@@ -199,7 +199,7 @@ class Keye(nn.Module):
         Args:
             input_ids: [B, S], with placeholders expanded to one token per merged patch.
             attention_mask: [B, S], 0 = padding, on the left or on the right. With a cache also [B, all tokens so far].
-            pixel_values: [T, 3, 14, 14] patches of all images, normalised floats or uint8.
+            pixel_values: [T, 3, 14, 14] patches of all images, normalized floats or uint8.
             image_grid_thw: [n, 3] integers: frames, patch rows and patch columns of each image.
             pixel_values_videos: [T, 3, 14, 14] patches of all video frames.
             video_grid_thw: [n, 3] integers, likewise for each video (1.5: for each run of frames of one size).

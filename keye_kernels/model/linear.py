@@ -7,7 +7,7 @@ from keye_kernels.ops.linear import linear
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An `nn.Embedding` without torch's initialisation, which imports torch._dynamo when run on the meta device."""
+    """An `nn.Embedding` without torch's initialization, which imports torch._dynamo when run on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 

@@ -18,7 +18,7 @@ from .config import MAX_POSITION, KeyeConfig
 def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tensor:
     """[pairs] float32 rotary frequencies, theta^(-i / pairs).
 
-    Not a module buffer: a buffer would be uninitialised after loading through the meta device, and `.half()` would round it.
+    Not a module buffer: a buffer would be uninitialized after loading through the meta device, and `.half()` would round it.
     """
     return theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
 
@@ -120,9 +120,9 @@ def check_placeholders(
 ) -> None:
     """Raises ValueError if the placeholders of a prompt do not match the grids, or `mask` [B, S] hides a placeholder.
 
-    Reads tensor values, so it synchronises with the GPU once per prompt and does not run in compiled code.
+    Reads tensor values, so it synchronizes with the GPU once per prompt and does not run in compiled code.
     """
-    # One copy to the CPU instead of one synchronisation per value
+    # One copy to the CPU instead of one synchronization per value
     input_ids, mask = input_ids.cpu(), None if mask is None else mask.cpu()
     merge = config.vision_config.spatial_merge_size
     for name, token, grid_thw in (
@@ -158,7 +158,7 @@ def check_seconds(config: KeyeConfig, video_grid_thw: Tensor | None, seconds: Te
 
 
 def check_position_range(position_ids: Tensor, further_tokens: int) -> None:
-    """Raises ValueError if a position, or that of one of `further_tokens` more, exceeds MAX_POSITION. Synchronises."""
+    """Raises ValueError if a position, or that of one of `further_tokens` more, exceeds MAX_POSITION. Synchronizes."""
     largest = int(position_ids.amax())
     if largest + further_tokens > MAX_POSITION:
         limit = f"{MAX_POSITION} (integers in float32 are exact up to this)"

@@ -55,7 +55,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _RecordedStep:
-    """Runs the first step without a graph, to compile kernels and initialise libraries; captures the second one."""
+    """Runs the first step without a graph, to compile kernels and initialize libraries; captures the second one."""
 
     def __init__(self, model: "Keye", cache: KVCache):
         self.model, self.cache = model, cache

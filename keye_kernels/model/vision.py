@@ -143,7 +143,7 @@ class VisionTower(nn.Module):
         return vision_batch(self.config, grid_thw, num_patches, segment_by_frame=self.segment_by_frame, device=device)
 
     def forward(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
-        """Patches [T, 3, 14, 14] in raster order, normalised or uint8, to features [T, C] in the order of `batch`."""
+        """Patches [T, 3, 14, 14] in raster order, normalized or uint8, to features [T, C] in the order of `batch`."""
         return vision_forward(
             pixel_values,
             batch,
@@ -156,7 +156,7 @@ class VisionTower(nn.Module):
         )
 
     def _embed_patches(self, patches: Tensor) -> Tensor:
-        """[T, 3, 14, 14] to [T, C]. The normalisation of uint8 pixels is folded into the weights."""
+        """[T, 3, 14, 14] to [T, C]. The normalization of uint8 pixels is folded into the weights."""
         if patches.dtype != torch.uint8:
             return linear(patches.flatten(1), self.patch_embedding.weight, self.patch_embedding.bias)
         weight, bias = self._fold_normalisation()

@@ -1,4 +1,4 @@
-"""Normalises the processor's arguments: one value, a list, or a nested list becomes a list over prompts, images or videos."""
+"""Normalizes the processor's arguments: one value, a list, or a nested list becomes a list over prompts, images or videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image processor's arithmetic: 8-bit images to 14 x 14 patches, and their normalisation.
+"""The image processor's arithmetic: 8-bit images to 14 x 14 patches, and their normalization.
 
 Symbols: P patches, T frames, h and w rows and columns of patches.
 """

@@ -188,8 +188,8 @@ class KeyeProcessor:
             padding: True or "longest" pads to the longest prompt; False requires prompts of equal length.
             return_tensors: must be "pt".
             padding_side: "left" (for generation) or "right".
-            pixel_dtype: "float32", or "uint8" for patches that are not normalised. uint8 takes a quarter of the memory, and
-                `Keye` normalises the patches with `norm` of `patch_config`.
+            pixel_dtype: "float32", or "uint8" for patches that are not normalized. uint8 takes a quarter of the memory, and
+                `Keye` normalizes the patches with `norm` of `patch_config`.
             **video_kwargs: what `process_vision_info` returned. For Preview `fps`, one number or one per video. For 1.5 `height`,
                 `width`, `fast_height`, `fast_width`, `frame_types` and `timestamps`, each a list with one entry per video.
                 `timestamps` may leave out the videos without times, as `keye_vl_utils` does.

@@ -36,7 +36,7 @@ def test_uint8_patches_give_the_features_of_normalized_patches(norm):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8, torch.bool, torch.complex64])
 def test_patches_of_other_dtypes_are_refused(dtype):
     inputs = prompt([(1, 4, 6)])
-    with pytest.raises(TypeError, match=rf"pixel_values must be normalised floats or uint8, got {dtype}"):
+    with pytest.raises(TypeError, match=rf"pixel_values must be normalized floats or uint8, got {dtype}"):
         tiny_model()(**inputs | {"pixel_values": inputs["pixel_values"].to(dtype)})
 
 

@@ -103,7 +103,7 @@ def packed_attention(project_qkv: Callable, rotate: Callable, out: str, returns_
     ) -> Tensor | tuple[Tensor, None]:
         q, k, v = project_qkv(self, hidden_states)
         q, k = rotate(q, k, *position_embeddings)
-        # The number of patches is an upper bound that needs no synchronisation
+        # The number of patches is an upper bound that needs no synchronization
         longest = hidden_states.shape[0] if max_seqlen is None else max_seqlen
         attended = ops.varlen_attention(q, k, v, cu_seqlens.to(torch.int32), longest, softmax_scale=self.scaling)
         attended = getattr(self, out)(attended.flatten(1))

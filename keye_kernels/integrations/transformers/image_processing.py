@@ -83,7 +83,7 @@ class SiglipImageProcessor(BaseImageProcessor):
         return PatchConfig.from_dict({**values, **overrides}, self.edition)
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **overrides: Any) -> BatchFeature:
-        """Resizes and normalises images and cuts them into patches.
+        """Resizes and normalizes images and cuts them into patches.
 
         Args:
             images: an image or a list of images: PIL images, arrays, tensors, paths or URLs.

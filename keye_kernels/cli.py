@@ -78,6 +78,6 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--impl", default="auto", help="implementation of the operators, such as reference or triton")
+    parser.add_argument("--impl", default="auto", help="auto, reference, triton, torch or flash_attn; default: auto")
     parser.add_argument("--device", help="for example cuda; default: torch's default device")
     parser.add_argument("--dtype", help="for example bfloat16; default: that of the checkpoint")

@@ -18,6 +18,7 @@ from keye_kernels.small import ASSETS, SMALL
 from keye_kernels.tools import compile as checker
 from keye_kernels.tools import inspect
 from keye_kernels.tools.bench import report
+from keye_kernels.tools.running import worker_pool
 from keye_kernels.triton import launch_config
 
 COMMANDS = {
@@ -85,7 +86,6 @@ def test_ctrl_c_ends_the_compile_module_with_130(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
 @pytest.mark.parametrize(
     "arguments",
     [["keye_kernels", "bench", "--counted", "--target", "none"], ["keye_kernels.tools.compile", "--target", "sm_90"]],
@@ -105,6 +105,15 @@ def test_ctrl_c_in_a_terminal_also_ends_the_worker_processes(arguments):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err and out == ""
+
+
+def test_workers_ignore_the_signal_of_ctrl_c():
+    with worker_pool(1, "0") as pool:
+        worker = pool.submit(os.getpid).result()
+        time.sleep(0.5)  # it waits for the next call
+        os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)
+        assert pool.submit(os.getpid).result(timeout=60) == worker
 
 
 def test_version_is_printed(capsys):

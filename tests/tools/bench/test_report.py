@@ -226,6 +226,7 @@ CASE = ("benchmarks", 0)
         (changed(True, *CASE, "stats", "median"), "stats: median must be a positive number"),
         (changed(float("nan"), *CASE, "stats", "median"), "stats: median must be a positive number"),
         (changed(float("inf"), *CASE, "stats", "q3"), "stats: q3 must be a positive number"),
+        (changed("1e999", *CASE, "stats", "q3"), "stats: q3 must be a positive number, got 'inf'"),
         (changed("fast", *CASE, "stats", "q1"), "stats: q1 must be a positive number, got 'fast'"),
         (changed(None, *CASE, "name"), "benchmarks[0]: name must be a string"),
         (changed(7, *CASE, "group"), "benchmarks[0]: group must be a string"),
@@ -242,7 +243,7 @@ CASE = ("benchmarks", 0)
     ],
 )
 def test_results_of_the_wrong_shape_name_the_file_and_the_field(content, message, tmp_path, write, report):
-    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "a.json").write_text(json.dumps(content).replace('"1e999"', "1e999"))
     code, page, error = report(str(tmp_path / "a.json"), *([write("b.json", CASES)] if "traffic" in content else []))
     assert code == 2 and page is None and error.count("\n") == 1
     assert f"{tmp_path / 'a.json'}" in error and message in error

@@ -11,17 +11,11 @@ from .tools.running import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; `arguments` defaults to `sys.argv`. Errors print one line to stderr.
-
-    Returns 0, 1 for a finding of the command or an unexpected exception, 2 for bad input, or 130 after Ctrl-C.
-    """
+    """Runs one command and returns its exit code; `arguments` defaults to `sys.argv`. Errors print one line to stderr."""
     options = _parser().parse_args(arguments)
-
-    def run() -> int | None:
-        # Imported here, so that a command does not import the others
-        return import_module(f".tools.{options.command}", __package__).run(options)
-
-    return exit_code(f"keye-kernels {options.command}", run)
+    name = options.command
+    # Imported here, so that a command does not import the others
+    return exit_code(f"keye-kernels {name}", lambda: import_module(f".tools.{name}", __package__).run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

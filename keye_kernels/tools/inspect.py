@@ -7,15 +7,13 @@ from keye_kernels.editions import EDITIONS
 from keye_kernels.processing.inspect import inspect_video, plot_inspection
 from keye_kernels.triton.launch_config import replaced_file
 
-PLOT_SUFFIXES = (".png", ".pdf", ".svg")
-
 
 def run(options: argparse.Namespace) -> None:
     """Prints the table of the sampled frames and, with `--plot`, writes the plot."""
     if options.context is not None and options.context < 1:
         raise ValueError(f"--context must be at least 1, got {options.context}")
-    if options.plot and not options.plot.lower().endswith(PLOT_SUFFIXES):
-        raise ValueError(f"--plot must end in {', '.join(PLOT_SUFFIXES)}, got {options.plot}")
+    if options.plot and not options.plot.lower().endswith((".png", ".pdf", ".svg")):
+        raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot}")
     video_options = {} if options.fps is None else {"fps": options.fps}
     inspection = inspect_video(options.video, options.edition, video_options)
     context_length = options.context or EDITIONS[options.edition].context_length

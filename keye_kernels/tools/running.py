@@ -16,7 +16,7 @@ EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 def exit_code(program: str, run: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code. An exception prints one line, with KEYE_KERNELS_DEBUG=1 its traceback too."""
+    """Runs a command and returns its exit code. An exception prints one line, and with KEYE_KERNELS_DEBUG=1 its traceback."""
     try:
         return run() or 0
     except KeyboardInterrupt:

@@ -186,7 +186,7 @@ def test_ignored_sampling_options_give_a_warning(capsys):
     "options, message",
     [
         (["--context", "0"], "--context must be at least 1, got 0"),
-        (["--plot", "plot.xyz"], "--plot must end in .png, .pdf, .svg, got plot.xyz"),
+        (["--plot", "plot.xyz"], "--plot must end in .png, .pdf or .svg, got plot.xyz"),
     ],
 )
 def test_inspect_rejects_options_before_it_reads_the_video(options, message, capsys):

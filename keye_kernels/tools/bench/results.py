@@ -105,8 +105,7 @@ def _check(parent: Any, where: str, kind: type, *names: str, optional: bool = Fa
     for name in names:
         value = parent.get(name)
         is_valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if kind is float and is_valid:
-            is_valid = math.isfinite(value) and (optional or value > 0)
+        is_valid = is_valid and (kind is not float or (math.isfinite(value) and (optional or value > 0)))
         if not is_valid and not (optional and value is None):
             raise ValueError(f"{where}: {name} must be {JSON_TYPES[kind]}, got {str(value)[:60]!r}")
 

@@ -46,9 +46,12 @@ class VisionBatch:
         device = grid_thw.device if device is None else device
         grids = check_grid_thw(grid_thw, num_patches, merge_size)
         segments = Segments.from_lengths(segment_lengths(grids, segment_by_frame), device)
-        *tensors, merge_index = (t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order))
-        merged = None if order == "block" else merge_index
-        return cls(segments, *tensors, merged, table_side, merge_size)  # type: ignore[call-arg, arg-type]
+        tensors = (t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order))
+        position_ids, corner_index, corner_weight, raster_index, merge_index = tensors
+        return cls(
+            segments, position_ids, corner_index, corner_weight, raster_index, None if order == "block" else merge_index,
+            table_side, merge_size,
+        )  # fmt: skip
 
 
 def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -> list[Grid]:

@@ -25,9 +25,12 @@ def build_vision_batch(
         )  # fmt: skip
     is_block = order == "block"
     sizes = num_patches, table_side, merge_size
-    cu_seqlens, *tensors, merge_index = _geometry_op(grid_thw, *sizes, segment_by_frame, is_block, device)
-    segments, merge_index = Segments(cu_seqlens, num_patches), None if is_block else merge_index
-    return VisionBatch(segments, *tensors, merge_index, table_side, merge_size)  # type: ignore[call-arg]
+    tensors = _geometry_op(grid_thw, *sizes, segment_by_frame, is_block, device)
+    cu_seqlens, position_ids, corner_index, corner_weight, raster_index, merge_index = tensors
+    return VisionBatch(
+        Segments(cu_seqlens, num_patches), position_ids, corner_index, corner_weight, raster_index,
+        None if is_block else merge_index, table_side, merge_size,
+    )  # fmt: skip
 
 
 def _run(grid_thw, num_patches, table_side, merge_size, segment_by_frame, block_order, device):

@@ -50,7 +50,7 @@ def load_image(
         image = Image.open(io.BytesIO(encoded))
     except Image.DecompressionBombError as error:
         raise _bomb_error(name, error) from error
-    except Exception as error:
+    except Exception as error:  # Pillow's plugins raise many types for a broken header
         raise ValueError(
             f"image {name} is not in a format that Pillow can read ({len(encoded)} bytes); pass a PNG, JPEG or WebP"
         ) from error
@@ -139,7 +139,7 @@ def _to_rgb(image: Image, blend_alpha: bool, name: str) -> Image:
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise _bomb_error(name, error) from error
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise many types for broken data
         raise ValueError(f"image {name} cannot be decoded ({error}); it may be truncated or damaged") from error
     raise ValueError(
         f"image {name} has mode {image.mode} (32-bit {'integers' if image.mode == 'I' else 'floating point'}), in which black "

@@ -92,7 +92,7 @@ def download(url: str, file: BinaryIO, *, timeout: float, max_bytes: int) -> Non
     def work() -> None:
         try:
             _download(url, file, _recording_opener(connections, deadline), timeout, deadline, max_bytes)
-        except Exception as error:
+        except Exception as error:  # raised again by the waiting thread
             errors.append(error)
 
     # The timeout of a socket limits each receive only, and name resolution has none. So a thread downloads and this one waits.
@@ -128,7 +128,7 @@ def _download(
     except urllib.error.HTTPError as error:
         error.close()
         raise ValueError(f"cannot download {name}: the server answered {error.code} {error.reason}") from error
-    except Exception as error:
+    except Exception as error:  # of sockets, TLS, HTTP parsing and file systems
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise ValueError(f"{name} did not arrive within timeout={timeout} seconds") from error

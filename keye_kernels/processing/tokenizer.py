@@ -55,7 +55,7 @@ class KeyeTokenizer:
             raise FileNotFoundError(f"{file} does not exist; the checkpoint needs a tokenizer.json")
         try:
             backend = Tokenizer.from_file(str(file))
-        except Exception as error:
+        except Exception as error:  # tokenizers raises a bare Exception for a broken file
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
         config = read_json(Path(path) / "tokenizer_config.json", default={})
         return cls(backend, eos_token=_token_text(config.get("eos_token")), pad_token=_token_text(config.get("pad_token")))

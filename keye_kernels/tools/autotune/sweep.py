@@ -168,7 +168,7 @@ def _check_device(device: torch.device, config: Config) -> None:
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
-        except Exception as error:
+        except Exception as error:  # whatever its type, the device is lost
             raise RuntimeError(f"the device stopped responding after {config}; --resume skips this config: {error}") from error
 
 

@@ -41,7 +41,7 @@ def diagnose() -> Diagnosis:
     def probe(what: str, run: Callable[[], tuple[Any, list[Problem]]], instead: Any) -> Any:
         try:
             result, problems = run()
-        except Exception as error:
+        except Exception as error:  # no probe of a broken machine may end the diagnosis
             result, problems = instead, [Problem(f"{what}: {summary(error)}", "attach this report to an issue of the project")]
         found.problems += problems
         return result

@@ -1,0 +1,1 @@
+"""Faults planted one at a time to measure the tests: `python -m tests.mutation`."""

@@ -1,0 +1,66 @@
+"""`Segments` and the tile schedule of the attention kernel: exact entries, and the cache of schedules."""
+
+import pytest
+import torch
+
+from keye_kernels.segments import Segments, cumulative_lengths, tile_schedule
+
+CPU = torch.device("cpu")
+
+
+def test_a_schedule_of_full_attention_keeps_the_tiles_of_a_segment_together():
+    # Segments of equal length follow each other, each with its tiles in order
+    entries = tile_schedule(torch.tensor([2, 7, 17, 27, 28], dtype=torch.int32), 4, False).tolist()
+    assert entries == [
+        *([7, 10, 0], [7, 10, 4], [7, 10, 8]),
+        *([17, 10, 0], [17, 10, 4], [17, 10, 8]),
+        *([2, 5, 0], [2, 5, 4]),
+        [27, 1, 0],
+    ]
+
+
+def test_a_causal_schedule_starts_the_last_tiles_first():
+    entries = tile_schedule(torch.tensor([0, 5, 15], dtype=torch.int32), 4, True).tolist()
+    # Keys that each tile attends to: 10, 8, 5, then 4 and 4 in the order of the segments
+    assert entries == [[5, 10, 8], [5, 10, 4], [0, 5, 4], [0, 5, 0], [5, 10, 0]]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_segment_has_as_many_tiles_as_needed(length, causal):
+    schedule = tile_schedule(torch.tensor([0, length], dtype=torch.int32), 64, causal)
+    assert sorted(schedule[:, 2].tolist()) == list(range(0, length, 64))
+
+
+def test_lengths_near_the_largest_int32_do_not_overflow():
+    longest, block_m = 2**31 - 1, 2**30
+    schedule = tile_schedule(torch.tensor([0, longest], dtype=torch.int32), block_m, True)
+    assert schedule.tolist() == [[0, longest, block_m], [0, longest, 0]]
+    offsets = cumulative_lengths([2**30, 2**30 - 1])
+    assert offsets.tolist() == [0, 2**30, longest] and offsets.dtype == torch.int32
+
+
+def test_schedules_are_cached_by_tile_height_and_mask():
+    segments = Segments.from_lengths([40, 30, 100], CPU)
+    keys = [(block_m, causal) for block_m in (16, 64) for causal in (False, True)]
+    for block_m, causal in keys * 2:
+        expected = tile_schedule(segments.cu_seqlens, block_m, causal)
+        assert torch.equal(segments.schedule(block_m, causal), expected)
+        assert segments.schedule(block_m, causal) is segments.schedule(block_m, causal)
+    other = Segments.from_lengths([100, 70], CPU)
+    assert not torch.equal(other.schedule(16, False), segments.schedule(16, False))
+
+
+def test_a_schedule_is_on_the_device_of_the_offsets():
+    segments = Segments.from_lengths([3, 5], torch.device("meta"))
+    assert segments.cu_seqlens.device.type == "meta" and segments.schedule(16, False).device.type == "meta"
+
+
+def test_lengths_and_the_number_of_tokens():
+    segments = Segments.from_lengths([3, 0, 9, 5], CPU)
+    assert segments.cu_seqlens.tolist() == [0, 3, 3, 12, 17]
+    assert (segments.max_seqlen, segments.num_tokens, segments.lengths) == (9, 17, (3, 0, 9, 5))
+    assert Segments(segments.cu_seqlens, 9).num_tokens is None
+    assert Segments.from_lengths([], CPU).num_tokens == 0
+    with torch.device("meta"):  # the default device does not matter
+        assert cumulative_lengths([2]).device == CPU and tile_schedule(segments.cu_seqlens, 16, True).device == CPU

@@ -22,6 +22,13 @@ class Segments:
     lengths: tuple[int, ...] | None = None  # on the host; None where only the device knows them
     _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.lengths is None:
+            return
+        if min(self.lengths, default=0) < 0 or len(self.lengths) + 1 != self.cu_seqlens.shape[0]:
+            found = f"{list(self.lengths)} with {self.cu_seqlens.shape[0]} offsets"
+            raise ValueError(f"lengths must be one not negative number per segment of cu_seqlens, got {found}")
+
     @cached_property
     def num_tokens(self) -> int | None:
         """T; None where only the device knows it."""

@@ -50,6 +50,12 @@ def check_int32_offsets(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have fewer than 2**31 elements, got shape {list(x.shape)}")
 
 
+def check_indices(name: str, indices: Tensor, size: int) -> None:
+    """ValueError where indices on the CPU are not below `size`: a kernel would read other memory. A GPU would have to wait."""
+    if indices.device.type == "cpu" and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        raise ValueError(f"{name} must be from 0 to {size - 1}, got {int(indices.min())} to {int(indices.max())}")
+
+
 def check_last_axis(name: str, x: Tensor) -> None:
     """ValueError unless the last axis of `x` is contiguous."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:

@@ -6,7 +6,7 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_eps, check_int32_offsets, check_last_axis, check_tensor
+from .checks import FLOATS, INTEGERS, check_eps, check_indices, check_int32_offsets, check_last_axis, check_tensor
 from .implementation import check_impl, is_auto, kernel_inputs, resolve
 from .registry import call, define_differentiable
 
@@ -76,6 +76,8 @@ def patch_merge_projection(
         merge_index = grid_thw.merge_index
         if (patches := grid_thw.raster_index.shape[0]) != features.shape[0]:
             raise ValueError(f"grid_thw describes {patches} patches, but features has {features.shape[0]} rows")
+        if merge_index is not None:
+            check_tensor("merge_index", merge_index, (patches // merge_size**2, merge_size**2), INTEGERS, features)
     else:
         grids = check_grid_thw(grid_thw, features.shape[0], merge_size)
         merge_index = patch_tensors(grids, 1, merge_size, "raster")[-1].to(features.device)
@@ -90,6 +92,8 @@ def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
         return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
     from keye_kernels.triton.patch_merge import patch_merge_projection as run
 
+    if merge_index is not None:
+        check_indices("merge_index", merge_index, features.shape[0])
     inputs, *weights = kernel_inputs(features, *(weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2)))
     return run(inputs, merge_index, *weights, merge_size, eps, backend or impl).to(features.dtype)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
-from .checks import FLOATS, check_int32_offsets, check_last_axis, check_tensor
+from .checks import FLOATS, INTEGERS, check_indices, check_int32_offsets, check_last_axis, check_tensor
 from .implementation import check_impl, kernel_inputs, resolve
 from .registry import call, define_differentiable
 
@@ -39,6 +39,8 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
         index, weight = grid_thw.corner_index, grid_thw.corner_weight
         if index.shape[0] != features.shape[0]:
             raise ValueError(f"grid_thw describes {index.shape[0]} patches, but features has {features.shape[0]} rows")
+        check_tensor("corner_index", index, (index.shape[0], 4), INTEGERS, features)
+        check_tensor("corner_weight", weight, (index.shape[0], 4), (torch.float32,), features)
         if table.shape[0] != (side := grid_thw.table_side) ** 2:
             found = table.shape[0]
             raise ValueError(f"table must have {side**2} rows, because the VisionBatch has table_side={side}, got {found} rows")
@@ -55,6 +57,7 @@ def _run(features, table, corner_index, corner_weight, impl):
     if resolve(impl, "position_embedding_2d", features.device, features.dtype) == "triton":
         from keye_kernels.triton.position_embedding_2d import position_embedding_2d as run
 
+        check_indices("corner_index", corner_index, table.shape[0])
         return run(*kernel_inputs(features, table), corner_index, corner_weight).to(features.dtype)
     return _reference(features, table, corner_index, corner_weight, impl)
 

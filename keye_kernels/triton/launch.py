@@ -5,6 +5,7 @@ launches the same few specializations again and again.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 MAX_COMPILE_THREADS = 16
+# The interpreter keeps the running program in global variables
+_interpreter_lock = threading.Lock()
+_listener_lock = threading.Lock()
 _compile_only: ContextVar[bool] = ContextVar("keye_kernels_compile_only", default=False)
 
 
@@ -41,7 +45,9 @@ class Kernel:
     def __init__(self, function: Any):
         self.function = function
         # The interpreter compiles nothing
-        self.uses_cache = isinstance(function, JITFunction) and not torch.version.hip
+        is_interpreted = not isinstance(function, JITFunction)
+        self.uses_cache = not is_interpreted and not torch.version.hip
+        self.lock = _interpreter_lock if is_interpreted else nullcontext()
         self.compiled_kernels: dict[tuple, tuple[Any, tuple]] = {}
 
     def __call__(self, grid: int, *arguments: Any, **constants: Any) -> None:
@@ -53,7 +59,8 @@ class Kernel:
             self.function.run(*arguments, **constants, grid=(grid,), warmup=True)
             return
         if not self.uses_cache:
-            self.function[grid,](*arguments, **constants)
+            with self.lock:
+                self.function[grid,](*arguments, **constants)
             return
         key = driver.active.get_current_device(), *map(_kind, arguments), *constants.values()
         if key in self.compiled_kernels:
@@ -83,20 +90,21 @@ def compile_steps(steps: Sequence[Callable[[], object]], on_kernel: Callable[[],
     `on_kernel` is called for each kernel. Outputs are uninitialized memory: the values computed here have no meaning.
     """
     hits: list[bool] = []
-    listener = knobs.compilation.listener
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         hits.append(cache_hit)
         on_kernel()
 
-    knobs.compilation.listener = listen
-    try:
-        pool = ThreadPoolExecutor(min(MAX_COMPILE_THREADS, os.cpu_count() or 1))
-        with pool, _parallel_compilation(pool), compile_only():
-            for step in steps:
-                step()
-    finally:
-        knobs.compilation.listener = listener
+    with _listener_lock:
+        listener = knobs.compilation.listener
+        knobs.compilation.listener = listen
+        try:
+            pool = ThreadPoolExecutor(min(MAX_COMPILE_THREADS, os.cpu_count() or 1))
+            with pool, _parallel_compilation(pool), compile_only():
+                for step in steps:
+                    step()
+        finally:
+            knobs.compilation.listener = listener
     return hits.count(False), hits.count(True)
 
 

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -129,7 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder. It replaces `path` after the block, or is deleted if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

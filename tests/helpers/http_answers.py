@@ -1,6 +1,10 @@
-"""Responses of the local HTTP servers that tests download from."""
+"""The local HTTP servers that tests download from, and their responses."""
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def answer(content, status=200, **headers):
@@ -30,3 +34,27 @@ def answer_endlessly(chunk, pause=0.0):
             pass
 
     return respond
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.routes[self.path](self)
+
+    def log_message(self, *_):
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+@contextmanager
+def http_server() -> Iterator[ThreadingHTTPServer]:
+    """A local HTTP server at `address`; `routes` maps paths to functions of the request handler."""
+    with _Server(("127.0.0.1", 0), _Handler) as http:
+        http.routes = {}
+        http.address = f"http://127.0.0.1:{http.server_port}"
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield http
+        http.shutdown()

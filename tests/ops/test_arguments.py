@@ -1,6 +1,7 @@
 """Arguments that operators must refuse, and values that must not be hidden (NaN, empty tensors)."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.geometry import VisionBatch
+from keye_kernels.segments import Segments
 from tests.helpers.operator_calls import projection_arguments, rope_3d_arguments
 
 IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -158,6 +160,43 @@ def test_table_must_have_the_size_of_the_batch(rows, impl):
     batch = VisionBatch.build(torch.tensor([[1, 4, 6]]), 24, table_side=9)
     with pytest.raises(ValueError, match=f"table must have 81 rows, because the VisionBatch has table_side=9, got {rows} rows"):
         kk.ops.position_embedding_2d(torch.randn(24, 8), torch.randn(rows, 8), batch, impl=impl)
+
+
+@pytest.mark.parametrize("field", ["corner_index", "merge_index"])
+@pytest.mark.parametrize("value", [-1, 10**8])
+def test_indices_out_of_range_are_refused(field, value):
+    """In the interpreter a kernel would end the process, because it reads memory of others."""
+    features, *weights = projection_arguments()
+    batch = VisionBatch.build(torch.tensor([[1, 4, 4]]), 16, table_side=3, order="raster")
+    changed = getattr(batch, field).clone()
+    changed[-1, -1] = value
+    batch = replace(batch, **{field: changed})
+    with pytest.raises(ValueError, match=f"{field} must be from 0 to"):
+        kk.ops.position_embedding_2d(features, torch.randn(9, features.shape[1]), batch, impl="triton")
+        kk.ops.patch_merge_projection(features, batch, *weights, impl="triton")
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("corner_index", torch.zeros(16, 1, dtype=torch.int32)),
+        ("corner_weight", torch.ones(3, 4)),
+        ("merge_index", torch.zeros(1, 4, dtype=torch.int32)),
+    ],
+)
+def test_tensors_of_a_batch_have_its_size(field, value, impl):
+    features, *weights = projection_arguments()
+    batch = replace(VisionBatch.build(torch.tensor([[1, 4, 4]]), 16, table_side=3, order="raster"), **{field: value})
+    with pytest.raises(ValueError, match=f"{field} must have shape"):
+        kk.ops.position_embedding_2d(features, torch.randn(9, features.shape[1]), batch, impl=impl)
+        kk.ops.patch_merge_projection(features, batch, *weights, impl=impl)
+
+
+@pytest.mark.parametrize("lengths", [(9, -2), (7,), (3, 2, 2)])
+def test_lengths_of_segments_fit_their_offsets(lengths):
+    with pytest.raises(ValueError, match="lengths must be"):
+        Segments(torch.tensor([0, 5, 7], dtype=torch.int32), 9, lengths)
 
 
 def test_tensors_beyond_32_bit_offsets_are_refused():

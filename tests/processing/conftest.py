@@ -1,12 +1,10 @@
 """Processors of both editions with a byte tokenizer, and a local HTTP server."""
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
 from keye_kernels.editions import EDITIONS
 from keye_kernels.processing import KeyeProcessor
+from tests.helpers.http_answers import http_server
 from tests.helpers.small_tokenizer import write_processor_files
 
 
@@ -32,21 +30,7 @@ def v1_5(processors):
     return processors["1.5"]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.routes[self.path](self)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server():
-    """A local HTTP server at `address`; `routes` maps paths to functions of the request handler."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http:
-        http.daemon_threads = True
-        http.routes = {}
-        http.address = f"http://127.0.0.1:{http.server_port}"
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with http_server() as http:
         yield http
-        http.shutdown()

@@ -94,7 +94,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class KeyeConfig:
-    """The text model, the special tokens and the vision tower. Defaults are those of Keye-VL-8B-Preview."""
+    """The text model, the special tokens and the vision tower. Defaults are those of Keye-VL-8B-Preview.
+
+    In `from_dict`, that of `max_position_embeddings` depends on the edition.
+    """
 
     model_type: str = PREVIEW.model_type
     hidden_size: int = 4096
@@ -155,8 +158,10 @@ class KeyeConfig:
         Raises:
             ValueError: the model cannot be run by this package.
         """
-        model_type = edition_of(values.get("model_type")).model_type
-        values = {**values, **_object(values, "text_config"), "model_type": model_type}
+        edition = edition_of(values.get("model_type"))
+        values = {**values, **_object(values, "text_config"), "model_type": edition.model_type}
+        if values.get("max_position_embeddings") is None:
+            values["max_position_embeddings"] = edition.context_length
         rope = {**_object(values, "rope_scaling"), **_object(values, "rope_parameters")}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):

@@ -77,22 +77,32 @@ class FakeGraph:
     """Records the call of the model, which `replay` repeats with the tensors of the recorded call."""
 
     def capture_begin(self, **options):
-        pass
+        assert options == {"capture_error_mode": "thread_local"}
 
     def capture_end(self):
         pass
 
 
-def test_a_recorded_step_gets_the_token_of_each_call(monkeypatch):
+@pytest.fixture
+def waits(monkeypatch):
+    """What streams wait for, in order, with `FakeGraph` in place of CUDA graphs."""
+    waited = []
+
     class Stream:
+        def __init__(self, name):
+            self.name = name
+
         def wait_stream(self, other):
-            pass
+            waited.append(f"{self.name} for {other.name}")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(step_graph, "_capture_stream", lambda device: Stream())
+    monkeypatch.setattr(step_graph, "_capture_stream", lambda device: Stream("side"))
+    return waited
 
+
+def test_a_recorded_step_gets_the_token_of_each_call(waits):
     class Double(nn.Module):
         def forward(self, token, cache):
             assert cache == "cache"
@@ -103,3 +113,22 @@ def test_a_recorded_step_gets_the_token_of_each_call(monkeypatch):
     step = _RecordedStep(Double(), "cache")
     found = [int(step(torch.tensor([[token]]))) for token in (3, 5, 4, 9)]
     assert found == [6, 10, 8, 18] and isinstance(step.graph, FakeGraph)
+    assert waits == ["side for current", "current for side"]
+
+
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(waits, monkeypatch, caplog):
+    """Later steps and later conversations do not try again."""
+
+    def fail(graph, **options):
+        raise RuntimeError("operation not permitted")
+
+    class Double(ModelOnGpu):
+        def forward(self, token, cache):
+            return SimpleNamespace(logits=2 * token)
+
+    monkeypatch.setattr(FakeGraph, "capture_begin", fail)
+    model = Double()
+    step = decoding_step(model, None, MIN_STEPS_TO_RECORD)
+    assert [int(step(torch.tensor([[token]]))) for token in (3, 5, 4)] == [6, 10, 8]
+    assert waits == ["side for current"] and not is_recorded(model)
+    assert "decoding runs without CUDA graphs" in caplog.text and "operation not permitted" in caplog.text

@@ -156,7 +156,9 @@ def test_initial_weights():
 def test_loading_uses_the_given_dtype_and_device(tmp_path, monkeypatch):
     path = save_checkpoint(tiny_model(), tmp_path, {**CONFIG, "torch_dtype": "bfloat16"})
     allocated, allocate = [], checkpoint.allocate
-    monkeypatch.setattr("keye_kernels.model.keye.allocate", lambda m, *options: allocated.append(options) or allocate(m, *options))
+    monkeypatch.setattr(
+        "keye_kernels.model.keye.allocate", lambda m, *options: allocated.append(options) or allocate(m, *options)
+    )
     kk.Keye.from_pretrained(path, dtype="float16", device="cpu:0")
     kk.Keye.from_pretrained(path)
     assert allocated == [(torch.float16, torch.device("cpu:0")), (torch.bfloat16, torch.device("cpu"))]

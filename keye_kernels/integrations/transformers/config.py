@@ -71,7 +71,8 @@ class KeyeConfig(PretrainedConfig):
             "rope_theta": lean.rope_theta,
             "mrope_section": list(lean.mrope_section),
         }
-        for name, default in TEXT_DEFAULTS.items():
+        # This default depends on the edition
+        for name, default in {**TEXT_DEFAULTS, "max_position_embeddings": lean.max_position_embeddings}.items():
             setattr(self, name, kwargs.pop(name, default))
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from keye_kernels.model.positions import check_seconds
+
 # Placeholder token, pixels and grids of each kind of input
 MEDIA = (("image_token_id", "pixel_values", "image_grid_thw"), ("video_token_id", "pixel_values_videos", "video_grid_thw"))
 VISION_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "num_frames")
@@ -122,5 +124,8 @@ class KeyeGenerationMixin:
         repeated = {pixels: torch.cat([pieces[index] for index in order]), grids: kwargs[grids][order]}
         seconds = kwargs.get("second_per_grid_ts")
         if grids == "video_grid_thw" and seconds is not None:
-            repeated["second_per_grid_ts"] = torch.as_tensor(seconds)[order]
+            seconds = torch.as_tensor(seconds, dtype=torch.float32).flatten()
+            # Before they are repeated: one number for each beam of one video would look valid
+            check_seconds(self.config.lean(), kwargs[grids], seconds)
+            repeated["second_per_grid_ts"] = seconds.expand(len(patches))[order]
         return repeated

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from keye_kernels.editions import edition_of
-from keye_kernels.model.positions import check_placeholders, rope_index
+from keye_kernels.model.config import check_number
+from keye_kernels.model.positions import check_placeholders, check_seconds, rope_index
 
 from .attention import NAME, register_attention
 from .config import KeyeConfig, KeyeVL1_5Config
@@ -75,6 +76,7 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
             second_per_grid_ts = torch.as_tensor(second_per_grid_ts, dtype=torch.float32)
         config = self.config.lean()
         check_placeholders(config, input_ids, image_grid_thw, video_grid_thw, attention_mask)
+        check_seconds(config, video_grid_thw, second_per_grid_ts)
         return rope_index(config, input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
 
     @can_return_tuple
@@ -103,8 +105,10 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
         are pixels. Pixels [T, 3, 14, 14], grids [n, 3], the seconds between the frames of each video (Preview) and `num_frames`
         (1.5, not used) come from the processor. `labels` [B, S], -100 = no loss, may be `input_ids`: the loss is that of the next
         token. `logits_to_keep` is a number of last tokens, or token indices; 0 = all tokens. `kwargs` are passed to the text
-        model and the loss. Raises ValueError if inputs are missing, or the placeholders do not match the grids.
+        model and the loss. Raises ValueError if inputs are missing or do not match.
         """
+        if not isinstance(logits_to_keep, Tensor):
+            check_number("logits_to_keep", logits_to_keep, 0, 2**63)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("forward needs input_ids or inputs_embeds, got neither")
         media = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
@@ -134,7 +138,7 @@ class KeyeForConditionalGeneration(KeyeGenerationMixin, KeyePreTrainedModel, Gen
                 is_placeholder = (input_ids == getattr(self.config, token)).to(inputs_embeds.device)
                 inputs_embeds = inputs_embeds.masked_scatter(is_placeholder[..., None], features)
         output = self.model(inputs_embeds, position_ids, attention_mask, past_key_values, **kwargs)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:

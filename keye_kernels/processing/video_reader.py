@@ -35,6 +35,8 @@ CONTAINERS = (
     *("ivf", "obu", "av1", "h264", "hevc", "m4v", "mjpeg", "yuv4mpegpipe", "wav", "mp3", "flac"),
 )
 MAX_STREAMS = 64
+# The sides of a decoder's buffers are multiples of at most this number, that of the largest blocks and of aligned lines.
+BUFFER_ALIGNMENT_PIXELS = 64
 # Five million frames last 46 hours at 30 frames per second. Sound has packets of its own.
 MAX_PACKETS = 20_000_000
 # For scanning and decoding one file, including the time to resize and classify its frames.
@@ -209,8 +211,9 @@ class VideoReader:
             # Without this, FFmpeg conceals damage with parts of other frames.
             context.options = {"err_detect": "explode"}
             if limit := _max_frame_pixels():
-                # Of frames that grow within a stream; FFmpeg checks it before it allocates them.
-                context.options |= {"max_pixels": str(limit)}
+                # Of frames that grow within a stream; FFmpeg checks it before it allocates them, with the sides of its buffers.
+                buffer_pixels = _aligned(context.height) * _aligned(context.width)
+                context.options |= {"max_pixels": str(max(limit, buffer_pixels))}
             packets = (packet for packet in container.demux(stream) if packet.size)
             count, is_flushed = 0, True
             is_skipping = wanted is not None
@@ -285,6 +288,10 @@ def _max_frame_pixels() -> int | None:
 
     # Pillow's rule for images: an error above twice MAX_IMAGE_PIXELS.
     return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+
+
+def _aligned(side: int) -> int:
+    return -(-side // BUFFER_ALIGNMENT_PIXELS) * BUFFER_ALIGNMENT_PIXELS
 
 
 def _quarter_turns(frame: VideoFrame) -> int:

@@ -64,3 +64,45 @@ def test_the_plot_is_written(tmp_path, clip):
     plot_inspection(inspection, tmp_path / "plot.png", context_length=131_072)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 1000
+
+
+def test_the_limits_of_the_processor_are_used(tmp_path):
+    processor = KeyeProcessor.from_pretrained(write_processor_files(tmp_path, "preview", max_pixels=56 * 56))
+    inspection = inspect_video([Image.new("RGB", (560, 560))] * 2, processor)
+    assert (inspection.frame_sizes, inspection.frame_tokens) == ([(56, 56)] * 2, [4, 4])
+
+
+def flashing(count):
+    """A gray image and then red ones: one slow frame after another, then fast frames."""
+    return [Image.new("RGB", (120, 60), (128, 128, 128) if index == 0 else (230, 30, 40)) for index in range(count)]
+
+
+def test_slow_and_fast_frames_are_counted():
+    inspection = inspect_video(flashing(5), "1.5", {"fps": 2})
+    assert inspection.frame_types == [0, 0, 1, 1, 1]
+    assert inspection.to_text().splitlines()[-1].startswith("5 frames (2 slow, 3 fast): ")
+    # "<|frame|>0.0" is 1 + 3 tokens, and a fast frame has 2 markers more
+    assert inspection.text_tokens == 5 * 4 + 3 * 2
+
+
+@pytest.mark.parametrize(("count", "shown"), [(5, [0, 1, 2, 3, 4]), (12, list(range(12))), (23, list(range(0, 23, 2)))])
+def test_at_most_12_thumbnails_are_kept(count, shown):
+    inspection = inspect_video(flashing(count), "1.5", {"fps": 2})
+    assert list(inspection.thumbnails) == shown
+    height, width = inspection.frame_sizes[0]
+    assert {tuple(image.shape) for image in inspection.thumbnails.values()} == {(3, 90, round(90 * width / height))}
+
+
+def test_the_plot_shows_the_tokens_of_slow_and_fast_frames(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure))
+    inspection = inspect_video(flashing(5), "1.5", {"fps": 2, "max_pixels": 60_000})
+    plot_inspection(inspection, tmp_path / "plot.png", context_length=1000)
+    images, bars = saved[0].axes[:2]
+    points = {tuple(line.get_xdata()): list(line.get_ydata()) for line in bars.lines}
+    assert points == {(0.0, 0.5): inspection.frame_tokens[:2], (1.0, 1.5, 2.0): inspection.frame_tokens[2:]}
+    assert [text.get_text() for text in bars.get_legend().get_texts()] == ["slow (2 frames)", "fast (3 frames)"]
+    assert bars.get_title() == f"Keye 1.5: {inspection.total_tokens} tokens of 1000 ({inspection.total_tokens / 1000:.1%})"
+    assert [axes.get_title() for axes in images.child_axes] == ["0.0 s", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]

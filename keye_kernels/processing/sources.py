@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
 MAX_DOWNLOAD_BYTES = 256 * 1024 * 1024
 DOWNLOAD_CHUNK_BYTES = 1 << 20
+MAX_REDIRECTS = 10
 USER_AGENT = "keye_kernels"
 
 
@@ -140,6 +141,8 @@ def _download(
 
 
 class _HttpRedirectsOnly(urllib.request.HTTPRedirectHandler):
+    max_redirections = MAX_REDIRECTS
+
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         # A server must not be able to make the client read its own local files.
         if not _is_http(newurl):

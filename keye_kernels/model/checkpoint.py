@@ -4,9 +4,7 @@ Weights are copied from memory-mapped files directly into the parameters. The pa
 tensors of the checkpoint. The names are listed in `docs/models/keye_vl_1_5.md`, section "Checkpoint tensors".
 """
 
-import ctypes
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from keye_kernels.ops.cpu import prefer_huge_pages
 
 from .config import read_json, require
 from .linear import FusedLinear
@@ -36,8 +36,6 @@ UNUSED = ("visual.vision_model.head.", "visual.vision_model.embeddings.packing_p
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Pages of a mapped file count as memory of the process until it is unmapped. After this many bytes the file is mapped again
 BYTES_PER_MAPPING = 32 << 20
-HUGE_PAGE_BYTES = 2 << 20
-MADV_HUGEPAGE = 14  # the value on Linux for every architecture that torch supports
 
 
 class StoredTensor(NamedTuple):
@@ -71,14 +69,6 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
             storage = torch.empty(parameter.shape, dtype=dtype, device=device)
             prefer_huge_pages(storage)
             setattr(module, name, nn.Parameter(storage))
-
-
-def prefer_huge_pages(x: Tensor) -> None:
-    """Asks Linux for 2 MB pages for an uninitialized CPU tensor: the first write is three times as fast. This is only a hint."""
-    start = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    length = (x.data_ptr() + x.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    if sys.platform == "linux" and x.device.type == "cpu" and length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
 
 def matching_tensors(model: "Keye", path: Path) -> dict[str, StoredTensor]:

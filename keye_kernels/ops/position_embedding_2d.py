@@ -6,6 +6,7 @@ from torch import Tensor
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
+from . import cpu
 from .checks import FLOATS, INTEGERS, check_indices, check_int32_offsets, check_last_axis, check_tensor
 from .implementation import check_impl, kernel_inputs, resolve
 from .registry import call, define_differentiable
@@ -59,7 +60,8 @@ def _run(features, table, corner_index, corner_weight, impl):
 
         check_indices("corner_index", corner_index, table.shape[0])
         return run(*kernel_inputs(features, table), corner_index, corner_weight).to(features.dtype)
-    return _reference(features, table, corner_index, corner_weight, impl)
+    run = (cpu if features.device.type == "cpu" else reference).position_embedding_2d
+    return run(features, table, corner_index, corner_weight)
 
 
 def _reference(features, table, corner_index, corner_weight, impl):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keye_kernels import reference
 
+from . import cpu
 from .checks import FLOATS, INTEGERS, check_eps, check_heads, check_tensor
 from .implementation import check_impl, kernel_inputs, resolve
 from .registry import NAMESPACE, call, define, gradients, library
@@ -105,7 +106,7 @@ def _run(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, e
     operator = "rope_3d" if len(sections) == 3 else "rope_2d"
     options = position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, conjugate
     if resolve(impl, operator, q.device, q.dtype) == "reference":
-        return reference.rope(q, k, *options)
+        return (cpu if q.device.type == "cpu" else reference).rope(q, k, *options)
     from keye_kernels.triton.rope import rope
 
     q_out, k_out = rope(*kernel_inputs(q, k), *options)

@@ -8,7 +8,17 @@ Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 from .linear import linear
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
-from .rope import rms_norm, rope
+from .rope import compute_dtype, rms_norm, rope, rotate, rotation_tables
 from .varlen_attention import varlen_attention
 
-__all__ = ["linear", "patch_merge_projection", "position_embedding_2d", "rms_norm", "rope", "varlen_attention"]
+__all__ = [
+    "compute_dtype",
+    "linear",
+    "patch_merge_projection",
+    "position_embedding_2d",
+    "rms_norm",
+    "rope",
+    "rotate",
+    "rotation_tables",
+    "varlen_attention",
+]

@@ -21,15 +21,22 @@ def rope(
     Source of the maths: docs/models/keye_vl_1_5.md, "Vision tower" and "3D position ids". Angles are float32, as
     in the official code.
     """
-    pairs = sum(sections)
-    axes, counts = torch.arange(len(sections), device=q.device), torch.tensor(sections, device=q.device)
+    cos, sin = rotation_tables(position_ids, inv_freq, sections, compute_dtype(q), conjugate)
+    q_out = rotate(rms_norm(q, q_norm_weight, eps), cos, sin).to(q.dtype)
+    return q_out, rotate(rms_norm(k, k_norm_weight, eps), cos, sin).to(k.dtype)
+
+
+def rotation_tables(
+    position_ids: Tensor, inv_freq: Tensor, sections: list[int], dtype: torch.dtype, conjugate: bool
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles, [T, 1, D/2] in `dtype`; see `rope`."""
+    pairs, device = sum(sections), position_ids.device
+    axes, counts = torch.arange(len(sections), device=device), torch.tensor(sections, device=device)
     axis = torch.repeat_interleave(axes, counts, output_size=pairs)
     frequency = inv_freq.float().repeat(pairs // inv_freq.shape[0])
-    angle = position_ids.float()[axis].T * frequency  # [T, D/2]
-    angle = angle.to(compute_dtype(q))[:, None]
-    cos, sin = angle.cos(), -angle.sin() if conjugate else angle.sin()
-    q_out = _rotate(rms_norm(q, q_norm_weight, eps), cos, sin, q.dtype)
-    return q_out, _rotate(rms_norm(k, k_norm_weight, eps), cos, sin, k.dtype)
+    # Indexed after the transpose, so that the tables are contiguous
+    angle = (position_ids.float().T[:, axis] * frequency).to(dtype)[:, None]
+    return angle.cos(), -angle.sin() if conjugate else angle.sin()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -40,10 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [T, H, D] by the tables of `rotation_tables`, all in the compute dtype."""
     # In place: separate tensors for the products would set the peak memory of the tower for a large image
     half = x.shape[-1] // 2
     out = x * torch.cat((cos, cos), dim=-1)
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
     out[..., half:].addcmul_(x[..., :half], sin)
-    return out.to(dtype)
+    return out

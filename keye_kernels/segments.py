@@ -1,6 +1,6 @@
 """Packed attention segments: token offsets, and the tile schedule of the attention kernel. Symbols: T tokens, S segments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +21,7 @@ class Segments:
     max_seqlen: int  # length of the longest segment, or an upper bound
     lengths: tuple[int, ...] | None = None  # on the host; None where only the device knows them
     _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
+    prepared_calls: dict[tuple, Callable] = field(default_factory=dict, init=False, repr=False)  # see ops/prepared.py
 
     def __post_init__(self) -> None:
         if self.lengths is None:

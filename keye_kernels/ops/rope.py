@@ -11,6 +11,7 @@ from keye_kernels import reference
 from . import cpu
 from .checks import FLOATS, INTEGERS, check_eps, check_heads, check_tensor
 from .implementation import check_impl, kernel_inputs, resolve
+from .prepared import call_key, find, remember
 from .registry import NAMESPACE, call, define, gradients, library
 
 
@@ -49,6 +50,11 @@ def rope_3d(
         ValueError: wrong shape, device or layout, or an implementation that cannot run here.
         TypeError: wrong dtype or type.
     """
+    tensors = q, k, position_ids, inv_freq, q_norm_weight, k_norm_weight
+    options = eps, tuple(mrope_section) if isinstance(mrope_section, list) else mrope_section
+    key = call_key("rope_3d", impl, options, *tensors)
+    if run := find(key):
+        return run(*tensors)
     check_impl(impl, "rope_3d")
     _check(q, k, position_ids, inv_freq, axes=3, num_frequencies=q.shape[-1] // 2)
     check_eps(eps)
@@ -62,7 +68,7 @@ def rope_3d(
     if q_norm_weight is not None and k_norm_weight is not None:
         check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
         check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
-    return call(_rope_op, q, k, position_ids, inv_freq, list(mrope_section), q_norm_weight, k_norm_weight, eps, False, impl)
+    return _call(key, q, k, position_ids, inv_freq, mrope_section, q_norm_weight, k_norm_weight, eps, impl)
 
 
 def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -84,11 +90,24 @@ def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, imp
         ValueError: wrong shape, device or layout, or an implementation that cannot run here.
         TypeError: wrong dtype or type.
     """
+    key = call_key("rope_2d", impl, (), q, k, position_ids, inv_freq)
+    if run := find(key):
+        return run(q, k, position_ids, inv_freq)
     check_impl(impl, "rope_2d")
     _check(q, k, position_ids, inv_freq, axes=2, num_frequencies=q.shape[-1] // 4)
     if q.shape[-1] % 4:
         raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
-    return call(_rope_op, q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, False, impl)
+    return _call(key, q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, impl)
+
+
+def _call(key, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps, impl):
+    """A checked call. It is prepared for the next one with the same key, if a kernel runs it and nothing else is needed."""
+    if key is None or resolve(impl, key[0], q.device, q.dtype) == "reference":
+        return call(_rope_op, q, k, position_ids, inv_freq, list(sections), q_norm_weight, k_norm_weight, eps, False, impl)
+    from keye_kernels.triton.rope import prepare
+
+    run = remember(key, prepare(q, k, position_ids, inv_freq, sections, q_norm_weight is not None, eps))
+    return run(q, k, position_ids, inv_freq, q_norm_weight, k_norm_weight)
 
 
 def _check(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, axes: int, num_frequencies: int) -> None:

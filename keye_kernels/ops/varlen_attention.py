@@ -11,6 +11,7 @@ from keye_kernels.segments import Segments, tile_schedule
 from .attention_libraries import flash_attn_attention, torch_attention, why_not_flash
 from .checks import MAX_INT32, check_heads, check_number, check_tensor
 from .implementation import check_impl, is_auto, kernel_dtype, kernel_inputs, log_choice, resolve
+from .prepared import PREPARED, call_key, find, remember
 from .registry import call, define_differentiable
 
 MAX_HEAD_DIM = 256
@@ -68,6 +69,12 @@ def varlen_attention(
         ValueError: wrong shape, device or layout, decreasing offsets, or an implementation that cannot run this call.
         TypeError: wrong dtype or type.
     """
+    segments, offsets = (cu_seqlens, cu_seqlens.cu_seqlens) if isinstance(cu_seqlens, Segments) else (None, cu_seqlens)
+    calls = PREPARED if segments is None else segments.prepared_calls
+    key = call_key("varlen_attention", impl, (max_seqlen, softmax_scale, causal, return_lse), q, k, v, offsets)
+    if run := find(key, calls):
+        out, lse = run(q, k, v, offsets)
+        return (out, lse) if return_lse else out
     check_impl(impl, "varlen_attention")
     check_heads("q", q)
     check_heads("k", k, like=q)
@@ -81,7 +88,6 @@ def varlen_attention(
         raise ValueError(f"q must have at least one head, got shape {list(q.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k must have a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
-    segments, offsets = (cu_seqlens, cu_seqlens.cu_seqlens) if isinstance(cu_seqlens, Segments) else (None, cu_seqlens)
     check_tensor("cu_seqlens", offsets, ("num_segments + 1",), (torch.int32,), q)
     if offsets.shape[0] < 1:
         raise ValueError("cu_seqlens must have shape [num_segments + 1], got [0]")
@@ -102,6 +108,10 @@ def varlen_attention(
         impl, block_m = _choose(impl, q, k, v, offsets, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
     common = q, k, v, offsets, max_seqlen, scale, causal, return_lse
+    if key is not None and _choose(impl, *common[:-1])[0] == "triton":
+        from keye_kernels.triton.varlen_attention import prepare
+
+        remember(key, prepare(*common, schedule, segments is not None), calls)
     out, lse = call(_attention_op, *common, impl, schedule, block_m, segments is not None)
     return (out, lse) if return_lse else out
 

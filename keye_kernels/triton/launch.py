@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+ALIGNMENT_BYTES = 16  # of pointers, for which the JIT specializes kernels
 MAX_COMPILE_THREADS = 16
+_NO_CHANGE = nullcontext()
 # The interpreter keeps the running program in global variables
 _interpreter_lock = threading.Lock()
 _listener_lock = threading.Lock()
@@ -50,33 +53,81 @@ class Kernel:
         self.lock = _interpreter_lock if is_interpreted else nullcontext()
         self.compiled_kernels: dict[tuple, tuple[Any, tuple]] = {}
 
-    def __call__(self, grid: int, *arguments: Any, **constants: Any) -> None:
-        """Launches `grid` programs on the current device and stream.
+    def bind(self, device: torch.device, grid: int, *scalars: Any, **constants: Any) -> "BoundLaunch":
+        """A launch of `grid` programs on `device`, with all arguments but the tensors, which come first."""
+        return BoundLaunch(self, device, grid, scalars, constants)
+
+    def __call__(self, device: torch.device, grid: int, *arguments: Any, **constants: Any) -> Any:
+        """Launches `grid` programs on `device` and its current stream. Returns the compiled kernel if it is cached.
 
         `constants` are the constexprs, num_warps and num_stages. They must come in the same order in every call.
         """
+        with _on_device(device):
+            return self._launch(grid, *arguments, **constants)
+
+    def _launch(self, grid: int, *arguments: Any, **constants: Any) -> Any:
         if _compile_only.get():
             self.function.run(*arguments, **constants, grid=(grid,), warmup=True)
-            return
+            return None
         if not self.uses_cache:
             with self.lock:
                 self.function[grid,](*arguments, **constants)
-            return
+            return None
         key = driver.active.get_current_device(), *map(_kind, arguments), *constants.values()
         if key in self.compiled_kernels:
             compiled, values = self.compiled_kernels[key]
             compiled[grid, 1, 1](*arguments, *values)
-            return
+            return compiled
         compiled = self.function[grid,](*arguments, **constants)
         if hasattr(compiled, "result"):  # still compiling in another thread
             compiled = compiled.result()
         names = self.function.arg_names[len(arguments) :]
         self.compiled_kernels[key] = compiled, tuple(constants[name] for name in names)
+        return compiled
+
+
+class BoundLaunch:
+    """A launch that is repeated with other tensors of the same dtypes: only the alignment of their pointers is checked again."""
+
+    def __init__(self, kernel: Kernel, device: torch.device, grid: int, scalars: tuple, constants: dict[str, Any]):
+        self.kernel, self.device, self.grid, self.scalars, self.constants = kernel, device, grid, scalars, constants
+        self.run: Callable[..., object] | None = None  # the compiled kernel for tensors that are all aligned to 16 bytes
+        self.values: tuple = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        address = 0
+        for x in tensors:
+            if x is not None:
+                address |= x.data_ptr()
+        is_aligned = not address % ALIGNMENT_BYTES
+        if is_aligned and self.run is not None and not _compile_only.get():
+            with _on_device(self.device):
+                self.run(*tensors, *self.scalars, *self.values)
+            return
+        compiled = self.launch(*tensors)
+        if is_aligned and compiled is not None:
+            names = self.kernel.function.arg_names[len(tensors) + len(self.scalars) :]
+            self.values = tuple(self.constants[name] for name in names)
+            self.run = compiled[self.grid, 1, 1]
+
+    def launch(self, *arguments: Any) -> Any:
+        """Without the shortcut. Arguments may be tensor descriptors, whose block shapes are part of the specialization."""
+        return self.kernel(self.device, self.grid, *arguments, *self.scalars, **self.constants)
+
+
+def _on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, where there are several."""
+    return torch.cuda.device(device) if device.type == "cuda" and _num_gpus() > 1 else _NO_CHANGE
+
+
+@cache
+def _num_gpus() -> int:
+    return torch.cuda.device_count()
 
 
 def _kind(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % ALIGNMENT_BYTES == 0
     if isinstance(argument, int):
         return -(2**31) <= argument < 2**31
     if isinstance(argument, float):

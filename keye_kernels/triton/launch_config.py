@@ -44,6 +44,7 @@ OTHER_FIELDS: dict[str, Any] = {"num_warps": (1, 2, 4, 8, 16), "num_stages": ran
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _config_caches: list[Any] = []  # caches made by `cache_config`
+_num_clears = 0
 
 
 def launch_config(kernel: str, device: torch.device, key: ConfigKey, heuristic: Config) -> Config:
@@ -182,8 +183,15 @@ def cache_config(function: Callable[..., T]) -> Callable[..., T]:
 
 def clear_cache() -> None:
     """Tables are read again at the next launch."""
+    global _num_clears
+    _num_clears += 1
     for function in (_look_up, _read, *_config_caches):
         function.cache_clear()
+
+
+def version() -> int:
+    """Changes with every `clear_cache`: whatever depends on a config is valid for one version."""
+    return _num_clears
 
 
 @lru_cache(maxsize=4096)

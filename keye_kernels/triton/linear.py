@@ -77,7 +77,7 @@ def linear_kernel(
         _store_rows(out_ptr, b_out, o_m, o_n, num_rows, OUT)
 
 
-_launch = Kernel(linear_kernel)
+_kernel = Kernel(linear_kernel)
 
 
 def linear(
@@ -99,11 +99,10 @@ def linear(
     out, options = x.new_empty(rows, columns), launch_options(config, width)
     x_block, weight_block = ([options[name], options["BLOCK_K"]] for name in ("BLOCK_M", "BLOCK_N"))
     descriptors = make_descriptors(config, (x, x_block), (weight, weight_block))
-    with torch.cuda.device_of(x):
-        _launch(
-            cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"]),
-            out, x, weight, *descriptors, bias, rows, IN=width, OUT=columns, GELU=gelu, GROUP_M=GROUP_M, **options,
-        )  # fmt: skip
+    _kernel(
+        x.device, cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"]),
+        out, x, weight, *descriptors, bias, rows, IN=width, OUT=columns, GELU=gelu, GROUP_M=GROUP_M, **options,
+    )  # fmt: skip
     return out
 
 

@@ -66,7 +66,7 @@ def patch_merge_norm_kernel(
             tl.store(p_merged, b_normed.to(merged_ptr.dtype.element_ty))
 
 
-_launch = Kernel(patch_merge_norm_kernel)
+_kernel = Kernel(patch_merge_norm_kernel)
 
 
 def patch_merge_norm(
@@ -83,13 +83,12 @@ def patch_merge_norm(
     merged = features.new_empty(rows, patches * channels)
     if config is None:
         config = _config(features.device, features.dtype, channels, rows)
-    with torch.cuda.device_of(features):
-        _launch(
-            cdiv(rows, config["BLOCK_M"]),
-            merged, features, norm_weight, norm_bias, merge_index, rows, eps,
-            PATCHES=patches, CHANNELS=channels, STRIDE=features.stride(0), NORM_WIDTH=norm_weight.shape[0],
-            BLOCK_M=config["BLOCK_M"], BLOCK_K=min(config["BLOCK_K"], channels & -channels), num_warps=config["num_warps"],
-        )  # fmt: skip
+    _kernel(
+        features.device, cdiv(rows, config["BLOCK_M"]),
+        merged, features, norm_weight, norm_bias, merge_index, rows, eps,
+        PATCHES=patches, CHANNELS=channels, STRIDE=features.stride(0), NORM_WIDTH=norm_weight.shape[0],
+        BLOCK_M=config["BLOCK_M"], BLOCK_K=min(config["BLOCK_K"], channels & -channels), num_warps=config["num_warps"],
+    )  # fmt: skip
     return merged
 
 

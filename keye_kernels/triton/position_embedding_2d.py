@@ -39,7 +39,7 @@ def position_embedding_2d_kernel(
         tl.store(p_out + o_channel, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_launch = Kernel(position_embedding_2d_kernel)
+_kernel = Kernel(position_embedding_2d_kernel)
 
 
 def position_embedding_2d(
@@ -54,13 +54,12 @@ def position_embedding_2d(
         config = _config(features.device, features.dtype, channels, num_patches)
     # The JIT specializes integers on divisibility by 16 only. Strides are passed in units of 8.
     unit = 8 if features.stride(0) % 8 == 0 else 1
-    with torch.cuda.device_of(features):
-        _launch(
-            cdiv(num_patches, config["BLOCK_T"]),
-            out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
-            num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit,
-            BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],
-        )  # fmt: skip
+    _kernel(
+        features.device, cdiv(num_patches, config["BLOCK_T"]),
+        out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
+        num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit,
+        BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],
+    )  # fmt: skip
     return out
 
 

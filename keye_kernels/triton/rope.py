@@ -4,6 +4,7 @@ The text model (three position axes, 64 pairs) and the vision tower (two axes, 3
 axis that each pair takes its position from. Angles are computed in registers: no cos/sin table per token is read.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -126,7 +127,8 @@ def rope_kernel(
                       stride_k_token, stride_k_head, K_HEADS, HEAD_DIM, STRIDE_UNIT, INT64_OFFSETS, BLOCK_T, BLOCK_H)  # fmt: skip
 
 
-_launch = Kernel(rope_kernel)
+_kernel = Kernel(rope_kernel)
+RopeCall = Callable[..., tuple[Tensor, Tensor]]  # q, k, position_ids, inv_freq, and the norm weights, to the rotated q and k
 
 
 def heuristic(head_dim: int, arch: Arch) -> Config:
@@ -162,31 +164,50 @@ def _config(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens:
     return launch_config("rope", device, key, heuristic(head_dim, device_arch(device)))
 
 
-def rope(
-    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: list[int], q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None, eps: float = 1e-6, conjugate: bool = False, config: Config | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches `rope_kernel`. Arguments and results as in `keye_kernels.reference.rope`; the outputs are contiguous."""
+def prepare(
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], has_norm: bool = False,
+    eps: float = 1e-6, conjugate: bool = False, config: Config | None = None,
+) -> RopeCall:  # fmt: skip
+    """A function that launches `rope_kernel` on tensors with the metadata of these, which are not read."""
     (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    if num_tokens == 0:
-        return q_out, k_out
-    if config is None:
-        config = _config(q.device, q.dtype, head_dim, num_tokens)
-    norm_weights = [None if weight is None else weight.contiguous() for weight in (q_norm_weight, k_norm_weight)]
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    config = config or _config(device, dtype, head_dim, num_tokens)
     # The JIT specializes integers on divisibility by 16 only. A stride of 72 is passed as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), block = q.stride(), k.stride(), config["BLOCK_T"]
     unit = 8 if not (q_token | q_head | k_token | k_head) % 8 else 1
     reach = max(q_heads * q_head + block * q_token, k_heads * k_head + block * k_token)
-    with torch.cuda.device_of(q):
-        _launch(
-            cdiv(num_tokens, block),
-            q_out, k_out, q, k, *norm_weights, inv_freq.contiguous(), position_ids,
-            num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
-            Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
-            SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
-            **cover_pairs(head_dim, norm_weights != [None, None]),
-            BLOCK_T=block, BLOCK_H=config["BLOCK_H"], num_warps=config["num_warps"],
-        )  # fmt: skip
-    return q_out, k_out
+    launch = _kernel.bind(
+        device, cdiv(num_tokens, block),
+        num_tokens, eps, q_token // unit, q_head // unit, k_token // unit, k_head // unit, *position_ids.stride(),
+        Q_HEADS=q_heads, K_HEADS=k_heads, HEAD_DIM=head_dim, NUM_FREQUENCIES=inv_freq.shape[0],
+        SECTIONS=tuple(sections), CONJUGATE=conjugate, STRIDE_UNIT=unit, INT64_OFFSETS=reach >= 2**31,
+        **cover_pairs(head_dim, has_norm),
+        BLOCK_T=block, BLOCK_H=config["BLOCK_H"], num_warps=config["num_warps"],
+    )  # fmt: skip
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor,
+        inv_freq: Tensor,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        q_out = torch.empty(q_shape, dtype=dtype, device=device)
+        k_out = torch.empty(k_shape, dtype=dtype, device=device)
+        if num_tokens:
+            weights = [None if weight is None else weight.contiguous() for weight in (q_weight, k_weight)]
+            launch(q_out, k_out, q, k, *weights, inv_freq.contiguous(), position_ids)
+        return q_out, k_out
+
+    return run
+
+
+def rope(
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None, eps: float = 1e-6, conjugate: bool = False, config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches `rope_kernel`. Arguments and results as in `keye_kernels.reference.rope`; the outputs are contiguous."""
+    has_norm = q_norm_weight is not None or k_norm_weight is not None
+    run = prepare(q, k, position_ids, inv_freq, sections, has_norm, eps, conjugate, config)
+    return run(q, k, position_ids, inv_freq, q_norm_weight, k_norm_weight)

@@ -1,6 +1,7 @@
 """Attention over packed segments: the launch of `varlen_attention_fwd_kernel` and its launch configs."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,51 +18,75 @@ LOG2_E = math.log2(math.e)
 # Keys and values in use at the same time: less than half of the L2 cache of an A100 or H100
 L2_GROUP_BYTES = 16 * 2**20
 
-_launch = Kernel(varlen_attention_fwd_kernel)
+_kernel = Kernel(varlen_attention_fwd_kernel)
+AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # q, k, v, cu_seqlens to out, lse
 
 
-def varlen_attention(
+def prepare(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, causal: bool, return_lse: bool,
     schedule: Tensor | None = None, covers_all_tokens: bool = False, config: Config | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the kernel. Arguments and results as in `keye_kernels.reference.varlen_attention`.
+) -> AttentionCall:  # fmt: skip
+    """A function that launches the kernel on tensors with the metadata of these, and the values of `schedule`.
 
     `schedule` is [tiles, 3] int32 from `keye_kernels.segments.tile_schedule`, for the BLOCK_M of the config. Without it the
     kernel finds its tiles in `cu_seqlens`; offsets are not checked then, and out-of-range ones are clamped. `covers_all_tokens`:
     every token belongs to a segment, so that the output needs no zero fill. `max_seqlen` only chooses the config.
     """
     (num_tokens, num_heads, head_dim), num_key_heads = q.shape, k.shape[1]
-    if config is None:
-        config = attention_config(q.device, q.dtype, head_dim, max_seqlen, causal)
+    shape, dtype, device = q.shape, q.dtype, q.device
+    config = config or attention_config(device, dtype, head_dim, max_seqlen, causal)
     num_segments = cu_seqlens.shape[0] - 1
     num_tiles = num_tokens // config["BLOCK_M"] + num_segments if schedule is None else schedule.shape[0]
-    out = (torch.empty if covers_all_tokens else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_heads, num_tokens if return_lse else 0), dtype=torch.float32, device=q.device)
-    if not covers_all_tokens:
-        lse.fill_(-math.inf)
-    if num_tiles == 0 or num_segments == 0:
-        return out, lse
-
-    if softmax_scale < 0:  # the kernel needs a positive scale
-        q, softmax_scale = -q, -softmax_scale
+    is_empty = num_tiles == 0 or num_segments == 0
     # The JIT specializes integers on divisibility by 16 only. A stride of 72 is passed as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), (v_token, v_head, _) = q.stride(), k.stride(), v.stride()
+    if softmax_scale < 0:  # `run` negates q
+        q_token, q_head, _ = torch.empty_like(q, device="meta").stride()
     unit = 8 if not (q_head | k_head | v_head) % 8 else 1
     group = num_heads // num_key_heads
     bytes_per_key_head = 2 * min(max_seqlen, num_tokens) * head_dim * k.element_size()
-    parts = head_parts(head_dim, device_arch(q.device))
-    descriptors = make_descriptors(config, *zip((k, k, v, v), key_blocks(config["BLOCK_N"], parts), strict=True))
-    with torch.cuda.device_of(q):
-        _launch(
-            num_tiles * num_heads,
-            out, lse, q, k, v, *descriptors, schedule, cu_seqlens if schedule is None else None,
-            softmax_scale * LOG2_E, num_segments, num_tokens, num_tiles,
-            heads_per_l2_group(num_key_heads, group, bytes_per_key_head), q_head // unit, k_head // unit, v_head // unit,
-            STRIDE_Q=q_token, STRIDE_K=k_token, STRIDE_V=v_token, STRIDE_UNIT=unit,
-            NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **parts, CAUSAL=causal, RETURN_LSE=return_lse,
-            **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")},
-        )  # fmt: skip
-    return out, lse
+    parts = head_parts(head_dim, device_arch(device))
+    blocks = key_blocks(config["BLOCK_N"], parts)
+    launch = _kernel.bind(
+        device, num_tiles * num_heads,
+        abs(softmax_scale) * LOG2_E, num_segments, num_tokens, num_tiles,
+        heads_per_l2_group(num_key_heads, group, bytes_per_key_head), q_head // unit, k_head // unit, v_head // unit,
+        STRIDE_Q=q_token, STRIDE_K=k_token, STRIDE_V=v_token, STRIDE_UNIT=unit,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, **parts, CAUSAL=causal, RETURN_LSE=return_lse,
+        **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")},
+    )  # fmt: skip
+    new = torch.empty if covers_all_tokens else torch.zeros
+    no_lse = torch.empty((num_heads, 0), dtype=torch.float32, device=device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        out = new(shape, dtype=dtype, device=device)
+        lse = no_lse
+        if return_lse:
+            lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=device)
+            if not covers_all_tokens:
+                lse.fill_(-math.inf)
+        if is_empty:
+            return out, lse
+        if softmax_scale < 0:  # the kernel needs a positive scale
+            q = -q
+        offsets = cu_seqlens if schedule is None else None
+        if config["use_tma"]:
+            descriptors = make_descriptors(config, *zip((k, k, v, v), blocks, strict=True))
+            launch.launch(out, lse, q, k, v, *descriptors, schedule, offsets)
+        else:
+            launch(out, lse, q, k, v, None, None, None, None, schedule, offsets)
+        return out, lse
+
+    return run
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, causal: bool, return_lse: bool,
+    schedule: Tensor | None = None, covers_all_tokens: bool = False, config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the kernel. Arguments as in `prepare`, results as in `keye_kernels.reference.varlen_attention`."""
+    options = max_seqlen, softmax_scale, causal, return_lse, schedule, covers_all_tokens, config
+    return prepare(q, k, v, cu_seqlens, *options)(q, k, v, cu_seqlens)
 
 
 def heads_per_l2_group(num_key_heads: int, group: int, bytes_per_key_head: int) -> int:

@@ -241,3 +241,11 @@ def test_compare_does_not_time_wrong_output():
 
 def test_spread_is_the_interquartile_range_over_the_median():
     assert compare.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+
+
+def test_a_call_on_a_gpu_takes_little_cpu_time(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu_overhead"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(re.findall(r"^(?:rope|varlen)\S* .* \d+\.\d$", run.stdout, re.MULTILINE)) == 4, run.stdout

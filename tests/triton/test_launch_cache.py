@@ -58,6 +58,7 @@ def kernel(gpu):
     return made
 
 
+CPU = torch.device("cpu")
 X = torch.zeros(64, dtype=torch.float16)
 CONSTANTS = {"BLOCK": 16, "FLAG": False, "num_warps": 4, "num_stages": 2}
 
@@ -66,7 +67,7 @@ def compilations(kernel, gpu, *launches):
     """How many specializations the launches (device, arguments, changed constants) compile."""
     for device, arguments, changes in launches:
         gpu.device = device
-        kernel(3, *arguments, **CONSTANTS | changes)
+        kernel(CPU, 3, *arguments, **CONSTANTS | changes)
     return len(kernel.function.compiled)
 
 
@@ -111,8 +112,8 @@ def test_block_shapes_of_descriptors_are_part_of_the_signature(kernel, gpu):
 def test_a_kernel_that_compiles_in_another_thread_is_awaited(kernel, gpu, monkeypatch):
     compiled = {(3, 1, 1): lambda *_: kernel.function.launched.append(1)}
     monkeypatch.setattr(Function, "__getitem__", lambda *_: lambda *_, **__: SimpleNamespace(result=lambda: compiled))
-    kernel(3, X, 5, **CONSTANTS)
-    kernel(3, X, 5, **CONSTANTS)
+    kernel(CPU, 3, X, 5, **CONSTANTS)
+    kernel(CPU, 3, X, 5, **CONSTANTS)
     assert kernel.function.launched == [1]
 
 
@@ -134,11 +135,11 @@ def test_the_cache_is_used_where_triton_compiles_for_nvidia(monkeypatch):
 
 def test_compile_only_runs_nothing(kernel, gpu):
     with pytest.raises(RuntimeError, match="inside"), compile_only():
-        kernel(3, X, 5, **CONSTANTS)
+        kernel(CPU, 3, X, 5, **CONSTANTS)
         raise RuntimeError("inside")
     assert kernel.function.warmed_up == [((3,), (X, 5), CONSTANTS)]
     assert not kernel.function.compiled and not kernel.compiled_kernels
-    kernel(3, X, 5, **CONSTANTS)
+    kernel(CPU, 3, X, 5, **CONSTANTS)
     assert len(kernel.function.compiled) == len(kernel.function.warmed_up) == 1
 
 
@@ -170,42 +171,72 @@ def test_compilation_uses_at_most_the_cores_of_the_machine(monkeypatch):
 
 
 def launches():
-    """(launcher module, the tensor whose device counts, a launch) of every kernel."""
+    """A launch of every kernel."""
     q, k, v = torch.randn(3, 8, 2, 16).unbind(0)
     cu_seqlens, ids = torch.tensor([0, 8], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
     x, weight, bias = torch.randn(8, 16), torch.randn(32, 16), torch.randn(32)
     index, corner_weight = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, 4)
     linear_config = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "use_tma": False}
     return {
-        "rope": (rope, q, lambda: rope.rope(q, k, ids, torch.ones(4), [4, 4])),
-        "varlen_attention": (
-            varlen_attention, q, lambda: varlen_attention.varlen_attention(q, k, v, cu_seqlens, 8, 0.1, False, False),
-        ),
-        "linear": (linear, x, lambda: linear.linear(x, weight, bias, backend="triton", config=linear_config)),
-        "patch_merge_norm": (patch_merge_norm, x, lambda: patch_merge_norm.patch_merge_norm(x, None, bias[:16], bias[:16])),
-        "position_embedding_2d": (
-            position_embedding_2d, x, lambda: position_embedding_2d.position_embedding_2d(x, weight, index, corner_weight),
-        ),
-    }  # fmt: skip
+        "rope": lambda: rope.rope(q, k, ids, torch.ones(4), [4, 4]),
+        "varlen_attention": lambda: varlen_attention.varlen_attention(q, k, v, cu_seqlens, 8, 0.1, False, False),
+        "linear": lambda: linear.linear(x, weight, bias, backend="triton", config=linear_config),
+        "patch_merge_norm": lambda: patch_merge_norm.patch_merge_norm(x, None, bias[:16], bias[:16]),
+        "position_embedding_2d": lambda: position_embedding_2d.position_embedding_2d(x, weight, index, corner_weight),
+    }
 
 
 @pytest.mark.parametrize("name", launches())
-def test_a_launch_runs_on_the_device_of_its_tensors(name, monkeypatch):
-    """With several GPUs the current one may be another."""
-    launcher, tensor, launch = launches()[name]
-    current, found = [], []
+def test_a_launch_names_the_device_of_its_tensors(name, monkeypatch):
+    found = []
+    monkeypatch.setattr(Kernel, "__call__", lambda self, device, *_, **__: found.append(device))
+    launches()[name]()
+    assert found == [CPU]
 
-    class Guard:
-        def __init__(self, of):
-            self.of = of
 
-        def __enter__(self):
-            current.append(self.of)
+class Guard:
+    """Stands in for torch.cuda.device, which makes a device the current one in a block."""
 
-        def __exit__(self, *_):
-            current.pop()
+    def __init__(self, device):
+        self.device = device
 
-    monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    monkeypatch.setattr(launcher, "_launch", lambda *_, **__: found.append(current[-1] if current else None))
-    launch()
-    assert len(found) == 1 and found[0] is tensor
+    def __enter__(self):
+        current.append(self.device)
+
+    def __exit__(self, *_):
+        current.pop()
+
+
+current = []
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_with_several_gpus_a_launch_changes_the_current_one(num_gpus, kernel, monkeypatch):
+    """With one there is nothing to change."""
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(module, "_num_gpus", lambda: num_gpus)
+    found, run = [], kernel.function.__class__.__getitem__
+    monkeypatch.setattr(Compiled, "__getitem__", lambda self, grid: lambda *_: found.append(list(current)))
+    monkeypatch.setattr(Function, "__getitem__", lambda self, grid: found.append(list(current)) or run(self, grid))
+    device = torch.device("cuda", 1)
+    for _ in range(2):
+        kernel(device, 3, X, 5, **CONSTANTS)
+    bound = kernel.bind(device, 3, 5, **CONSTANTS)
+    for _ in range(2):
+        bound(X)
+    assert found == [[device] if num_gpus > 1 else []] * 4 and not current
+
+
+def test_a_bound_launch_checks_the_alignment_of_its_tensors_only(kernel, gpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Kernel, "_launch", lambda self, *a, launch=Kernel._launch, **k: calls.append(1) or launch(self, *a, **k))
+    bound, launched = kernel.bind(CPU, 3, 5, **CONSTANTS), kernel.function.launched
+    for x in (X, X[8:], X):
+        bound(x)
+    assert len(calls) == 1 and [(n, grid, args[1:]) for n, grid, args in launched] == [(1, (3, 1, 1), (5, 16, False))] * 2
+    for x in (X[1:], X[1:], X):
+        bound(x)
+    assert len(calls) == 3 and [number for number, *_ in launched] == [1, 1, 2, 1]
+    with compile_only():
+        bound(X)
+    assert len(launched) == 4 and len(kernel.function.warmed_up) == 1

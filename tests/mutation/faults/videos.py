@@ -8,7 +8,7 @@ SAMPLING, SLOW_FAST, TRUNCATION = (f"{PROCESSING}{name}.py" for name in ("sampli
 READER, VIDEOS = f"{PROCESSING}video_reader.py", f"{PROCESSING}videos.py"
 
 BOUNDARIES = "tests/processing/test_video_boundaries.py"
-SETTINGS = "tests/processing/test_settings.py tests/processing/test_passed_on.py"
+SETTINGS = "tests/processing/test_settings.py"
 SAMPLING_TESTS = "tests/processing/test_sampling.py"
 SLOW_FAST_TESTS = "tests/processing/test_slow_fast.py"
 READER_TESTS = "tests/processing/test_video_reader.py"

@@ -1,7 +1,8 @@
 """CPU time of one call of an operator on a GPU, without the GPU: `python -m benchmarks.cpu_overhead`.
 
-A driver without a device takes the place of CUDA: everything runs except the launch itself. Times are CPU times of one thread, as a
-ratio to `F.linear` on an 8 x 8 matrix in the same process, since a slow CPU is slow at both. Gradients are off, as in inference.
+A driver without a device takes the place of CUDA: everything runs except the launch itself. Times are CPU times of one thread, as
+a ratio to `F.linear` on an 8 x 8 matrix in the same process, since a slow CPU is slow at both. Gradients are off, as in
+inference.
 Exits with 1 if an operator exceeds MAX_RATIO. Needs Triton, and a process in which nothing has launched a kernel before.
 """
 

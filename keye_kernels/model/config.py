@@ -190,6 +190,11 @@ class KeyeConfig:
         require(is_dtype, "torch_dtype", f"one of {', '.join(WEIGHT_DTYPES)}", self.torch_dtype)
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         require(ends == (None,) or _are_integers(ends), "eos_token_id", "an integer or a list of integers", self.eos_token_id)
+        for token in ends if self.eos_token_id is not None else ():
+            check_number("eos_token_id", token, 0, self.vocab_size - 1)
+        special = (self.vision_start_token_id, self.image_token_id, self.video_token_id)
+        names = "vision_start_token_id, image_token_id and video_token_id"
+        require(len({*special}) == 3, names, "three different tokens", special)
 
 
 def _are_integers(values: Any) -> bool:

@@ -3,7 +3,7 @@
 Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -107,14 +107,20 @@ class Sampler:
         return probabilities.multinomial(1, generator=self.generator)[:, 0]
 
 
-def end_token_ids(eos_token_id: int | Iterable[int] | None) -> list[int]:
+def end_token_ids(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> list[int]:
     """End tokens as a list; empty means that generation does not stop before max_new_tokens."""
     if eos_token_id is None:
         return []
     try:
-        return [index(token) for token in ([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)]
+        if isinstance(eos_token_id, (bool, Mapping)):
+            raise TypeError
+        ends = [index(token) for token in ([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)]
     except TypeError as error:
         raise ValueError(f"eos_token_id must be an integer or a list of integers, got {eos_token_id!r:.100}") from error
+    for token in ends:
+        # A token that is not in the vocabulary would never end an answer
+        check_number("eos_token_id", token, 0, vocab_size - 1)
+    return ends
 
 
 def first_given(*values: Any) -> Any:
@@ -128,7 +134,7 @@ def read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
     sampling: dict[str, Any] = {name: values.get(name) for name, _, _ in SAMPLING_LIMITS}
     try:
         Sampler(**sampling)
-        end_token_ids(values.get("eos_token_id"))
+        end_token_ids(values.get("eos_token_id"), vocab_size)
         check_number("pad_token_id", first_given(values.get("pad_token_id"), 0), 0, vocab_size - 1)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

@@ -291,7 +291,8 @@ class Keye(nn.Module):
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = {name: first_given(value, defaults.get(name)) for name, value in sampling.items()}
         sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
-        ends = end_token_ids(first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id))
+        given = first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id)
+        ends = end_token_ids(given, self.config.vocab_size)
         pad_token_id = first_given(pad_token_id, defaults.get("pad_token_id"), self.config.pad_token_id, *ends[:1], 0)
         check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}

@@ -9,6 +9,8 @@ import math
 from keye_kernels.editions import TOKEN_SIDE_PIXELS
 
 MAX_ASPECT_RATIO = 200
+# The editions have at most 16 million. Only a senseless min_pixels, which enlarges images, exceeds this.
+MAX_RESIZED_PIXELS = 2**27
 
 
 def smart_resize(
@@ -59,6 +61,8 @@ def _round_to_limits(height: float, width: float, min_pixels: float, max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         return math.floor(height / shrink / factor) * factor, math.floor(width / shrink / factor) * factor
     if rounded_height * rounded_width < min_pixels:
+        if min_pixels > MAX_RESIZED_PIXELS:
+            raise ValueError(f"min_pixels must be at most {MAX_RESIZED_PIXELS}, got {min_pixels}")
         enlarge = math.sqrt(min_pixels / (height * width))
         return math.ceil(height * enlarge / factor) * factor, math.ceil(width * enlarge / factor) * factor
     return rounded_height, rounded_width

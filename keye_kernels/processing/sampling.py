@@ -24,6 +24,8 @@ Size = tuple[int, int]
 DEFAULT_FPS = 2.0
 # From one frame per day, for time-lapse videos, to more than any camera records.
 FPS_LIMITS = (1e-5, 1000.0)
+# Of all sampled frames of a video, 3 bytes each; the default budgets are at most a sixth of it.
+MAX_VIDEO_PIXELS = 2**30
 
 # Preview
 PREVIEW_MIN_PIXELS = 128 * PIXELS_PER_TOKEN
@@ -43,7 +45,9 @@ def check_options(options: Options) -> None:
     """Raises ValueError for a video option out of range; the message names it."""
     for name in ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"):
         _check_number(options, name, lambda value: 0 < value < math.inf, "a positive number")
-    for name in ("total_pixels", "video_total_pixels", "resized_height", "resized_width"):
+    for name in ("total_pixels", "video_total_pixels"):
+        _check_number(options, name, lambda value: 0 < value <= MAX_VIDEO_PIXELS, f"positive and at most {MAX_VIDEO_PIXELS}")
+    for name in ("resized_height", "resized_width"):
         _check_number(options, name, lambda value: 0 < value < math.inf, "a positive number")
     for name in ("video_start", "video_end", "min_frame_similarity"):
         _check_number(options, name, math.isfinite, "a number")
@@ -115,7 +119,12 @@ def preview_frame_size(options: Options, num_frames: int, height: int, width: in
         total = int(float(os.environ.get("VIDEO_MAX_PIXELS", PREVIEW_TOTAL_PIXELS)))
     max_pixels = max(min(PREVIEW_MAX_PIXELS, total / num_frames * FRAME_FACTOR), int(min_pixels * 1.05))
     max_pixels = min(_get(options, "max_pixels", max_pixels), max_pixels)
-    return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+    size = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+    if num_frames * size[0] * size[1] > MAX_VIDEO_PIXELS:
+        raise ValueError(
+            f"{num_frames} frames of {size[0]}x{size[1]} pixels exceed {MAX_VIDEO_PIXELS} pixels; reduce min_pixels or the frames"
+        )
+    return size
 
 
 def slow_fast_frame_count(options: Options, total_frames: int, video_fps: float) -> int:

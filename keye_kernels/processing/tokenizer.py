@@ -58,7 +58,13 @@ class KeyeTokenizer:
         except Exception as error:  # tokenizers raises a bare Exception for a broken file
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
         config = read_json(Path(path) / "tokenizer_config.json", default={})
-        return cls(backend, eos_token=_token_text(config.get("eos_token")), pad_token=_token_text(config.get("pad_token")))
+        tokens = {name: _token_text(config.get(name)) for name in ("eos_token", "pad_token")}
+        for name, token in tokens.items():
+            if not isinstance(token, (str, type(None))):
+                raise ValueError(
+                    f"{name} in {Path(path) / 'tokenizer_config.json'} must be a token's text, got {config[name]!r:.100}"
+                )
+        return cls(backend, **tokens)
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, added tokens included."""
@@ -138,6 +144,6 @@ def read_json(path: Path, *, default: Any = None) -> Any:
     return content
 
 
-def _token_text(token: Any) -> str | None:
+def _token_text(token: Any) -> Any:
     # In tokenizer_config.json a token is a string or {"content": ..., "lstrip": ...}.
     return token.get("content") if isinstance(token, dict) else token

@@ -94,6 +94,8 @@ def test_rope_theta_of_rope_parameters_comes_first():
         ("pad_token_id", -1, "an integer from 0 to 119"),
         ("eos_token_id", "</s>", "an integer or a list of integers"),
         ("eos_token_id", [1, None], "an integer or a list of integers"),
+        ("eos_token_id", 120, "an integer from 0 to 119"),
+        ("eos_token_id", [118, -1], "an integer from 0 to 119"),
         ("tie_word_embeddings", "false", "true or false, got 'false'"),
         ("torch_dtype", "int8", "one of float32, bfloat16, float16, float64, got 'int8'"),
         ("torch_dtype", [], "one of float32"),
@@ -108,6 +110,19 @@ def test_damaged_fields_are_named_with_their_file(tmp_path, name, value, message
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, name: value}))
     with pytest.raises(ValueError, match=rf"config\.json: {name} must be {message}"):
         kk.KeyeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "vision_start_token_id"])
+def test_special_tokens_must_differ(name):
+    with pytest.raises(ValueError, match="image_token_id and video_token_id must be three different tokens, got"):
+        kk.KeyeConfig.from_dict({**CONFIG, name: CONFIG["video_token_id"]})
+
+
+def test_an_end_token_outside_of_the_vocabulary_is_refused():
+    model, ids = tiny_model(), torch.tensor([[1, 2]])
+    for ends in (120, [3, -1], {}, True):
+        with pytest.raises(ValueError, match="eos_token_id must be"):
+            model.generate(ids, max_new_tokens=2, eos_token_id=ends)
 
 
 @pytest.mark.parametrize("section", [5, "abc", [16, 24], [4.0, 6.0, 6.0], [-4, 14, 6], [4, 6, None]], ids=str)
@@ -153,6 +168,9 @@ def test_files_that_are_no_json_object_are_named(tmp_path, file, content):
     [
         ("eos_token_id", "</s>", "an integer or a list of integers"),
         ("eos_token_id", [1.5], "an integer or a list of integers"),
+        ("eos_token_id", {}, "an integer or a list of integers"),
+        ("eos_token_id", True, "an integer or a list of integers"),
+        ("eos_token_id", [1, 10**9], "an integer from 0 to 119"),
         ("pad_token_id", 120, "an integer from 0 to 119"),
         ("pad_token_id", [1], "an integer from 0 to 119"),
         ("temperature", "hot", "a number from"),

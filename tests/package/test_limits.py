@@ -14,10 +14,17 @@ from keye_kernels.processing.video_reader import CONTAINERS, _max_frame_pixels
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")]
-UNITS = {" s": "", " MiB": " * 2**20", " GiB": " * 2**30"}
+UNITS = {" s": "", " pixels": "", " MiB": " * 2**20", " GiB": " * 2**30"}
 CONSTANTS = {row[2].strip("`"): row[1] for row in ROWS if len(row) == 3 and "." in row[2] and row[2].startswith("`")}
 # Constants with a limit that the page has to list
-MODULES = ("processing.sources", "processing.videos", "processing.video_reader", "processing.templates", "processing.resize")
+MODULES = (
+    "processing.sources",
+    "processing.videos",
+    "processing.video_reader",
+    "processing.templates",
+    "processing.resize",
+    "processing.sampling",
+)
 NOT_LIMITS = ("MAX_ROUNDING_TICKS", "MAX_MISSING_SECONDS", "MAX_FPS_ERROR", "MAX_PRECISION")
 
 

@@ -1,8 +1,12 @@
 """The tokenizer of a checkpoint and the byte tokenizer."""
 
+import json
+
+import pytest
 import torch
 
 from keye_kernels.processing.tokenizer import SPECIAL_TOKENS, KeyeTokenizer, build_byte_tokenizer
+from tests.helpers.small_tokenizer import write_processor_files
 
 
 def test_the_byte_tokenizer_round_trips_any_text_and_has_every_special_token():
@@ -26,3 +30,12 @@ def test_end_and_padding_tokens_are_read_by_name(processor):
     tokenizer = processor.tokenizer
     assert tokenizer.decode(tokenizer.eos_token_id) == "<|im_end|>"
     assert tokenizer.decode(tokenizer.pad_token_id) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+@pytest.mark.parametrize("token", [5, [], {"content": 5}, {"content": ["a"]}], ids=str)
+def test_tokens_that_are_no_text_are_named(tmp_path, name, token):
+    folder = write_processor_files(tmp_path, "preview")
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: token}))
+    with pytest.raises(ValueError, match=rf"{name} in .*tokenizer_config\.json must be a token's text, got"):
+        KeyeTokenizer.from_pretrained(folder)

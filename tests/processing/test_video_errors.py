@@ -10,6 +10,7 @@ from PIL import Image
 
 from keye_kernels.editions import EDITIONS
 from keye_kernels.processing import process_vision_info
+from keye_kernels.processing.images import fetch_image
 from keye_kernels.processing.truncation import declared_size
 from keye_kernels.processing.videos import fetch_video
 from tests.helpers.http_answers import answer, answer_endlessly
@@ -154,6 +155,8 @@ def test_without_pyav_the_error_shows_the_install_command(monkeypatch, clip):
         {"nframes": -4},
         {"video_total_pixels": -1},
         {"total_pixels": float("inf")},
+        {"total_pixels": 1e12},
+        {"video_total_pixels": 1e12},
         {"video_start": "1"},
         {"min_frame_similarity": float("nan")},
     ],
@@ -164,6 +167,21 @@ def test_options_out_of_range_are_named(edition, options, clip):
     for video in (clip, [Image.new("RGB", (60, 60))] * 2):
         with pytest.raises(ValueError, match=f"{name} must be"):
             fetch_video({"video": video, **options}, edition=edition)
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+@pytest.mark.parametrize("min_pixels", [1e12, 1e300])
+def test_sizes_that_do_not_fit_in_memory_are_rejected(edition, min_pixels, clip):
+    options = {"min_pixels": min_pixels, "video_total_pixels": 2**30}
+    with pytest.raises(ValueError, match="min_pixels must be at most 134217728"):
+        fetch_video({"video": clip, **options}, edition=edition)
+    with pytest.raises(ValueError, match="min_pixels must be at most 134217728"):
+        fetch_image({"image": Image.new("RGB", (60, 60)), "min_pixels": min_pixels}, edition=edition)
+
+
+def test_frames_that_do_not_fit_in_memory_together_are_rejected(clip):
+    with pytest.raises(ValueError, match=r"40 frames of .* pixels exceed 1073741824 pixels"):
+        fetch_video({"video": clip, "nframes": 40, "min_pixels": 2**25})
 
 
 def test_fps_and_nframes_together_are_rejected(clip):

@@ -39,3 +39,19 @@ def test_tokens_that_are_no_text_are_named(tmp_path, name, token):
     (folder / "tokenizer_config.json").write_text(json.dumps({name: token}))
     with pytest.raises(ValueError, match=rf"{name} in .*tokenizer_config\.json must be a token's text, got"):
         KeyeTokenizer.from_pretrained(folder)
+
+
+def test_special_tokens_have_the_ids_of_the_released_tokenizer():
+    # docs/models/keye_vl_preview.md
+    released = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|vision_end|>": 151653}
+    released |= {
+        "<|vision_pad|>": 151654,
+        "<|image_pad|>": 151655,
+        "<|video_pad|>": 151656,
+        "<think>": 151667,
+        "</think>": 151668,
+    }
+    released |= {"<|point_start|>": 151669, "<|clip_time_end|>": 151674}
+    tokenizer = build_byte_tokenizer()
+    for token, token_id in released.items():
+        assert tokenizer.token_to_id(token) - tokenizer.token_to_id("<|endoftext|>") == token_id - 151643, token

@@ -9,7 +9,7 @@ TEMPLATES, TOKENIZER, VISION_INFO = (f"{PROCESSING}{name}.py" for name in ("temp
 NORM, EDITIONS, REQUIREMENTS = (f"keye_kernels/{name}.py" for name in ("pixel_norm", "editions", "requirements"))
 
 BOUNDARIES = "tests/processing/test_boundaries.py"
-SETTINGS = "tests/processing/test_settings.py"
+SETTINGS = "tests/processing/test_settings.py tests/processing/test_passed_on.py"
 DOWNLOADS = "tests/processing/test_downloads.py"
 PROCESSOR_TESTS = "tests/processing/test_processor.py"
 PROMPT_TESTS = "tests/processing/test_prompts.py"
@@ -107,6 +107,8 @@ FAULTS = [
     Fault(TOKENIZER, "        backend.no_padding()\n", "", SETTINGS),
     Fault(TOKENIZER, "if clean_up_tokenization_spaces:", "if False:", SETTINGS),
     Fault(TOKENIZER, 'return token.get("content") if isinstance(token, dict) else token', 'return token.get("text") if isinstance(token, dict) else token', "tests/processing/test_tokenizer.py"),
+    Fault(TOKENIZER, '"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD', '"<|vision_start|>", "<|vision_pad|>", "<|vision_end|>", IMAGE_PAD', "tests/processing/test_tokenizer.py"),
+    Fault(f"{PROCESSING}videos.py", "VIDEO_TIMEOUT_SECONDS = 300.0", "VIDEO_TIMEOUT_SECONDS = 30.0", SETTINGS),
     # Conversations
     Fault(VISION_INFO, "return fetch_image(part, edition=edition, **limits)", "return fetch_image(part, **limits)", SETTINGS),
     Fault(VISION_INFO, "return fetch_image(part, edition=edition, **limits)", "return fetch_image(part, edition=edition)", SETTINGS),

@@ -8,7 +8,8 @@ SAMPLING, SLOW_FAST, TRUNCATION = (f"{PROCESSING}{name}.py" for name in ("sampli
 READER, VIDEOS = f"{PROCESSING}video_reader.py", f"{PROCESSING}videos.py"
 
 BOUNDARIES = "tests/processing/test_video_boundaries.py"
-SETTINGS = "tests/processing/test_settings.py"
+SCAN = "tests/processing/test_video_scan.py"
+SETTINGS = "tests/processing/test_settings.py tests/processing/test_passed_on.py"
 SAMPLING_TESTS = "tests/processing/test_sampling.py"
 SLOW_FAST_TESTS = "tests/processing/test_slow_fast.py"
 READER_TESTS = "tests/processing/test_video_reader.py"
@@ -63,6 +64,7 @@ FAULTS = [
     Fault(VIDEOS, "frames[index:] = _resize_bicubic", "frames[index] = _resize_bicubic", READER_TESTS),
     Fault(VIDEOS, "fps=count / total * reader.fps", "fps=reader.fps", SAMPLING_TESTS),
     Fault(VIDEOS, ".clamp(0, 255).round()", ".clamp(0, 255)", SAMPLING_TESTS),
+    Fault(VIDEOS, ".clamp(0, 255).round()", ".clamp(0, 256).round()", BOUNDARIES),
     Fault(VIDEOS, "count = max(1, sampling.slow_fast_frame_count", "count = max(2, sampling.slow_fast_frame_count", READER_TESTS),
     Fault(VIDEOS, 'reader.width, options.get("min_frame_similarity"))\n    buffer', "reader.width)\n    buffer", SETTINGS),
     Fault(VIDEOS, 'SlowFastClassifier(height, width, options.get("min_frame_similarity"))', "SlowFastClassifier(height, width)", SETTINGS),
@@ -76,22 +78,22 @@ FAULTS = [
     Fault(VIDEOS, "with open_video(source, **limits) as reader:", "with open_video(source) as reader:", SETTINGS),
     Fault(VIDEOS, "open_source(source, timeout=timeout, max_bytes=max_bytes)", "open_source(source, timeout=timeout)", "tests/processing/test_video_errors.py"),
     # Reading
-    Fault(READER, "measured = (count - 1) / self.times[-1]", "measured = count / self.times[-1]", BOUNDARIES),
-    Fault(READER, "if count > 1 else rate", "if count > 2 else rate", BOUNDARIES),
-    Fault(READER, "self.fps = rate if is_plausible else measured", "self.fps = rate", BOUNDARIES),
-    Fault(READER, "self.fps = rate if is_plausible else measured", "self.fps = measured", BOUNDARIES),
+    Fault(READER, "measured = (count - 1) / self.times[-1]", "measured = count / self.times[-1]", SCAN),
+    Fault(READER, "if count > 1 else rate", "if count > 2 else rate", SCAN),
+    Fault(READER, "self.fps = rate if is_plausible else measured", "self.fps = rate", SCAN),
+    Fault(READER, "self.fps = rate if is_plausible else measured", "self.fps = measured", SCAN),
     Fault(READER, "(self._frame_pts - self._frame_pts[0]) * tick", "self._frame_pts * tick", READER_TESTS),
-    Fault(READER, "rate if 0 < rate <= MAX_FILE_FPS else FALLBACK_FPS", "FALLBACK_FPS", BOUNDARIES),
-    Fault(READER, "FALLBACK_FPS = 25.0", "FALLBACK_FPS = 30.0", BOUNDARIES),
-    Fault(READER, "MAX_ROUNDING_TICKS = 1.5", "MAX_ROUNDING_TICKS = 0.1", BOUNDARIES),
-    Fault(READER, "MAX_ROUNDING_TICKS = 1.5", "MAX_ROUNDING_TICKS = 30.0", BOUNDARIES),
-    Fault(READER, "if limit and height * width > limit:", "if limit and height * width >= limit:", BOUNDARIES),
-    Fault(READER, "return 2 * Image.MAX_IMAGE_PIXELS", "return Image.MAX_IMAGE_PIXELS", BOUNDARIES),
-    Fault(READER, "if not stream.disposition & cover_image]", "]", BOUNDARIES),
-    Fault(READER, "missing > max(MAX_MISSING_SECONDS, 0.01 * duration)", "missing > max(10 * MAX_MISSING_SECONDS, 0.01 * duration)", BOUNDARIES),
-    Fault(READER, "(packet.is_keyframe, not packet.is_discard)", "(packet.is_keyframe, True)", BOUNDARIES),
+    Fault(READER, "rate if 0 < rate <= MAX_FILE_FPS else FALLBACK_FPS", "FALLBACK_FPS", SCAN),
+    Fault(READER, "FALLBACK_FPS = 25.0", "FALLBACK_FPS = 30.0", SCAN),
+    Fault(READER, "MAX_ROUNDING_TICKS = 1.5", "MAX_ROUNDING_TICKS = 0.1", SCAN),
+    Fault(READER, "MAX_ROUNDING_TICKS = 1.5", "MAX_ROUNDING_TICKS = 30.0", SCAN),
+    Fault(READER, "if limit and height * width > limit:", "if limit and height * width >= limit:", SCAN),
+    Fault(READER, "return 2 * Image.MAX_IMAGE_PIXELS", "return Image.MAX_IMAGE_PIXELS", SCAN),
+    Fault(READER, "if not stream.disposition & cover_image]", "]", SCAN),
+    Fault(READER, "missing > max(MAX_MISSING_SECONDS, 0.01 * duration)", "missing > max(10 * MAX_MISSING_SECONDS, 0.01 * duration)", SCAN),
+    Fault(READER, "(packet.is_keyframe, not packet.is_discard)", "(packet.is_keyframe, True)", SCAN),
     Fault(READER, "frame.rotation / 90) % 4", "-frame.rotation / 90) % 4", READER_TESTS),
-    Fault(READER, "keyframe_pts[gop[packets.is_key]] = pts[packets.is_key]", "pass", BOUNDARIES),
+    Fault(READER, "keyframe_pts[gop[packets.is_key]] = pts[packets.is_key]", "pass", SCAN),
     Fault(TRUNCATION, "return 8 + int.from_bytes", "return int.from_bytes", "tests/processing/test_video_errors.py"),
     # Packing
     Fault(PACKING, '".1f")', '".2f")', VIDEO_TESTS),

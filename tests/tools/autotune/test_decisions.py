@@ -133,6 +133,7 @@ def timed(folder, versions=None):
     records_.save()
     if versions:
         content = json.loads(records_.path.read_text())
+        assert versions.keys() <= content["versions"].keys()
         content["versions"] |= versions
         records_.path.write_text(json.dumps(content))
 

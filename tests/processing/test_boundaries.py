@@ -1,11 +1,13 @@
 """Values exactly at a limit: sizes of images, pixel budgets, bytes of files, steps of templates."""
 
 import io
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from keye_kernels.editions import EDITIONS
@@ -102,10 +104,6 @@ def test_a_download_of_unknown_length_is_read_up_to_one_byte_more_than_max_bytes
 @pytest.mark.parametrize(
     ("name", "limit", "template"),
     [
-        ("MAX_STEPS", 3, "{% for a in [1, 2, 3] %}{% endfor %}x"),
-        # The three ranges have 2 items each, the loop counts 2, and there are 3 calls.
-        ("MAX_STEPS", 11, "{% for a in range(2) %}{{ range(2) | length }}{% endfor %}"),
-        ("MAX_STEPS", 4, "{{ cycler('a', 'b').next() }}{{ cycler('a', 'b').next() }}"),
         ("MAX_LENGTH", 6, "abc{{ 'def' }}"),
         ("MAX_LENGTH", 5, "{{ messages[0].role }}{{ messages[0].content }}"),
         ("MAX_LENGTH", 6, "{{ 'abc' ~ 'def' }}"),
@@ -123,6 +121,27 @@ def test_a_template_may_reach_each_limit_and_not_exceed_it(monkeypatch, name, li
     monkeypatch.setattr(templates, name, limit - 1)
     with pytest.raises(ValueError, match="the chat template failed"):
         render_chat_template(template, TURN)
+
+
+def test_a_template_may_take_exactly_its_steps(monkeypatch):
+    token = templates._steps_left.set([2, math.inf])
+    try:
+        templates._count_steps(2)
+        with pytest.raises(TemplateError, match="more than"):
+            templates._count_steps(1)
+    finally:
+        templates._steps_left.reset(token)
+
+    def needed_steps(items):
+        for limit in range(100):
+            monkeypatch.setattr(templates, "MAX_STEPS", limit)
+            try:
+                render_chat_template("{% for item in " + str(items) + " %}{% endfor %}x", TURN)
+            except ValueError:
+                continue
+            return limit
+
+    assert needed_steps([1, 2, 3]) == needed_steps([1, 2]) + 1
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

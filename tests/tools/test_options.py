@@ -204,3 +204,4 @@ def test_the_time_to_the_first_token_includes_the_prefill(model, monkeypatch):
     text, first, later = demo.ask(model, small_processor(), file, "what?")
     # Start, prompt, first token
     assert (text, first, later) == ("yes", 2.0, [1.0] * (len(model.answer) - 1))
+    assert model.generated["max_new_tokens"] == 32

@@ -89,3 +89,9 @@ def test_the_tokenizer_restores_any_text(small):
 def test_an_image_unlike_the_training_data_gets_an_answer(small, size):
     image = {"type": "image", "image": Image.new("RGB", size, (255, 0, 255))}
     assert answer(*small, [(image, "where are you, 你好?")])[0]
+
+
+def test_options_of_the_small_model_and_its_processor():
+    model, processor = small_model(dtype=torch.float16, impl="reference"), small_processor(max_pixels=50176)
+    assert model.dtype == torch.float16 and model.visual.impl == "reference"
+    assert processor.patch_config.max_pixels == 50176 != small_processor().patch_config.max_pixels

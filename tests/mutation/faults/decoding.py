@@ -1,0 +1,100 @@
+"""Faults in the cache, in generation, in recorded steps and in the warm-up."""
+
+from ..fault import Fault
+
+CACHE, GENERATION, KEYE = (f"keye_kernels/model/{name}.py" for name in ("cache", "generation", "keye"))
+GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
+CALLS, TESTS = "tests/model/test_calls.py", "tests/model/test_generation.py"
+TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
+GRAPHS, SIZES, WARMUPS = (f"tests/model/test_{name}.py" for name in ("step_graph", "warmup_sizes", "warmup"))
+OPTIONS = "tests/model/test_small.py -k options"
+
+FAULTS = [
+    # Cache
+    Fault(CACHE, "if used + tokens > self.max_length:", "if used + tokens >= self.max_length:", CALLS),
+    Fault(CACHE, "if used + tokens > self.max_length:", "if tokens > self.max_length:", CALLS),
+    Fault(CACHE, "stored.index_copy_(1, slots, new.detach()", "stored.index_copy_(1, slots, new", CALLS),
+    Fault(
+        CACHE,
+        "((self.keys[layer], key), (self.values[layer], value))",
+        "((self.keys[layer], value), (self.values[layer], key))",
+        TESTS,
+    ),
+    Fault(CACHE, "self.valid.index_copy_(1, slots, attention_mask.bool())", "self.valid.index_fill_(1, slots, True)", TESTS),
+    Fault(CACHE, "return self.length + torch.arange(tokens,", "return self.length * 0 + torch.arange(tokens,", TESTS),
+    Fault(CACHE, ".to(stored.dtype))", ")", TESTS),
+    # Sampling
+    Fault(GENERATION, "/ (self.temperature or 1.0)", "* (self.temperature or 1.0)", TESTS),
+    Fault(GENERATION, "logits < threshold", "logits <= threshold", TESTS),
+    Fault(GENERATION, "topk(self.top_k).values[:, -1:]", "topk(self.top_k + 1).values[:, -1:]", TESTS),
+    Fault(GENERATION, "- probability >= self.top_p", "- probability > self.top_p", TESTS),
+    Fault(GENERATION, "probability.cumsum(-1) - probability >=", "probability.cumsum(-1) >=", TESTS),
+    Fault(GENERATION, "removed.scatter(1, order, removed)", "removed", CALLS),
+    Fault(GENERATION, "ordered, order = logits.sort(", "ordered, order = (logits * (self.temperature or 1.0)).sort(", CALLS),
+    Fault(GENERATION, "None if self.seed is None else torch", "None if not self.seed else torch", TESTS),
+    Fault(GENERATION, "multinomial(1, generator=self.generator)", "multinomial(1)", TESTS),
+    Fault(KEYE, "first_given(value, defaults.get(name))", "first_given(defaults.get(name), value)", CALLS),
+    Fault(
+        KEYE,
+        '{"temperature": temperature, "top_k": top_k, "top_p": top_p}',
+        '{"temperature": temperature, "top_k": top_k}',
+        CALLS,
+    ),
+    Fault(KEYE, "Sampler(do_sample, **", 'Sampler(do_sample or bool(defaults.get("do_sample")), **', CALLS),
+    # End tokens, padding, streaming
+    Fault(
+        KEYE,
+        'first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id)',
+        'first_given(eos_token_id, defaults.get("eos_token_id"))',
+        CONFIGS,
+    ),
+    Fault(KEYE, 'first_given(pad_token_id, defaults.get("pad_token_id"), self', "first_given(pad_token_id, self", CONFIGS),
+    Fault(KEYE, "self.config.pad_token_id, *ends[:1], 0)", "self.config.pad_token_id, 0)", CONFIGS),
+    Fault(GENERATION, ".masked_fill(finished, pad_token_id)", "", TESTS),
+    Fault(GENERATION, "finished |= torch.isin(chosen, ends)", "finished |= torch.isin(chosen, ends[:1])", TESTS),
+    Fault(GENERATION, "(len(ends) and finished.all())", "(len(ends) and finished.any())", TESTS),
+    Fault(GENERATION, "if column + 1 == tokens.shape[1]", "if column + 2 == tokens.shape[1]", CALLS),
+    Fault(GENERATION, "        checksum += logits.sum", "        checksum = logits.sum", TESTS),
+    Fault(GENERATION, "cache=cache, logits_to_keep=1)", "cache=cache)", CALLS),
+    Fault(
+        GENERATION,
+        "model.new_cache(batch_size, length + max_new_tokens)",
+        "model.new_cache(batch_size, 2 * (length + max_new_tokens))",
+        CALLS,
+    ),
+    Fault(GENERATION, "decoding_step(model, cache, max_new_tokens - 1)", "decoding_step(model, cache, max_new_tokens)", CALLS),
+    Fault(GENERATION, "            streamer.put(chosen)\n", "            streamer.put(chosen[:1])\n", TESTS),
+    Fault(GENERATION, "        self._write_new(self.decode(self.ids))\n        self.ids", "        self.ids", CALLS),
+    Fault(
+        GENERATION,
+        "self.ids, self.chars_written, self.prompt_seen = [], 0, False",
+        "self.chars_written, self.prompt_seen = 0, False",
+        TESTS,
+    ),
+    Fault(GENERATION, 'if not text.endswith("\\ufffd"):', "if text:", TESTS),
+    Fault(KEYE, "    @torch.no_grad()\n    def generate(", "    def generate(", CALLS),
+    # Recorded steps
+    Fault(GRAPH, "        self.token.copy_(token)\n", "", GRAPHS),
+    Fault(GRAPH, "self.token = token.clone()", "self.token = token", GRAPHS),
+    Fault(GRAPH, "steps >= MIN_STEPS_TO_RECORD", "steps > MIN_STEPS_TO_RECORD", GRAPHS),
+    Fault(GRAPH, "m._forward_hooks or m._forward_pre_hooks", "m._forward_hooks", GRAPHS),
+    Fault(GRAPH, 'and not torch.is_autocast_enabled("cuda")', "", GRAPHS),
+    Fault(GRAPH, "            _failed.add(self.model)\n", "", GRAPHS),
+    Fault(GRAPH, "                stream.wait_stream(current)\n", "", GRAPHS),
+    Fault(GRAPH, "        current.wait_stream(stream)\n", "", GRAPHS),
+    Fault(GRAPH, 'capture_error_mode="thread_local"', 'capture_error_mode="global"', GRAPHS),
+    # Warm-up and the small model
+    Fault(WARM_UP, "layers=module.layers[:1]", "layers=module.layers", SIZES),
+    Fault(WARM_UP, "replace(model.config, num_hidden_layers=1)", "model.config", SIZES),
+    Fault(WARM_UP, "        reduced(ids[:, -1:], cache=cache)\n", "", SIZES),
+    Fault(WARM_UP, "cache=cache, logits_to_keep=1)", "cache=cache)", SIZES),
+    Fault(WARM_UP, "torch.zeros(shape, dtype=model.dtype,", "torch.zeros(shape, dtype=torch.float32,", SIZES),
+    Fault(WARM_UP, "not 1 <= length < max_tokens", "not 1 <= length <= max_tokens", SIZES),
+    Fault(WARM_UP, " or isinstance(length, bool)", "", SIZES),
+    Fault(WARM_UP, "        for step in steps:\n            step()\n", "", SIZES),
+    Fault(WARM_UP, "disable=not progress", "disable=progress", SIZES),
+    Fault(WARM_UP, "WarmupReport(compiled, cached, round", "WarmupReport(cached, compiled, round", SIZES),
+    Fault(WARM_UP, 'if os.environ.get("TRITON_INTERPRET") == "1":', "if False:", WARMUPS + " -k interpreter"),
+    Fault(SMALL, "return Keye.from_pretrained(SMALL, **options)", "return Keye.from_pretrained(SMALL)", OPTIONS),
+    Fault(SMALL, "KeyeProcessor.from_pretrained(SMALL, **options)", "KeyeProcessor.from_pretrained(SMALL)", OPTIONS),
+]

@@ -174,6 +174,7 @@ def test_positions_that_rope_cannot_represent_are_refused():
     [
         ([float("nan")], "finite, not negative"),
         ([-1.0], "finite, not negative"),
+        ([-1e-6], "finite, not negative"),
         ([float("inf")], "finite, not negative"),
         ([1e9], "below 2.7962e"),
         ([1.0, 1.0], "one number for each of 1 videos, got 2"),

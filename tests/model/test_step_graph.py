@@ -110,9 +110,9 @@ def test_a_recorded_step_gets_the_token_of_each_call(waits):
             logits = 2 * token
             return SimpleNamespace(logits=logits)
 
-    step = _RecordedStep(Double(), "cache")
-    found = [int(step(torch.tensor([[token]]))) for token in (3, 5, 4, 9)]
-    assert found == [6, 10, 8, 18] and isinstance(step.graph, FakeGraph)
+    step, tokens = _RecordedStep(Double(), "cache"), [torch.tensor([[token]]) for token in (3, 5, 4, 9)]
+    assert [int(step(token)) for token in tokens] == [6, 10, 8, 18] and isinstance(step.graph, FakeGraph)
+    assert [int(token) for token in tokens] == [3, 5, 4, 9]  # the graph has a copy
     assert waits == ["side for current", "current for side"]
 
 

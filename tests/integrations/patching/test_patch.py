@@ -41,6 +41,14 @@ def test_calls_with_different_flags_add_up(model):
     }
 
 
+def test_the_report_names_what_earlier_calls_replaced(model):
+    everything = kk.apply_keye_kernels(build(FAMILY))
+    kk.apply_keye_kernels(model, rope=False, projector=False)
+    second = kk.apply_keye_kernels(model, rope=False, attention=False)
+    assert set(second.replaced) == {item for item in everything.replaced if item.part != "rope"}
+    assert {item.part for item in second.left_alone if "not requested" in item.note} == {"rope"}
+
+
 def test_parts_that_were_not_requested_are_reported(model):
     report = kk.apply_keye_kernels(model, projector=False, strict=True)
     notes = {item.module: item.note for item in report.left_alone}
@@ -232,6 +240,7 @@ def test_models_of_this_package_are_reported_and_left_alone(build_model):
     assert not report.replaced and not instance_forwards(model)
     assert {item.part for item in report.left_alone} == {"attention", "projector"}
     assert {item.note for item in report.left_alone} == {"part of keye_kernels, already runs kk.ops"}
+    assert kk.apply_keye_kernels(model, attention=False).left_alone == report.left_alone
 
 
 def test_a_model_without_known_modules():

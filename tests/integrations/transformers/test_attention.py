@@ -89,6 +89,12 @@ def test_other_calls_run_sdpa(sdpa_calls, queries, keys, dropout, mask):
     assert len(sdpa_calls) == 1
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, TOKENS), (2, TOKENS)])
+def test_calls_that_are_no_prompts_run_sdpa_without_a_mask_too(sdpa_calls, queries, keys):
+    keye_attention(Layer(), *tensors(queries=queries, keys=keys), None, scaling=SCALE)
+    assert len(sdpa_calls) == 1
+
+
 def test_eager_attention_computes_in_float32_and_reads_the_columns_of_the_keys():
     qkv, module = tensors(), Layer()
     bias = torch.zeros(2, 1, TOKENS, TOKENS + 3)
@@ -126,7 +132,7 @@ def test_the_text_model_attends_within_the_tokens_of_a_padded_prompt(tiny, opera
 
 
 def test_both_kinds_of_models_call_the_operators_alike(tiny, tiny_folder, operator_calls):  # noqa: F811
-    """Frequencies, sections, eps and scale."""
+    """Frequencies, sections, eps and implementation."""
     tiny.set_attn_implementation("keye")
     calls = []
     for model in (tiny, kk.Keye.from_pretrained(tiny_folder)):
@@ -139,3 +145,4 @@ def test_both_kinds_of_models_call_the_operators_alike(tiny, tiny_folder, operat
         torch.testing.assert_close(*tensors, atol=1e-4, rtol=1e-4)
         for key in ("eps", "merge_size"):
             assert options.get(key) == expected.get(key), (name, key)
+        assert options.get("impl", "auto") == expected["impl"] == "auto", name

@@ -1,6 +1,7 @@
 """Inputs of the transformers model: later turns of padded batches, videos, seconds, logits_to_keep, loss and loading."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -114,6 +115,14 @@ def test_videos_match_the_lean_model(tiny, tiny_folder):
     assert (results[0] - results[1]).abs().max() > 1e-3
 
 
+def test_four_rows_of_positions_start_with_that_of_the_text(tiny):
+    ids, positions = torch.arange(6)[None], torch.tensor([[[0, 2, 3, 4, 6, 7]], [[0, 1, 5, 6, 7, 9]], [[0, 1, 2, 3, 3, 4]]])
+    with_text = torch.cat((torch.zeros(1, 1, 6, dtype=torch.int64), positions))
+    expected = tiny(ids, position_ids=positions)
+    assert torch.equal(tiny(ids, position_ids=with_text).logits, expected.logits)
+    assert expected.rope_deltas.tolist() == [[4]]
+
+
 def test_logits_to_keep(tiny):
     ids = torch.arange(12).view(2, 6)
     everything = tiny(ids).logits
@@ -183,6 +192,12 @@ def test_pickles_of_a_subfolder_and_use_safetensors_false_are_refused(tiny_folde
     for path, options in ((tmp_path, {"subfolder": "part"}), (tiny_folder, {"use_safetensors": False})):
         with pytest.raises(ValueError, match="pickled weights can run code"):
             load(path, **options)
+
+
+def test_fields_of_text_config_come_first(tmp_path):
+    values = {**CONFIG, "hidden_size": 32, "text_config": {"hidden_size": 64, "model_type": "other"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == kk.KeyeConfig.from_pretrained(tmp_path).hidden_size == 64
 
 
 @pytest.mark.parametrize("edition", EDITIONS.values(), ids=lambda edition: edition.name)

@@ -72,6 +72,24 @@ def test_steps_of_the_image_processor_cannot_be_turned_off(small, name, tmp_path
         AutoProcessor.from_pretrained(tmp_path)
 
 
+def test_direct_arguments_come_before_groups(small):
+    image = Image.new("RGB", (224, 224))
+    one, other = {"max_pixels": 16 * 784}, {"max_pixels": 36 * 784}
+    grids = [
+        small[1](text="<|image_pad|>", images=image, **options)["image_grid_thw"].tolist()
+        for options in ({"images_kwargs": other, **one}, one, other)
+    ]
+    assert grids[0] == grids[1] != grids[2]
+
+
+def test_arguments_of_the_call_come_before_those_of_the_conversation(small):
+    frames = [Image.new("RGB", (56, 56), (value, 0, 0)) for value in (0, 80, 160, 240)]
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames, "fps": 2.0}]}]
+    for options, seconds in (({}, 0.5), ({"fps": 4.0}, 0.25)):
+        inputs = small[1].apply_chat_template(messages, tokenize=True, **options)
+        assert inputs["second_per_grid_ts"].tolist() == [seconds]
+
+
 def test_unknown_arguments_of_the_image_processor_are_rejected(small):
     with pytest.raises(TypeError, match="max_pixel'"):
         small[1].image_processor(Image.new("RGB", (56, 56)), max_pixel=3136)

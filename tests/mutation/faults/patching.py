@@ -99,7 +99,7 @@ FAULTS = [
         FORWARDS,
         'module.__dict__.get(attribute) for attribute in ("forward", "_old_forward")',
         'module.__dict__.get(attribute) for attribute in ("forward",)',
-        CONDITIONS,
+        HOOKS,
     ),
     Fault(FORWARDS, "copy.__kwdefaults__ = forward.__kwdefaults__", "copy.__kwdefaults__ = None", CONDITIONS),
     # Patching, reverting and the report

@@ -69,7 +69,7 @@ FAULTS = [
     # Forward
     Fault(MODELING, "        check_seconds(config, video_grid_thw, second_per_grid_ts)\n", "", INPUTS),
     Fault(MODELING, "check_placeholders(config, input_ids, image_grid_thw, video_grid_thw, attention_mask)", "pass", MODELS),
-    Fault(MODELING, "position_ids[-3:]", "position_ids[:3]", MODELS),
+    Fault(MODELING, "position_ids[-3:]", "position_ids[:3]", INPUTS),
     Fault(MODELING, "else slice(-logits_to_keep, None)", "else slice(-max(logits_to_keep, 1), None)", INPUTS),
     Fault(MODELING, "keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice", "keep = slice", INPUTS),
     Fault(
@@ -136,10 +136,10 @@ FAULTS = [
         "processor = cls(**{**given, **image_processor_dict})",
         PROCESSORS,
     ),
-    Fault(PROCESSING, "for group in (*groups, kwargs)", "for group in (kwargs, *groups)", PROCESSORS),
+    Fault(PROCESSING, "for group in (*groups, kwargs)", "for group in (kwargs, *groups)", ARGUMENTS),
     Fault(PROCESSING, '            tokenizer.padding_side = "left"\n', "", PROCESSORS),
     Fault(PROCESSING, '{"padding_side": self.tokenizer.padding_side}', '{"padding_side": "left"}', PROCESSORS),
-    Fault(PROCESSING, "**{**found, **options})", "**{**options, **found})", PROCESSORS),
+    Fault(PROCESSING, "**{**found, **options})", "**{**options, **found})", ARGUMENTS),
     Fault(PROCESSING, "continue_final_message=continue_final_message,\n            thinking", "thinking", PROCESSORS),
     # vLLM
     Fault(REGISTER, 'order="block" if self._replaces_projector else "raster"', 'order="block"', MODULES),

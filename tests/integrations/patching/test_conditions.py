@@ -8,7 +8,7 @@ import keye_kernels as kk
 
 pytest.importorskip("transformers")
 from keye_kernels.integrations.patching.families import RULES
-from keye_kernels.integrations.patching.forwards import as_grid_thw, mrope_section
+from keye_kernels.integrations.patching.forwards import as_grid_thw, mrope_section, with_rope
 from keye_kernels.integrations.patching.report import ModuleReport, PatchReport
 from tests.helpers.patched_families import build, instance_forwards, logits
 
@@ -89,6 +89,14 @@ def test_mrope_sections_are_found_in_every_version():
     assert mrope_section(module) == [2, 2, 2]
     module.config.rope_parameters = {"mrope_section": [3, 3, 3]}
     assert mrope_section(module) == [3, 3, 3]
+
+
+def test_the_copy_of_a_forward_keeps_its_defaults():
+    def forward(self, x, offset=1, *, factor=10):
+        return rotate(x) * factor + offset  # noqa: F821  the function that is replaced
+
+    copied = with_rope(forward, "rotate", lambda x: -x)
+    assert copied(None, 5) == -49 and copied(None, 5, 2, factor=3) == -13
 
 
 @pytest.mark.parametrize("name", [ATTENTION, ROTARY, "model.language_model.layers.0.self_attn"])

@@ -1,5 +1,6 @@
 """Patched modules with hooks (accelerate), adapters (peft) and forwards replaced by other code."""
 
+from collections import Counter
 from types import MethodType
 
 import pytest
@@ -47,6 +48,25 @@ def test_accelerate_hooks_run_before_the_replaced_forward(model, hooks_first):
     assert len(called) == 4
     hooks.remove_hook_from_module(attention)
     assert torch.equal(logits(model, FAMILY), expected)
+
+
+def test_hooks_on_the_layers_of_keyes_own_tower_keep_its_rope():
+    """accelerate keeps the replaced forward under another name, where the encoder must find it."""
+    hooks, model = pytest.importorskip("accelerate.hooks"), build("keye")
+    expected = logits(model, "keye")
+    kk.apply_keye_kernels(model, strict=True)
+    before = count_operators(model)
+    for layer in model.visual.vision_model.encoder.layers:
+        hooks.add_hook_to_module(layer.self_attn, hooks.ModelHook())
+    assert count_operators(model) == before and before["rope"] == 4
+    torch.testing.assert_close(logits(model, "keye"), expected, **FLOAT32)
+
+
+def count_operators(model: nn.Module) -> Counter:
+    with torch.profiler.profile() as profile:
+        logits(model, "keye")
+    names = [event.name for event in profile.events() if event.name.startswith("keye_kernels::")]
+    return Counter(name.removeprefix("keye_kernels::") for name in names)
 
 
 def test_a_projector_with_offloaded_weights_is_left_alone(model):

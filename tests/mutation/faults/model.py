@@ -103,7 +103,10 @@ FAULTS = [
     ),
     # Decoder
     Fault(
-        DECODER, "(start + left, start + left + count, start + length)", "(start + left, start + length, start + length)", CALLS
+        DECODER,
+        "(start + left, start + left + count, start + length)",
+        "(start + left, start + count, start + length)",
+        GENERATION,
     ),
     Fault(DECODER, "<= slots[:, None]  # [S, M]", "< slots[:, None] + 2  # [S, M]", GENERATION),
     Fault(

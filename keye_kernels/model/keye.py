@@ -152,7 +152,10 @@ class Keye(nn.Module):
             ValueError: the placeholders do not match the grids, the mask hides a placeholder, or second_per_grid_ts is invalid.
         """
         if second_per_grid_ts is not None and not isinstance(second_per_grid_ts, Tensor):
-            second_per_grid_ts = torch.tensor(second_per_grid_ts, dtype=torch.float32)
+            try:
+                second_per_grid_ts = torch.tensor(second_per_grid_ts, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"second_per_grid_ts must be one number per video, got {second_per_grid_ts!r:.100}") from error
         if not torch.compiler.is_compiling():
             check_placeholders(self.config, input_ids, image_grid_thw, video_grid_thw, attention_mask)
             check_seconds(self.config, video_grid_thw, second_per_grid_ts)

@@ -87,6 +87,8 @@ def render_chat_template(
     # Imports jinja2, which is loaded only if a template is rendered.
     from .templates import render_template, template_variables
 
+    if not isinstance(template, str):
+        raise TypeError(f"chat_template must be a string, got {type(template).__name__}")
     if thinking not in THINKING_SUFFIXES:
         raise ValueError(f"thinking must be one of {list(THINKING_SUFFIXES)}, got {thinking!r}")
     accepted = template_variables(template) - {"messages", "add_generation_prompt", "tools"}

@@ -190,6 +190,13 @@ def test_invalid_seconds_are_refused(seconds, message):
                 model.get_rope_index(ids, video_grid_thw=torch.tensor([[3, 2, 4]]), second_per_grid_ts=given)
 
 
+@pytest.mark.parametrize("seconds", [["a"], [None], {}, [[1.0], [1.0, 2.0]]], ids=str)
+def test_seconds_that_are_no_numbers_are_refused(seconds):
+    ids, grid_thw = torch.tensor([[1, 112, *[116] * 6, 113]]), torch.tensor([[3, 2, 4]])
+    with pytest.raises(ValueError, match="second_per_grid_ts must be one number per video, got"):
+        tiny_model().get_rope_index(ids, video_grid_thw=grid_thw, second_per_grid_ts=seconds)
+
+
 def test_the_time_limit_of_a_video_depends_on_its_frames():
     model, ids = tiny_model(), torch.tensor([[1, 112, *[116] * 6, 113]])
     position_ids, _ = model.get_rope_index(ids, video_grid_thw=torch.tensor([[3, 2, 4]]), second_per_grid_ts=[2_796_202.0])

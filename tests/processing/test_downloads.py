@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from keye_kernels.processing.sources import read_source
+from keye_kernels.processing.sources import MAX_REDIRECTS, read_source
 from tests.helpers.http_answers import answer, answer_endlessly
 
 
@@ -20,6 +20,15 @@ def test_redirects_to_other_schemes_are_rejected(server, target):
     server.routes["/a"] = answer(b"", 302, Location=target)
     with pytest.raises(ValueError, match=rf"[Rr]edirect.*{re.escape(target)}"):
         read_source(server.address + "/a")
+
+
+def test_the_number_of_redirects_is_limited(server):
+    for count in range(MAX_REDIRECTS + 1):
+        server.routes[f"/{count}"] = answer(b"", 302, Location=f"/{count + 1}")
+    server.routes[f"/{MAX_REDIRECTS + 1}"] = answer(b"content")
+    assert read_source(server.address + "/1") == b"content"
+    with pytest.raises(ValueError, match="cannot download"):
+        read_source(server.address + "/0")
 
 
 def test_an_http_error_is_named(server):

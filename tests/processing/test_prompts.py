@@ -161,6 +161,12 @@ def test_split_thinking_splits_answers(text, expected):
     assert (parts.analysis, parts.thought, parts.answer) == expected
 
 
+@pytest.mark.parametrize("template", [5, b"{{ messages }}", ["a"]], ids=str)
+def test_a_template_must_be_a_string(template):
+    with pytest.raises(TypeError, match="chat_template must be a string, got"):
+        render_chat_template(template, [{"role": "user", "content": "x"}])
+
+
 def test_split_thinking_never_returns_a_tag_during_streaming():
     text = "<analysis>a</analysis><think>t</think><answer>42</answer>"
     for end in range(len(text) + 1):

@@ -37,7 +37,8 @@ FAULTS = [
     Fault(CONFIG, 'if activation != "gelu_pytorch_tanh":', 'if "gelu" not in activation:', VALUES),
     Fault(CONFIG, "is_number and low <= value <= high", "is_number and low < value <= high", VALUES),
     Fault(CONFIG, "is_number and low <= value <= high", "is_number and low <= value < high", VALUES),
-    Fault(CONFIG, "0, self.vocab_size - 1)", "0, self.vocab_size)", CONFIGS),
+    Fault(CONFIG, "getattr(self, name), 0, self.vocab_size - 1)", "getattr(self, name), 0, self.vocab_size)", CONFIGS),
+    Fault(CONFIG, '"eos_token_id", token, 0, self.vocab_size - 1)', '"eos_token_id", token, 0, self.vocab_size)', CONFIGS),
     Fault(CONFIG, "len(sizes) == 3 and min(sizes) >= 0 and", "len(sizes) == 3 and", CONFIGS),
     # Loading
     Fault(CHECKPOINT, "count = max(1, BYTES_PER_MAPPING", "count = 1 + max(1, BYTES_PER_MAPPING", PIECES),

@@ -32,8 +32,9 @@ def nvidia(monkeypatch, target, *, registers=32, warps=4, shared=0, tmem=None, s
         ("sm_80", {"registers": 32}, 16),  # 64 warps
         ("sm_86", {"registers": 32}, 12),  # 48 warps
         ("sm_86", {"registers": 16, "warps": 1}, 16),  # 16 blocks
+        ("sm_90", {"registers": 33}, 12),  # as for 40: allocated in units of 8 per thread
         ("sm_90", {"registers": 128}, 4),
-        ("sm_90", {"registers": 129}, 3),  # allocated in units of 8 per thread
+        ("sm_90", {"registers": 129}, 3),
         ("sm_90", {"registers": 255, "warps": 8}, 1),
         ("sm_90", {"registers": 168, "warps": 12}, 1),
         ("sm_90", {"registers": 64, "warps": 8}, 4),
@@ -58,6 +59,7 @@ def test_blocks_of_an_nvidia_multiprocessor(target, needs, blocks, monkeypatch):
         (64, 4, 0, 8),
         (65, 4, 0, 7),
         (128, 4, 0, 4),
+        (97, 4, 0, 4),
         (136, 4, 0, 3),
         (512, 4, 0, 1),
         (0, 1, 0, 16),

@@ -25,6 +25,19 @@ def test_a_causal_schedule_starts_the_last_tiles_first():
     assert entries == [[5, 10, 8], [5, 10, 4], [0, 5, 4], [0, 5, 0], [5, 10, 0]]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_schedule_is_sorted_by_work_and_ties_keep_their_order(causal):
+    lengths = torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    offsets = cumulative_lengths(lengths)
+    entries = [
+        (start, length, first, min(first + 4, length) if causal else length)
+        for start, length in zip(offsets.tolist(), lengths, strict=False)
+        for first in range(0, length, 4)
+    ]
+    expected = sorted(entries, key=lambda entry: -entry[3])  # Python's sort is stable
+    assert tile_schedule(offsets, 4, causal).tolist() == [list(entry[:3]) for entry in expected]
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_segment_has_as_many_tiles_as_needed(length, causal):

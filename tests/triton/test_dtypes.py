@@ -32,6 +32,23 @@ def test_bf16_operators_round_the_float32_result_once(name, op, arguments, keywo
         assert torch.equal(x, y.to(x.dtype))
 
 
+@pytest.mark.parametrize(("name", "op", "arguments", "keywords"), CASES, ids=IDS)
+def test_gradients_of_the_kernels_are_those_of_the_reference(name, op, arguments, keywords):
+    arguments, keywords = converted(arguments, keywords, torch.float32)
+    found = []
+    for impl in ("triton", "reference"):
+        leaves = [
+            x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in arguments
+        ]
+        if "rope" in name:  # no gradients for frequencies
+            leaves[3] = arguments[3]
+        # The gradient of a sum is expanded: no stride of it is 1
+        sum(x.sum() for x in as_tuple(op(*leaves, **keywords, impl=impl))).backward()
+        found.append([x.grad for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad])
+    assert found[0] and all(x.is_contiguous() for x in found[0])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 def test_bf16_attention_with_segments_and_matmuls_of_torch():
     q, k, v = torch.randn(3, 9, 2, 16, dtype=torch.bfloat16).unbind(0)
     segments = Segments.from_lengths([4, 5], q.device)

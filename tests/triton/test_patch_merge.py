@@ -237,6 +237,16 @@ def test_auto_runs_the_backend_of_the_launch_configs(monkeypatch, backend):
     torch.testing.assert_close(out.double(), expected(features, None, weights), **FP32)
 
 
+@pytest.mark.parametrize(("backend", "other", "launches"), [("triton", "torch", 3), ("torch", "triton", 1)])
+def test_a_named_backend_runs_both_matmuls(monkeypatch, backend, other, launches):
+    monkeypatch.setattr(linear_module, "launch_config", lambda *key: key[-1] | {"backend": other})
+    linear_module._config.cache_clear()
+    with count_traffic() as traffic:
+        patch_merge_projection(make_features(32), None, *make_weights(), backend=backend)
+    linear_module._config.cache_clear()
+    assert len(traffic.launches) == launches
+
+
 @BACKENDS
 def test_the_gelu_is_exact(backend):
     features, weights = make_features(24), make_weights()

@@ -78,22 +78,25 @@ TRITON_NAMES = {**{dtype: name for name, dtype in TORCH_DTYPES.items()}, torch.i
 def argument_type(argument):
     if isinstance(argument, torch.Tensor):
         return f"*{TRITON_NAMES[argument.dtype]}:16"
+    if hasattr(argument, "block_shape"):
+        return f"tensordesc<{TRITON_NAMES[argument.base.dtype]}[{','.join(map(str, argument.block_shape))}]>"
     return {int: "i32", float: "fp32"}.get(type(argument))
 
 
+@pytest.mark.parametrize("use_tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [("rope", "text"), ("rope", "vision"), ("varlen_attention", "text"), ("varlen_attention", "vision"), ("linear", "linear_1"),
      ("linear", "linear_2"), ("patch_merge_norm", "vision"), ("position_embedding_2d", "vision")],
 )  # fmt: skip
-def test_variants_are_what_the_launchers_launch(kernel, part, dtype, monkeypatch):
+def test_variants_are_what_the_launchers_launch(kernel, part, dtype, use_tma, monkeypatch):
     launcher = {"rope": rope, "varlen_attention": varlen_attention, "linear": linear, "patch_merge_norm": patch_merge_norm,
                 "position_embedding_2d": position_embedding_2d}[kernel]  # fmt: skip
     spec, found = kernel_spec(kernel), []
     config = spec.heuristic(TuningShape(kernel, part, 1, 40), dtype, INTERPRETER_ARCH)
     if "backend" in config:
-        config |= {"backend": "triton"}
+        config |= {"backend": "triton", "use_tma": use_tma}
     if kernel == "linear":
         config |= {"BLOCK_K": 64}
     monkeypatch.setattr(launcher, "_launch", lambda grid, *arguments, **constants: found.append((arguments, constants)))
@@ -128,6 +131,30 @@ def test_the_forward_pass_of_preview_in_bf16_is_marked():
         ("patch_merge_norm_kernel", "preview block bf16"),
         ("position_embedding_2d_kernel", "bf16"),
     }
+
+
+@pytest.mark.parametrize("name", MULTIPROCESSORS)
+def test_every_part_and_dtype_ships(name):
+    arch = Arch(name)
+    labels = {kernel: [v.label for v in kernel_spec(kernel).shipped_variants(arch)] for kernel, _ in KEYS}
+    parts = [f"{part} {dtype}" for part in ("vision", "text") for dtype in TORCH_DTYPES]
+    tma = ["vision bf16 TMA", "text bf16 TMA"] if arch.has_tma else []
+    attention = [f"{part}{kind}" for part in parts for kind in ("", " searched", " lse")]
+    assert sorted(labels["varlen_attention"]) == sorted(attention + tma)
+    norms = [f"text {dtype} norm" for dtype in TORCH_DTYPES] + [
+        f"text {dtype} norm with fp32 weights" for dtype in ("bf16", "fp16")
+    ]
+    assert sorted(labels["rope"]) == sorted([*norms, *parts, *(f"{part} backward" for part in parts)])
+    orders = [f"{edition} {order}" for edition in ("preview", "1.5") for order in ("block", "raster")]
+    assert sorted(labels["patch_merge_norm"]) == sorted(f"{order} {dtype}" for order in orders for dtype in TORCH_DTYPES)
+    assert sorted(labels["position_embedding_2d"]) == sorted(TORCH_DTYPES)
+    for part, columns in (("linear_1", 4608), ("linear_2", 4096)):
+        for dtype, torch_dtype in TORCH_DTYPES.items():
+            # The configs of every number of rows
+            configs = [linear.heuristic(arch, 2**bits + 1, columns, torch_dtype) for bits in range(15)]
+            expected = {f"{part} {dtype} {config['BLOCK_M']}x{config['BLOCK_N']}" for config in configs}
+            expected |= {f"{label} TMA" for label in expected if arch.has_tma and dtype == "bf16"}
+            assert {label for label in labels["linear"] if label.startswith(f"{part} {dtype} ")} == expected
 
 
 def test_scores_of_an_iteration_are_those_of_the_launch_config():
@@ -173,12 +200,10 @@ def test_config_keys(kernel, part):
 @pytest.mark.parametrize(("kernel", "part"), KEYS)
 def test_tuning_problems_expect_what_the_kernel_computes(kernel, part):
     """Two segments in the interpreter; the reference of other inputs does not match."""
-    problem = kernel_spec(kernel).tuning_problem(TuningShape(kernel, part, 2, 20), "fp16", CPU, reference)
-    config = kernel_spec(kernel).heuristic(TuningShape(kernel, part, 2, 20), "fp32", INTERPRETER_ARCH)
-    if kernel == "linear":
-        config |= {"backend": "torch"}
+    problem = kernel_spec(kernel).tuning_problem(TuningShape(kernel, part, 2, 6), "fp16", CPU, reference)
+    config = kernel_spec(kernel).heuristic(TuningShape(kernel, part, 2, 6), "fp32", INTERPRETER_ARCH)
     outputs, expected = problem.launch(config), problem.expect(torch.float64)
-    assert len(outputs) == len(expected) and problem.rows.tolist() == list(range(40))
+    assert len(outputs) == len(expected) and problem.rows.tolist() == list(range(12))
     for out, exact in zip(outputs, expected, strict=True):
         assert exact.dtype == torch.float64 and out.dtype == torch.float16
         error = (out[problem.rows].double() - exact).abs().max() / exact.abs().max()

@@ -6,7 +6,7 @@ import torch
 from keye_kernels.segments import tile_schedule
 from keye_kernels.triton.device import MULTIPROCESSORS, Arch
 from keye_kernels.triton.linear import linear
-from keye_kernels.triton.tma import descriptor_types
+from keye_kernels.triton.tma import descriptor_types, make_descriptors
 from keye_kernels.triton.varlen_attention import key_blocks, varlen_attention
 
 CONFIG = {"num_warps": 4, "num_stages": 2, "backend": "triton"}
@@ -118,3 +118,31 @@ def test_argument_types_of_descriptors():
         "tensordesc<bf16[64,1,64]>", "tensordesc<bf16[64,1,16]>", "tensordesc<bf16[64,1,64]>", None,
     ]  # fmt: skip
     assert descriptor_types(CONFIG | {"use_tma": False}, "bf16", *blocks) == [None] * 4
+
+
+def test_a_launch_has_descriptors_only_if_every_tensor_is_aligned():
+    """To 16 bytes: the address and every stride but the last, which is one element."""
+    aligned = torch.zeros(4, 2, 80, dtype=torch.float16)[..., :72]
+    flat = torch.zeros(4 * 2 * 160, dtype=torch.float16)
+    unaligned = {
+        "address": torch.zeros(4, 2, 80, dtype=torch.float16)[..., 4:76],
+        "token stride": flat.as_strided((4, 2, 72), (148, 72, 1)),
+        "head stride": flat.as_strided((4, 2, 72), (160, 76, 1)),
+        "last stride": flat.as_strided((4, 2, 72), (160, 80, 2)),
+    }
+    config, block = CONFIG | {"use_tma": True}, [2, 1, 64]
+    for x in (aligned, aligned.float(), torch.zeros(4, 8)[:, :4]):
+        shape = block if x.ndim == 3 else [2, 4]
+        first, none, second = make_descriptors(config, (aligned, block), (x, None), (x, shape))
+        assert none is None and second.base is x and second.block_shape == shape and first.base is aligned
+        assert (*second.shape,) == x.shape and (*second.strides,) == x.stride()
+    for name, x in unaligned.items():
+        for blocks in ([(x, block), (aligned, block)], [(aligned, block), (x, block)], [(aligned, block), (x, None)]):
+            assert make_descriptors(config, *blocks) == [None, None], name
+    assert make_descriptors(CONFIG | {"use_tma": False}, (aligned, block)) == [None]
+
+
+def test_argument_types_follow_the_dtype():
+    config = CONFIG | {"use_tma": True}
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert descriptor_types(config, dtype, [64, 32], None) == [f"tensordesc<{dtype}[64,32]>", None]

@@ -9,18 +9,16 @@ Exits with 1 if a fault survived, and with 2 if its tests fail without the fault
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from . import run
 from .fault import ROOT, Fault, all_faults
 
-SECONDS_PER_FAULT = 600
-NO_TESTS_FAILED, TESTS_FAILED = 0, 1
 NOT_COPIED = shutil.ignore_patterns(".git", "__pycache__", ".venv", ".*_cache", "*.egg-info", "build", "dist")
 
 
@@ -30,11 +28,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="faults tested at the same time")
     options = parser.parse_args()
     chosen = [fault for fault in all_faults() if not options.files or any(text in fault.file for text in options.files)]
-    broken = tests_without_fault(sorted({fault.tests for fault in chosen}))
-    if broken:
-        print("These tests fail without a fault:", *broken, sep="\n  ")
-        return 2
+    run.start()
     with ThreadPoolExecutor(options.jobs) as pool:
+        # Files, not combinations of files: several faults share them
+        tests = sorted({argument for fault in chosen for argument in fault.tests.split()})
+        broken = [name for name, status in zip(tests, pool.map(test_copy, tests), strict=True) if status != run.NO_TESTS_FAILED]
+        if broken:
+            print("These tests fail without a fault:", *broken, sep="\n  ")
+            return 2
         detected = list(pool.map(is_detected, chosen))
     survivors = [fault for fault, found in zip(chosen, detected, strict=True) if not found]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults detected")
@@ -43,32 +44,21 @@ def main() -> int:
     return 1 if survivors else 0
 
 
-def tests_without_fault(commands: list[str]) -> list[str]:
-    return [tests for tests in commands if run_tests(tests, ROOT) != NO_TESTS_FAILED]
-
-
-def is_detected(fault: Fault) -> bool:
+def test_copy(tests: str, fault: Fault | None = None) -> int:
+    """Exit status of these tests in a copy of the project, with the fault if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "project"
         shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
-        fault.apply(tree)
-        detected = run_tests(fault.tests, tree) != NO_TESTS_FAILED
-    print("detected" if detected else "SURVIVED", fault.name, flush=True)
+        if fault is not None:
+            fault.apply(tree)
+        return run.run_tests(tests, tree, Path(folder) / "output")
+
+
+def is_detected(fault: Fault) -> bool:
+    start = time.perf_counter()
+    detected = test_copy(fault.tests, fault) != run.NO_TESTS_FAILED
+    print("detected" if detected else "SURVIVED", fault.name, f"{time.perf_counter() - start:.0f} s", flush=True)
     return detected
-
-
-def run_tests(tests: str, tree: Path) -> int:
-    """Exit status of pytest in `tree`. A test that hangs counts as failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests.split()]
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS_PER_FAULT)
-    except subprocess.TimeoutExpired:
-        return TESTS_FAILED
-    if result.returncode not in (NO_TESTS_FAILED, TESTS_FAILED):
-        # 2: an import of a test module failed. 4, 5: wrong or no tests.
-        print(f"pytest {tests}: exit status {result.returncode}\n{result.stdout[-2000:]}", file=sys.stderr)
-    return result.returncode
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def prepare(
 ) -> RopeCall:  # fmt: skip
     """A function that launches `rope_kernel` on tensors with the metadata of these, which are not read."""
     (num_tokens, q_heads, head_dim), k_heads = q.shape, k.shape[1]
-    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
-    config = config or _config(device, dtype, head_dim, num_tokens)
+    q_shape, k_shape, q_dtype, k_dtype, device = q.shape, k.shape, q.dtype, k.dtype, q.device
+    config = config or _config(device, q_dtype, head_dim, num_tokens)
     # The JIT specializes integers on divisibility by 16 only. A stride of 72 is passed as 9 units of 8.
     (q_token, q_head, _), (k_token, k_head, _), block = q.stride(), k.stride(), config["BLOCK_T"]
     unit = 8 if not (q_token | q_head | k_token | k_head) % 8 else 1
@@ -193,8 +193,8 @@ def prepare(
         q_weight: Tensor | None = None,
         k_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q_out = torch.empty(q_shape, dtype=dtype, device=device)
-        k_out = torch.empty(k_shape, dtype=dtype, device=device)
+        q_out = torch.empty(q_shape, dtype=q_dtype, device=device)
+        k_out = torch.empty(k_shape, dtype=k_dtype, device=device)
         if num_tokens:
             weights = [None if weight is None else weight.contiguous() for weight in (q_weight, k_weight)]
             launch(q_out, k_out, q, k, *weights, inv_freq.contiguous(), position_ids)

@@ -5,6 +5,7 @@ import torch
 
 from keye_kernels.triton import linear, position_embedding_2d, rope, varlen_attention
 from keye_kernels.triton.device import MULTIPROCESSORS, Arch
+from keye_kernels.triton.launch import Kernel
 from keye_kernels.triton.launch_config import MAX_BLOCK_SIZES, cdiv, dtype_name, next_power_of_2
 from keye_kernels.triton.registry import kernel_spec
 from keye_kernels.triton.spec import TuningShape
@@ -136,9 +137,7 @@ def test_pairs_of_rope_cover_half_of_a_head(norm):
 def test_strides_are_passed_in_units_of_8(monkeypatch):
     """The JIT specializes on divisibility by 16 only; a stride of 72 in units of 8 keeps accesses wide."""
     found = []
-    record = lambda grid, *arguments, **constants: found.append((arguments, constants))  # noqa: E731
-    for module in (rope, varlen_attention, position_embedding_2d):
-        monkeypatch.setattr(module, "_launch", record)
+    monkeypatch.setattr(Kernel, "_launch", lambda _, grid, *arguments, **constants: found.append((arguments, constants)))
     cu_seqlens, inv_freq = torch.tensor([0, 9], dtype=torch.int32), torch.ones(4)
     ids, corners = torch.zeros(1, 9, dtype=torch.int32), (torch.zeros(9, 4, dtype=torch.int32), torch.zeros(9, 4))
 
@@ -168,7 +167,7 @@ def test_strides_are_passed_in_units_of_8(monkeypatch):
 
 def test_rope_uses_64_bit_offsets_where_a_block_reaches_2_31_elements(monkeypatch):
     found = []
-    monkeypatch.setattr(rope, "_launch", lambda grid, *_, **constants: found.append(constants["INT64_OFFSETS"]))
+    monkeypatch.setattr(Kernel, "_launch", lambda *_, **constants: found.append(constants["INT64_OFFSETS"]))
     block, near = {"BLOCK_T": 4, "BLOCK_H": 1, "num_warps": 4}, torch.empty(1, 2, 8, device="meta")
     # Two heads and a block of four tokens reach twice the head stride and four times the token stride
     for token, head, is_far in ((8, 2**30 - 24, False), (8, 2**30 - 16, True), (2**29 - 8, 8, False), (2**29 - 4, 8, True)):

@@ -8,9 +8,9 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from keye_kernels.triton import linear as linear_module
 from keye_kernels.triton import varlen_attention as attention_module
 from keye_kernels.triton.device import INTERPRETER_ARCH
+from keye_kernels.triton.launch import Kernel
 from keye_kernels.triton.linear import linear
 from keye_kernels.triton.registry import kernel_specs
 from keye_kernels.triton.varlen_attention import varlen_attention
@@ -21,14 +21,16 @@ LINEAR_CONFIG = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "n
 
 @pytest.fixture
 def run_program(monkeypatch):
-    """A function that makes the next launches of a module run one program, with this index."""
+    """A function that makes launches run one program, with this index."""
 
-    def choose(module, index):
+    def choose(index):
         handle = TensorHandle(np.array([index], dtype=np.int32), tl.int32)
         monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", lambda self, axis: handle)
-        function = module._launch.function
-        monkeypatch.setattr(module, "_launch", lambda grid, *arguments, **options: function[1,](*arguments, **options))
 
+    def launch(kernel, grid, *arguments, **options):
+        kernel.function[1,](*arguments, **options)
+
+    monkeypatch.setattr(Kernel, "_launch", launch)
     return choose
 
 
@@ -38,15 +40,11 @@ def attention_programs(run_program, monkeypatch, causal, count, **options):
     q = torch.ones(60, 4, 8)
     cu_seqlens, found = torch.tensor([0, 40, 60], dtype=torch.int32), []
     for index in range(count):
-        run_program(attention_module, index)
+        run_program(index)
         out, _ = varlen_attention(q, q, q, cu_seqlens, 40, 0.3, causal, False, config=ATTENTION_CONFIG, **options)
         tokens, heads, _ = out.nonzero(as_tuple=True)
         found.append((sorted(set(heads.tolist())), int(tokens.min()) if len(tokens) else None))
-        monkeypatch.setattr(attention_module, "_launch", launch)
     return found
-
-
-launch = attention_module._launch
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -67,13 +65,12 @@ def test_without_a_schedule_the_last_causal_tiles_start_first(causal, run_progra
 
 def test_eight_row_blocks_share_the_columns_of_a_weight(run_program, monkeypatch):
     x, weight, bias = torch.ones(10 * 16, 16), torch.ones(64, 16), torch.ones(64)
-    launch, found = linear_module._launch, []
+    found = []
     for index in range(20):
-        run_program(linear_module, index)
+        run_program(index)
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape, **options: torch.zeros(shape, **options))
         rows, columns = linear(x, weight, bias, backend="triton", config=LINEAR_CONFIG).nonzero(as_tuple=True)
         found.append((int(rows.min()) // 16, int(columns.min()) // 32))
-        monkeypatch.setattr(linear_module, "_launch", launch)
     first, second = found[:16], found[16:]
     assert first == [(row, column) for column in (0, 1) for row in range(8)]
     assert second == [(row, column) for column in (0, 1) for row in (8, 9)]

@@ -10,6 +10,7 @@ from keye_kernels.segments import tile_schedule
 from keye_kernels.tools.verify.checks import run_reference
 from keye_kernels.triton import linear, patch_merge_norm, position_embedding_2d, rope, varlen_attention
 from keye_kernels.triton.device import INTERPRETER_ARCH, MULTIPROCESSORS, Arch
+from keye_kernels.triton.launch import Kernel
 from keye_kernels.triton.registry import kernel_spec, verify_cases
 from keye_kernels.triton.spec import TORCH_DTYPES, TuningShape, first_and_last, random_inputs
 
@@ -91,15 +92,13 @@ def argument_type(argument):
      ("linear", "linear_2"), ("patch_merge_norm", "vision"), ("position_embedding_2d", "vision")],
 )  # fmt: skip
 def test_variants_are_what_the_launchers_launch(kernel, part, dtype, use_tma, monkeypatch):
-    launcher = {"rope": rope, "varlen_attention": varlen_attention, "linear": linear, "patch_merge_norm": patch_merge_norm,
-                "position_embedding_2d": position_embedding_2d}[kernel]  # fmt: skip
     spec, found = kernel_spec(kernel), []
     config = spec.heuristic(TuningShape(kernel, part, 1, 40), dtype, INTERPRETER_ARCH)
     if "backend" in config:
         config |= {"backend": "triton", "use_tma": use_tma}
     if kernel == "linear":
         config |= {"BLOCK_K": 64}
-    monkeypatch.setattr(launcher, "_launch", lambda grid, *arguments, **constants: found.append((arguments, constants)))
+    monkeypatch.setattr(Kernel, "_launch", lambda _, grid, *arguments, **constants: found.append((arguments, constants)))
     launches = launched(kernel, part, dtype, config)
     variants = spec.variants(part, dtype, INTERPRETER_ARCH, config)
     for launch in launches:

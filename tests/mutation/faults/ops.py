@@ -35,7 +35,7 @@ FAULTS = [
           "found = gradients(reference, inputs, wanted, list(grads))", GRADIENTS),
     Fault(REGISTRY, "for place, value in zip(ctx.places, ctx.saved_tensors", "for place, value in zip(range(99), ctx.saved_tensors",
           GRADIENTS),
-    Fault(ROPE, 'norm_weight, eps, False, impl)\n\n\ndef rope_2d', 'norm_weight, 1e-6, False, impl)\n\n\ndef rope_2d', OPTIONS),
+    Fault(ROPE, "list(sections), q_norm_weight, k_norm_weight, eps, False, impl)", "list(sections), q_norm_weight, k_norm_weight, 1e-6, False, impl)", OPTIONS),
     Fault(ROPE, "eps: float = 1e-6,", "eps: float = 1e-5,", OPTIONS),
     Fault(ROPE, "[k, k_norm_weight, eps], [0, 1], [grad_k], create_graph)", "[k, k_norm_weight, 1e-6], [0, 1], [grad_k], create_graph)",
           OPTIONS),

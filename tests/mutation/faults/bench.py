@@ -108,7 +108,7 @@ FAULTS = [
     Fault(REPORT, 'rows = counted_work["traffic"][::-1]', 'rows = counted_work["traffic"]', PAGE),
     Fault(REPORT, "if row[1] == group][::-1]", "if row[1] == group]", REPORT_TESTS),
     Fault(REPORT, "if path.exists() and not force:", "if path.exists() and force:", REPORT_TESTS),
-    Fault(REPORT, "write_atomically(path, to_html(results, counted_work))", "path.write_text(to_html(results, counted_work))", "tests/tools/test_cli_errors.py"),
+    Fault(REPORT, "write_atomically(path, to_html(results, counted_work))", "path.write_text(to_html(results, counted_work))", "tests/tools/test_cli_errors.py::test_a_full_disk_leaves_no_half_written_page"),
     Fault(RESULTS, 'BASELINES = ("official (eager)", "reference")', 'BASELINES = ("reference", "official (eager)")', REPORT_TESTS),
     Fault(RESULTS, "if other.key[:3] == timing.key[:3]}", "if other.key[:2] == timing.key[:2]}", PAGE),
     Fault(RESULTS, "return self.group, self.shape, self.dtype, self.impl", 'return self.group, self.shape, "", self.impl', PAGE),

@@ -112,7 +112,7 @@ FAULTS = [
     # Conversations
     Fault(VISION_INFO, "return fetch_image(part, edition=edition, **limits)", "return fetch_image(part, **limits)", SETTINGS),
     Fault(VISION_INFO, "return fetch_image(part, edition=edition, **limits)", "return fetch_image(part, edition=edition)", SETTINGS),
-    Fault(VISION_INFO, "original_size=original_size, **limits)", "original_size=original_size)", "tests/processing/test_video_errors.py"),
+    Fault(VISION_INFO, "original_size=original_size, **limits)", "original_size=original_size)", "tests/processing/test_passed_on.py"),
     Fault(VISION_INFO, "return [future.result() for future in futures]", "return [future.result() for future in as_completed(futures)]", SETTINGS),
     Fault(VISION_INFO, 'part.get("type") in ("image", "image_url")', 'part.get("type") == "image"', SETTINGS),
     # Editions and versions

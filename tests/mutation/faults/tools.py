@@ -11,7 +11,7 @@ VERIFY, CHECKS, ANSWERS = (f"{TOOLS}verify/{name}.py" for name in ("__init__", "
 DOCTOR, MACHINE, VERSIONS = (f"{TOOLS}doctor/{name}.py" for name in ("__init__", "machine", "versions"))
 
 OPTIONS = "tests/tools/test_options.py"
-ERRORS = "tests/tools/test_cli_errors.py"
+ERRORS = "tests/tools/test_cli_errors.py::test_a_bad_input_prints_one_line_and_exits_with_2"
 VERIFY_TESTS = "tests/tools/test_verify.py"
 VERIFY_FAULTS = "tests/tools/test_verify_faults.py"
 VERIFY_RUNS = "tests/tools/test_verify_runs.py"

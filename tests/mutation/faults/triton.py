@@ -48,7 +48,7 @@ FAULTS = [
     Fault(TABLES, '.split(".")[:2] != triton_version().split(".")[:2]', '.split(".")[:1] != triton_version().split(".")[:1]', LOOKUP),
     Fault(TABLES, "smallest <= value <= MAX_BLOCK_SIZES[name] and", "smallest <= value and", LOOKUP),
     Fault(TABLES, 'MIN_DOT_BLOCK_SIZE if "BLOCK_N" in heuristic else 1', "1", LOOKUP),
-    Fault(TABLES, "return {**heuristic, **found} if found", "return found if found", LOOKUP),
+    Fault(TABLES, "return {**heuristic, **found} if found", "return found if found", CONFIGS),
     Fault(TABLES, "    for function in (_look_up, _read, *_config_caches):", "    for function in (_look_up, _read):", CONFIGS),
     Fault(TABLES, "            fcntl.flock(file, fcntl.LOCK_EX)", "            pass", CONFIGS),
     Fault(TABLES, "and all(entry[name] == key[name] for name in key if name not in BUCKETS)", "", LOOKUP),

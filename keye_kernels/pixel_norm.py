@@ -1,8 +1,11 @@
 """How 8-bit pixel values are normalized, for the image processor and for the vision tower. Imports nothing of the package."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+# Of the sizes of the numbers. Others normalize pixels to values that are not finite in float32
+SMALLEST, LARGEST = 1e-6, 1e6
+WITHIN = f"of a size from {SMALLEST:g} to {LARGEST:g}"
 
 
 class PixelNorm(NamedTuple):
@@ -19,18 +22,20 @@ class PixelNorm(NamedTuple):
         for name in ("image_mean", "image_std"):
             numbers = config.get(name)
             if numbers is not None:
-                is_valid = isinstance(numbers, (list, tuple)) and len(numbers) == 3 and all(map(_is_finite, numbers))
-                if not is_valid or (name == "image_std" and 0 in numbers):
-                    expected = "3 numbers other than 0" if name == "image_std" else "3 numbers"
-                    raise ValueError(f"{name} in preprocessor_config.json must hold {expected}, got {numbers}")
+                smallest = SMALLEST if name == "image_std" else 0
+                is_list = isinstance(numbers, (list, tuple)) and len(numbers) == 3
+                if not is_list or not all(_is_within(number, smallest) for number in numbers):
+                    expected = f"3 numbers other than 0, {WITHIN}" if smallest else f"3 numbers up to {LARGEST:g}"
+                    raise ValueError(f"{name} in preprocessor_config.json must hold {expected}, got {numbers!r:.100}")
                 values[name] = tuple(float(number) for number in numbers)
         factor = config.get("rescale_factor")
         if factor is not None:
-            if not _is_finite(factor) or factor == 0:
-                raise ValueError(f"rescale_factor in preprocessor_config.json must be a number other than 0, got {factor!r}")
+            if not _is_within(factor, SMALLEST):
+                expected = f"a number other than 0, {WITHIN}"
+                raise ValueError(f"rescale_factor in preprocessor_config.json must be {expected}, got {factor!r:.100}")
             values["rescale_factor"] = factor
         return cls(**values)
 
 
-def _is_finite(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+def _is_within(number: Any, smallest: float) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and smallest <= abs(number) <= LARGEST

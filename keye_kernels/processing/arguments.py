@@ -125,7 +125,10 @@ def per_video(name: str, value: Any, count: int, *, nested: bool) -> list[Any]:
     `nested`: the value of a video is itself a sequence, with one entry per frame. Raises ValueError for a list of another length.
     """
     if isinstance(value, torch.Tensor):
-        value = list(value) if value.ndim == (2 if nested else 1) else [value] if nested else value.item()
+        axes = 2 if nested else 1
+        if value.ndim > axes:
+            raise ValueError(f"{name} must have at most {axes} axes, got a tensor of shape {list(value.shape)}")
+        value = list(value) if value.ndim == axes else [value] if nested else value.item()
     # keye_vl_utils 1.5 leaves out timestamps of videos without times, which may be all of them.
     if value is None or (isinstance(value, (list, tuple)) and not value and (name == "timestamps" or not count)):
         return [None] * count
@@ -146,7 +149,8 @@ def frame_size(height_name: str, width_name: str, options: Mapping[str, Any]) ->
     if height is None:
         return None
     for name, value in ((height_name, height), (width_name, width)):
-        if not math.isfinite(value) or value != int(value):
+        is_number = isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value != int(value):
             raise ValueError(f"{name} must be an integer, got {value!r}")
     return int(height), int(width)
 

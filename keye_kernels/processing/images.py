@@ -7,6 +7,7 @@ EXIF orientation tag: an image keeps the orientation of its stored pixels.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,8 @@ def size_from_options(
     """
     for option in ("resized_height", "resized_width", "min_pixels", "max_pixels"):
         value = part.get(option)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise ValueError(f"{option} must be a positive number, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf):
+            raise ValueError(f"{option} must be a positive number of at least 1, got {value!r}")
     resized_height, resized_width = part.get("resized_height"), part.get("resized_width")
     if (resized_height is None) != (resized_width is None):
         raise ValueError("resized_height and resized_width must be given together")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
 from keye_kernels.editions import V1_5
@@ -77,17 +78,18 @@ def pack_video(
     frame. `frame_types` are 0 for slow and 1 for fast (default: all slow), `timestamps` the seconds written into the prompt
     (default: none). Raises ValueError for a size, frame type or number of entries that does not fit the frames.
     """
-    types = [float(SLOW)] * len(frames) if frame_types is None else [float(frame_type) for frame_type in frame_types]
+    types = [float(SLOW)] * len(frames) if frame_types is None else _list_numbers("frame_types", frame_types)
     if len(types) != len(frames) or not set(types) <= {SLOW, FAST}:
         raise ValueError(
             f"frame_types must hold one 0 (slow) or 1 (fast) for each of the {len(frames)} frames, "
             f"got {len(types)} values from {sorted(set(types))}"
         )
     frame_types = [int(frame_type) for frame_type in types]
-    if timestamps is not None and len(timestamps) != len(frames):
-        raise ValueError(f"timestamps must hold one time for each of the {len(frames)} frames, got {len(timestamps)}")
-    if timestamps is not None and not all(0 <= float(time) < math.inf for time in timestamps):
-        raise ValueError(f"timestamps must be finite and not negative, got {[float(time) for time in timestamps]}")
+    times = None if timestamps is None else _list_numbers("timestamps", timestamps)
+    if times is not None and len(times) != len(frames):
+        raise ValueError(f"timestamps must hold one time for each of the {len(frames)} frames, got {len(times)}")
+    if times is not None and not all(0 <= time < math.inf for time in times):
+        raise ValueError(f"timestamps must be finite and not negative, got {times}")
     default_size = config.resized_size(*frames[0].shape[-2:])
     sizes = {SLOW: slow_size or default_size, FAST: fast_size or default_size}
     grids = [config.grid(*sizes[frame_type]) for frame_type in frame_types]
@@ -102,7 +104,19 @@ def pack_video(
 
     grid_thw = [(len(list(run)), *grid) for grid, run in groupby(grids)]
     tokens = [length // config.merge_size**2 for length in lengths]
-    return PackedVideo(patches, grid_thw, tokens, video_prompt(frame_types, timestamps))
+    return PackedVideo(patches, grid_thw, tokens, video_prompt(frame_types, times))
+
+
+def _list_numbers(name: str, values: Any) -> list[float]:
+    """Returns the numbers in a list, a tuple or a tensor; raises TypeError if there is something else."""
+    numbers = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+    if not isinstance(numbers, (list, tuple)):
+        raise TypeError(f"{name} of a video must be a list of numbers, got {type(values).__name__}")
+    for number in numbers:
+        is_number = isinstance(number, (int, float, np.number, torch.Tensor)) and not isinstance(number, bool)
+        if not is_number or (isinstance(number, torch.Tensor) and number.ndim):
+            raise TypeError(f"{name} of a video must be a list of numbers, got one with {type(number).__name__}")
+    return [float(number) for number in numbers]
 
 
 def video_prompt(frame_types: Sequence[int], timestamps: Sequence[float] | None) -> str:

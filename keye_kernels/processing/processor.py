@@ -160,6 +160,8 @@ class KeyeProcessor:
             for conversation in split_conversations(messages)
         ]
         if tokenize:
+            if not isinstance(processor_kwargs, Mapping | None):
+                raise TypeError(f"processor_kwargs must be a dictionary, got {type(processor_kwargs).__name__}")
             images, videos, video_kwargs = process_vision_info(messages, True, edition=self.edition)
             options = {**video_kwargs, "return_tensors": return_tensors, **(processor_kwargs or {})}
             inputs = self(prompts, images=images, videos=videos, **options)

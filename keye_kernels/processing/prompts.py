@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .tokenizer import IMAGE_PAD, read_json
+from .tokenizer import IMAGE_PAD, read_json, read_text
 
 # Marks the end of the last message in a rendered prompt; no message contains a NUL character around this name.
 END_MARK = "\0end of the final message\0"
@@ -52,16 +52,19 @@ def load_chat_template(path: str | Path) -> str:
     folder = Path(path)
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
+        return read_text(jinja_file)
     json_file = folder / "chat_template.json"
     if json_file.is_file():
         template = read_json(json_file).get("chat_template")
         if not isinstance(template, str):
             raise ValueError(f"{json_file} must hold a string under 'chat_template'")
         return template
-    template = read_json(folder / "tokenizer_config.json", default={}).get("chat_template")
+    tokenizer_file = folder / "tokenizer_config.json"
+    template = read_json(tokenizer_file, default={}).get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in template):
+            raise ValueError(f"{tokenizer_file}: a list under 'chat_template' must hold objects with 'name' and 'template'")
+        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
     if isinstance(template, str) and IMAGE_PAD in template:
         return template
     return DEFAULT_CHAT_TEMPLATE
@@ -89,7 +92,7 @@ def render_chat_template(
 
     if not isinstance(template, str):
         raise TypeError(f"chat_template must be a string, got {type(template).__name__}")
-    if thinking not in THINKING_SUFFIXES:
+    if not isinstance(thinking, str | None) or thinking not in THINKING_SUFFIXES:
         raise ValueError(f"thinking must be one of {list(THINKING_SUFFIXES)}, got {thinking!r}")
     accepted = template_variables(template) - {"messages", "add_generation_prompt", "tools"}
     unknown = sorted(set(variables) - accepted)

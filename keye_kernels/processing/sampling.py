@@ -43,12 +43,12 @@ MIN_FRAME_SIMILARITY = 0.9
 
 def check_options(options: Options) -> None:
     """Raises ValueError for a video option out of range; the message names it."""
-    for name in ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"):
-        _check_number(options, name, lambda value: 0 < value < math.inf, "a positive number")
     for name in ("total_pixels", "video_total_pixels"):
-        _check_number(options, name, lambda value: 0 < value <= MAX_VIDEO_PIXELS, f"positive and at most {MAX_VIDEO_PIXELS}")
-    for name in ("resized_height", "resized_width"):
+        _check_number(options, name, lambda value: 1 <= value <= MAX_VIDEO_PIXELS, f"positive and at most {MAX_VIDEO_PIXELS}")
+    for name in ("nframes", "min_frames", "max_frames"):
         _check_number(options, name, lambda value: 0 < value < math.inf, "a positive number")
+    for name in ("min_pixels", "max_pixels", "resized_height", "resized_width"):
+        _check_number(options, name, lambda value: 1 <= value < math.inf, "a positive number of at least 1")
     for name in ("video_start", "video_end", "min_frame_similarity"):
         _check_number(options, name, math.isfinite, "a number")
     check_pixel_limits(options)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+# Of the `tokenizers` package
+MAX_TOKEN_ID = 2**32 - 1
 FRAME, FAST_START, FAST_END = "<|frame|>", "<|fast_start|>", "<|fast_end|>"
 # In the order of their ids in Keye-VL-8B-Preview, which start at 151643; the last three are only in 1.5.
 SPECIAL_TOKENS = (
@@ -56,7 +60,7 @@ class KeyeTokenizer:
         try:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises a bare Exception for a broken file
-            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+            raise ValueError(f"{file} cannot be read as a tokenizer: {str(error)[:200]}") from error
         config = read_json(Path(path) / "tokenizer_config.json", default={})
         tokens = {name: _token_text(config.get(name)) for name in ("eos_token", "pad_token")}
         for name, token in tokens.items():
@@ -90,10 +94,7 @@ class KeyeTokenizer:
         """Converts one id or `[S]` ids to text. Raises ValueError for `clean_up_tokenization_spaces`, which Keye turns off."""
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces=True is not supported; Keye's tokenizer turns it off")
-        if isinstance(token_ids, torch.Tensor):
-            token_ids = token_ids.tolist()
-        ids = [token_ids] if isinstance(token_ids, int) else [int(token_id) for token_id in token_ids]
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(_list_ids(token_ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self,
@@ -102,6 +103,8 @@ class KeyeTokenizer:
         clean_up_tokenization_spaces: bool = False,
     ) -> list[str]:
         """Converts `[B, S]` ids, or a list of B sequences of ids, to B texts; the other arguments are those of `decode`."""
+        if not isinstance(sequences, Iterable):
+            raise TypeError(f"sequences must be an iterable of sequences of token ids, got {type(sequences).__name__}")
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
 
 
@@ -135,8 +138,9 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         if default is not None:
             return default
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a Keye checkpoint?")
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -144,6 +148,32 @@ def read_json(path: Path, *, default: Any = None) -> Any:
     return content
 
 
+def read_text(path: Path) -> str:
+    """Reads a text file; raises ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def _token_text(token: Any) -> Any:
     # In tokenizer_config.json a token is a string or {"content": ..., "lstrip": ...}.
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _list_ids(token_ids: Any) -> list[int]:
+    """Returns one or several token ids as a list. Raises TypeError or ValueError if they are not integers of 32 bits."""
+    ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
+    ids = [ids] if isinstance(ids, Integral) else ids
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise TypeError(f"token_ids must be integers, got {type(token_ids).__name__}")
+    found = []
+    for token_id in ids:
+        if isinstance(token_id, torch.Tensor) and token_id.ndim == 0:
+            token_id = token_id.item()
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise TypeError(f"token_ids must be integers, got {type(token_id).__name__}")
+        if not 0 <= int(token_id) <= MAX_TOKEN_ID:
+            raise ValueError(f"token_ids must be from 0 to {MAX_TOKEN_ID}, got {token_id}")
+        found.append(int(token_id))
+    return found

@@ -151,6 +151,8 @@ class VideoReader:
             if not streams:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams} - {"video"}))
                 raise ValueError(f"{self.name} has no video stream (it has: {kinds or 'nothing'})")
+            if streams[0].codec_context is None:
+                raise ValueError(f"video {self.name} has a codec that FFmpeg does not know or cannot decode; convert it to H.264")
             try:
                 yield container, streams[0]
             except av.error.FFmpegError as error:

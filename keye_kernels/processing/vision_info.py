@@ -30,6 +30,8 @@ def split_conversations(messages: Messages) -> list[Sequence[Mapping[str, Any]]]
         raise ValueError("messages must not be empty")
     conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
     for conversation in conversations:
+        if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+            raise TypeError(f"messages must hold turns or lists of turns, got {type(conversation).__name__}")
         if not conversation:
             raise ValueError("messages holds an empty conversation; each needs at least one turn")
         for turn in conversation:

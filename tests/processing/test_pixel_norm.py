@@ -44,3 +44,20 @@ def test_only_the_mean_may_be_zero(channel):
 def test_the_factor_must_be_a_number_other_than_0(factor):
     with pytest.raises(ValueError, match=r"rescale_factor in preprocessor_config\.json must be a number other than 0"):
         PixelNorm.from_dict({"rescale_factor": factor})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_std": [0.5, 0.5, 1e-40]},
+        {"image_std": [1e300] * 3},
+        {"image_mean": [1e300] * 3},
+        {"rescale_factor": 1e-40},
+        {"rescale_factor": 1e30},
+    ],
+    ids=str,
+)
+def test_numbers_that_would_make_infinite_pixels_are_rejected(config):
+    name = next(iter(config))
+    with pytest.raises(ValueError, match=rf"{name} in preprocessor_config\.json must"):
+        PixelNorm.from_dict(config)

@@ -58,6 +58,8 @@ def check_grid_thw(grid_thw: Tensor, num_patches: int | None, merge_size: int) -
     """The grids as Python integers. ValueError or TypeError unless they are valid and have `num_patches` patches (None: any)."""
     if not isinstance(grid_thw, Tensor):
         raise TypeError(f"grid_thw must be an integer tensor of shape [n, 3], got {type(grid_thw).__name__}")
+    if grid_thw.is_meta or grid_thw.layout is not torch.strided:
+        raise TypeError(f"grid_thw must be a dense tensor with values, got layout {grid_thw.layout} on {grid_thw.device}")
     is_integer = not (grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool)
     if not is_integer or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(f"grid_thw must be integer [n, 3], got {grid_thw.dtype} {list(grid_thw.shape)}")

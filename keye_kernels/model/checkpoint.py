@@ -6,6 +6,7 @@ tensors of the checkpoint. The names are listed in `docs/models/keye_vl_1_5.md`,
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,8 @@ UNUSED = ("visual.vision_model.head.", "visual.vision_model.embeddings.packing_p
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Pages of a mapped file count as memory of the process until it is unmapped. After this many bytes the file is mapped again
 BYTES_PER_MAPPING = 32 << 20
+# With another config.json, thousands of tensors can be wrong
+MAX_LISTED_TENSORS = 5
 
 
 class StoredTensor(NamedTuple):
@@ -75,7 +78,8 @@ def matching_tensors(model: "Keye", path: Path) -> dict[str, StoredTensor]:
     """The tensors in the folder `path` that `model` needs. The model may be on the meta device.
 
     Raises FileNotFoundError if a file is missing, and ValueError if a file is damaged or tensors are missing, unexpected or have
-    the wrong shape or dtype. The message lists all of them.
+    the wrong shape or dtype. The message lists the first
+    of each kind.
     """
     views, found = destinations(model), _stored_tensors(path)
     accepted = (*UNUSED, "lm_head.") if model.config.tie_word_embeddings else UNUSED
@@ -88,9 +92,18 @@ def matching_tensors(model: "Keye", path: Path) -> dict[str, StoredTensor]:
         if tensor.dtype not in STORED_DTYPES:
             wrong.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
     if wrong:
-        listed = "\n  ".join(sorted(wrong))
+        listed = "\n  ".join(_first_of_each_kind(wrong))
         raise ValueError(f"path must hold the tensors that its config.json describes, got {path} with\n  {listed}")
     return matching
+
+
+def _first_of_each_kind(problems: list[str]) -> Iterator[str]:
+    """The first lines of each kind of problem, such as "missing: NAME", and how many more there are."""
+    for kind, group in groupby(sorted(problems), key=lambda line: line.partition(":")[0]):
+        lines = list(group)
+        yield from (line[:200] for line in lines[:MAX_LISTED_TENSORS])
+        if len(lines) > MAX_LISTED_TENSORS:
+            yield f"{kind}: {len(lines) - MAX_LISTED_TENSORS} more"
 
 
 def load_weights(model: "Keye", stored: dict[str, StoredTensor], *, progress: bool = False) -> None:
@@ -136,7 +149,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
                 tensors |= {name: StoredTensor(file, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
+            raise ValueError(f"{file} is not a complete safetensors file ({str(error)[:200]}); download it again") from error
     return tensors
 
 

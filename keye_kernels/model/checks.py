@@ -1,12 +1,18 @@
 """Checks of the arguments of `Keye`'s public methods. Symbols: B sequences, S tokens per sequence."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keye_kernels.ops.checks import FLOATS, INTEGERS, check_tensor
+
+from .cache import KVCache
 from .config import WEIGHT_DTYPES
+
+MASK_DTYPES = (*INTEGERS, torch.bool, torch.uint8, torch.int8, torch.int16, *FLOATS)
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -41,11 +47,11 @@ def check_given_together(name: str, value: Any, other_name: str, other_value: An
 def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Returns the mask [B, S] of `input_ids` [B, S]: the last S columns of `attention_mask` [B, at least S], or ones.
 
-    Raises ValueError if S is 0, the shapes do not match, or there is padding between the tokens of a sequence.
+    Raises TypeError for other types, and ValueError if S is 0, the shapes do not match, or there is padding between the tokens of
+    a sequence.
     """
+    check_prompt(input_ids, attention_mask)
     batch_size, length = input_ids.shape
-    if length == 0:
-        raise ValueError("input_ids must hold at least one token, got an empty prompt")
     if attention_mask is None:
         return torch.ones_like(input_ids)
     if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
@@ -56,6 +62,53 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
+def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless these are dense tensors [B, S] with values and a suitable dtype, and not empty."""
+    check_tensor("input_ids", input_ids, ("B", "S"), INTEGERS, input_ids)
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids must hold at least one token, got an empty prompt of shape {list(input_ids.shape)}")
+    if input_ids.is_meta:
+        raise ValueError("input_ids must have values, got a tensor on the meta device")
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, ("B", "S"), MASK_DTYPES, input_ids)
+
+
+def check_token_range(input_ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for ids outside of the vocabulary. Reads values, so on a GPU it synchronizes."""
+    low, high = (int(value) for value in input_ids.cpu().aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+
+
+def check_patches(pixel_values: Tensor, patch_shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless `pixel_values` are patches [T, *patch_shape], floating-point or uint8."""
+    if not isinstance(pixel_values, Tensor) or pixel_values.layout is not torch.strided or pixel_values.is_meta:
+        kind = (
+            f"{pixel_values.layout} on {pixel_values.device}" if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        )
+        raise TypeError(f"pixel_values must be a dense tensor with values, got {kind}")
+    if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
+        raise TypeError(f"pixel_values must be normalized floats or uint8, got {pixel_values.dtype}")
+    if pixel_values.ndim != 4 or pixel_values.shape[1:] != patch_shape:
+        raise ValueError(f"pixel_values must have shape {['T', *patch_shape]}, got {list(pixel_values.shape)}")
+
+
+def to_seconds(second_per_grid_ts: Any) -> Tensor | None:
+    """`second_per_grid_ts` as a tensor. Raises ValueError if it does not hold real numbers."""
+    try:
+        seconds = None if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        seconds = torch.tensor(1j)
+    if seconds is not None and (seconds.is_complex() or seconds.layout is not torch.strided or seconds.is_meta):
+        raise ValueError(f"second_per_grid_ts must be one number per video, got {second_per_grid_ts!r:.100}")
+    return None if seconds is None else seconds.float()
+
+
+def check_cache(cache: Any) -> None:
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a KVCache of model.new_cache, got {type(cache).__name__}")
+
+
 def has_inner_padding(attention_mask: Tensor) -> Tensor:
     """[B] bool: which sequences of `attention_mask` [B, S] have padding between their tokens."""
     starts = F.pad(attention_mask.bool().int(), (1, 0)).diff(dim=1) > 0
@@ -63,8 +116,11 @@ def has_inner_padding(attention_mask: Tensor) -> Tensor:
 
 
 def check_generation(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, max_position_embeddings: int) -> None:
-    """Raises ValueError if the tokens do not fit in the model's context or a prompt is padded on the right."""
+    """Raises ValueError or TypeError unless the tokens fit in the model's context and prompts are padded on the left."""
+    check_tokens(input_ids, attention_mask)
     length = input_ids.shape[1]
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r:.100}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if length + max_new_tokens > max_position_embeddings:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .keye import Keye
 
 SAMPLING_LIMITS = (("temperature", 1e-9, 1e9), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
+SEED_LIMITS = (-(2**63), 2**64 - 1)  # of torch.Generator
 
 
 class Streamer(Protocol):
@@ -86,6 +87,8 @@ class Sampler:
         for name, low, high in SAMPLING_LIMITS:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, high)
+        if self.seed is not None:
+            check_number("seed", self.seed, *SEED_LIMITS)
         self.generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -121,6 +124,11 @@ def end_token_ids(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> 
         # A token that is not in the vocabulary would never end an answer
         check_number("eos_token_id", token, 0, vocab_size - 1)
     return ends
+
+
+def check_streamer(streamer: Any) -> None:
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(f"streamer must have methods put and end, got {type(streamer).__name__}")
 
 
 def first_given(*values: Any) -> Any:

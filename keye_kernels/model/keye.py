@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from keye_kernels.editions import edition_of
+from keye_kernels.ops.checks import INTEGERS, check_tensor
 from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
+from . import checks
 from .cache import KVCache
 from .checkpoint import STORED_DTYPES, allocate, load_weights, matching_tensors
-from .checks import check_device, check_dtype, check_generation, check_given_together, check_tokens
 from .config import KeyeConfig, check_number, read_json
 from .decoder import Decoder
-from .generation import Sampler, Streamer, end_token_ids, first_given, generate_tokens, read_generation_config
+from .generation import Sampler, Streamer, check_streamer, end_token_ids, first_given, generate_tokens, read_generation_config
 from .linear import Linear
 from .positions import check_placeholders, check_position_range, check_seconds, rope_index
 from .vision import Projector, VisionTower
@@ -106,14 +107,14 @@ class Keye(nn.Module):
         """
         path = Path(path)
         config = KeyeConfig.from_pretrained(path)
-        device = check_device(torch.get_default_device() if device is None else device)
+        device = checks.check_device(torch.get_default_device() if device is None else device)
         with torch.device("meta"):
             model = cls(config, impl)
         model.generation_config = read_generation_config(path / "generation_config.json", config.vocab_size)
         model.visual.pixel_norm = PixelNorm.from_dict(read_json(path / "preprocessor_config.json"))
         # Before memory is allocated: sizes in config.json may be far from those of the tensors
         stored = matching_tensors(model, path)
-        dtype = check_dtype(dtype or config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype])
+        dtype = checks.check_dtype(dtype or config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype])
         allocate(model, dtype, device)
         model._tie_embeddings()
         load_weights(model, stored, progress=progress)
@@ -151,12 +152,12 @@ class Keye(nn.Module):
         Raises:
             ValueError: the placeholders do not match the grids, the mask hides a placeholder, or second_per_grid_ts is invalid.
         """
-        if second_per_grid_ts is not None and not isinstance(second_per_grid_ts, Tensor):
-            try:
-                second_per_grid_ts = torch.tensor(second_per_grid_ts, dtype=torch.float32)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"second_per_grid_ts must be one number per video, got {second_per_grid_ts!r:.100}") from error
+        checks.check_prompt(input_ids, attention_mask)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask must have shape {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+        second_per_grid_ts = checks.to_seconds(second_per_grid_ts)
         if not torch.compiler.is_compiling():
+            checks.check_token_range(input_ids, self.config.vocab_size)
             check_placeholders(self.config, input_ids, image_grid_thw, video_grid_thw, attention_mask)
             check_seconds(self.config, video_grid_thw, second_per_grid_ts)
         return rope_index(self.config, input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
@@ -175,11 +176,7 @@ class Keye(nn.Module):
             TypeError: the patches are integers other than uint8.
             ValueError: the shapes are wrong or do not match.
         """
-        if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
-            raise TypeError(f"pixel_values must be normalized floats or uint8, got {pixel_values.dtype}")
-        shape = self.config.vision_config.patch_shape
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != shape:
-            raise ValueError(f"pixel_values must have shape {['T', *shape]}, got {list(pixel_values.shape)}")
+        checks.check_patches(pixel_values, self.config.vision_config.patch_shape)
         batch = self.visual.geometry(grid_thw, pixel_values.shape[0])
         return self.mlp_AR(self.visual(pixel_values.to(self.device), batch), batch)
 
@@ -216,16 +213,21 @@ class Keye(nn.Module):
             ValueError: shapes, placeholders, grids or padding do not match, the cache is full, or positions exceed 2**24.
         """
         check_number("logits_to_keep", logits_to_keep, 0, 2**63)
+        mask = checks.check_tokens(input_ids, attention_mask)
         batch_size, length = input_ids.shape
-        check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
-        check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
-        mask = check_tokens(input_ids, attention_mask)
+        checks.check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
+        checks.check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
         if cache is None:
             cache = self.new_cache(batch_size, (length // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS)
+        checks.check_cache(cache)
         cache.check_capacity(batch_size, length)
+        if position_ids is not None:
+            check_tensor("position_ids", position_ids, (3, batch_size, length), INTEGERS, input_ids)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
         if length == 1 and not cache.is_empty and not has_grids:
             # A decoding step reads no values of tensors, so that it does not wait for the GPU
+            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+                checks.check_token_range(input_ids, self.config.vocab_size)
             computed, deltas = (cache.slots(1) + cache.rope_deltas).expand(3, batch_size, 1), cache.rope_deltas
         else:
             # Needed even if the caller passes position_ids: decoding uses the deltas
@@ -289,13 +291,14 @@ class Keye(nn.Module):
             ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument.
             RuntimeError: logits were NaN or infinite. Checked after the last token.
         """
-        check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
+        checks.check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
         defaults = self.generation_config
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = {name: first_given(value, defaults.get(name)) for name, value in sampling.items()}
         sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
         given = first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id)
         ends = end_token_ids(given, self.config.vocab_size)
+        check_streamer(streamer)
         pad_token_id = first_given(pad_token_id, defaults.get("pad_token_id"), self.config.pad_token_id, *ends[:1], 0)
         check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}

@@ -19,6 +19,8 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tup
     sizes = zip(shape, x.shape, strict=False)
     if x.ndim != len(shape) or any(not isinstance(wanted, str) and wanted != found for wanted, found in sizes):
         raise ValueError(f"{name} must have shape {_show(shape)}, got {list(x.shape)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}")
     if x.device != like.device:

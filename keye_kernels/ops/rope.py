@@ -56,7 +56,7 @@ def rope_3d(
     if run := find(key):
         return run(*tensors)
     check_impl(impl, "rope_3d")
-    _check(q, k, position_ids, inv_freq, axes=3, num_frequencies=q.shape[-1] // 2)
+    _check(q, k, position_ids, inv_freq, axes=3, channels_per_frequency=2)
     check_eps(eps)
     if not isinstance(mrope_section, list | tuple) or any(type(pairs) is not int for pairs in mrope_section):
         raise TypeError(f"mrope_section must be a list of three integers, got {mrope_section!r}")
@@ -94,7 +94,7 @@ def rope_2d(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, *, imp
     if run := find(key):
         return run(q, k, position_ids, inv_freq)
     check_impl(impl, "rope_2d")
-    _check(q, k, position_ids, inv_freq, axes=2, num_frequencies=q.shape[-1] // 4)
+    _check(q, k, position_ids, inv_freq, axes=2, channels_per_frequency=4)
     if q.shape[-1] % 4:
         raise ValueError(f"q must have a head dim divisible by 4, got {q.shape[-1]}")
     return _call(key, q, k, position_ids, inv_freq, [q.shape[-1] // 4] * 2, None, None, 0.0, impl)
@@ -110,13 +110,13 @@ def _call(key, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_wei
     return run(q, k, position_ids, inv_freq, q_norm_weight, k_norm_weight)
 
 
-def _check(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, axes: int, num_frequencies: int) -> None:
+def _check(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, axes: int, channels_per_frequency: int) -> None:
     check_heads("q", q)
     check_heads("k", k, like=q)
     if q.shape[-1] % 2 or q.shape[-1] == 0:
         raise ValueError(f"q must have a positive even head dim, got {q.shape[-1]}")
     check_tensor("position_ids", position_ids, (axes, q.shape[0]), INTEGERS, q)
-    check_tensor("inv_freq", inv_freq, (num_frequencies,), (torch.float32,), q)
+    check_tensor("inv_freq", inv_freq, (q.shape[-1] // channels_per_frequency,), (torch.float32,), q)
     if inv_freq.requires_grad:
         raise ValueError("inv_freq must not require a gradient: rope has gradients for q, k and the norm weights only")
 

@@ -97,6 +97,9 @@ def varlen_attention(
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     if not torch.compiler.is_compiling() and not 0 <= max_seqlen <= MAX_INT32:
         raise ValueError(f"max_seqlen must be from 0 to {MAX_INT32}, got {max_seqlen}")
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r:.100}")
     if softmax_scale is not None:
         check_number("softmax_scale", softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)

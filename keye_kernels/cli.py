@@ -63,6 +63,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, metavar="N", help="largest area of a resized image")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--thinking", choices=("think", "no_think", "auto"), help="thinking mode; default: auto")
+    parser.add_argument("--no-special-tokens", action="store_true", help="special tokens in the question are plain text")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("seed", int)):
         default = "random" if name == "seed" else "that of the checkpoint"
@@ -74,4 +75,4 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", default="auto", help="auto, reference, triton, torch or flash_attn; default: auto")
     parser.add_argument("--device", help="for example cuda; default: torch's default device")
-    parser.add_argument("--dtype", help="for example bfloat16; default: that of the checkpoint")
+    parser.add_argument("--dtype", help="for example bfloat16; default, also auto: that of the checkpoint")

@@ -1,4 +1,9 @@
-"""The static key/value cache. Symbols: B sequences, S new tokens, M slots per sequence, Hk key/value heads, D head dim."""
+"""The static key/value cache, and the output of `Keye.forward`.
+
+Symbols: B sequences, S new tokens, M slots per sequence, Hk key/value heads, D head dim.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,3 +66,17 @@ class KVCache:
         self.valid.index_copy_(1, slots, attention_mask.bool())
         self.length.add_(slots.shape[0])
         self.is_empty = False
+
+
+class KeyeOutput(NamedTuple):
+    """Output of `Keye.forward`.
+
+    Attributes:
+        logits: [B, S, V], or [B, logits_to_keep, V].
+        cache: keys and values of all tokens so far; pass it to the next call.
+        rope_deltas: [B, 1]; the position of a token after the prompt is its cache slot plus this.
+    """
+
+    logits: Tensor
+    cache: KVCache | None
+    rope_deltas: Tensor

@@ -15,7 +15,29 @@ from .config import WEIGHT_DTYPES
 MASK_DTYPES = (*INTEGERS, torch.bool, torch.uint8, torch.int8, torch.int16, *FLOATS)
 
 
-def check_device(device: torch.device | str) -> torch.device:
+def choose_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, default: Any) -> torch.dtype:
+    """`dtype`, or `torch_dtype`, its older name in transformers. None and "auto" choose `default`."""
+    given = {check_dtype(name) for name in (dtype, torch_dtype) if name not in (None, "auto")}
+    if len(given) == 2:
+        raise ValueError(f"dtype and torch_dtype must be the same, got {dtype!r} and {torch_dtype!r}")
+    return given.pop() if given else check_dtype(default)
+
+
+def choose_device(device: torch.device | str | None, device_map: Any) -> torch.device:
+    """`device`, or the one device of `device_map`, transformers' name: "auto" is a GPU if there is one, else the CPU."""
+    if device_map is None:
+        return check_device(torch.get_default_device() if device is None else device)
+    if device is not None:
+        raise ValueError(f"device and device_map must not both be given, got {device!r} and {device_map!r}")
+    if not isinstance(device_map, (str, int, torch.device)) or device_map in ("balanced", "balanced_low_0", "sequential"):
+        raise ValueError(
+            f"device_map must be 'auto' or one device such as 'cuda:0', got {device_map!r:.100}; to split a model over devices, "
+            "use the transformers model of keye_kernels.auto"
+        )
+    return check_device(("cuda" if torch.cuda.is_available() else "cpu") if device_map == "auto" else device_map)
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
     """Returns `device` as a torch.device. Raises ValueError if it is not one or is not available."""
     try:
         device = torch.device(device)

@@ -3,6 +3,7 @@
 Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
@@ -44,9 +45,10 @@ class TextStreamer:
         self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Receives the prompt [1, S] in the first call, then one token [1] per call."""
-        if not self.prompt_seen:
-            self.prompt_seen = True
+        """Receives the prompt [1, S], which starts a new text, then one token [1] per call."""
+        if not self.prompt_seen or value.ndim > 1:
+            # Also after a generation that an exception ended without a call of `end`
+            self.ids, self.chars_written, self.prompt_seen = [], 0, True
             return
         if value.numel() != 1:
             raise ValueError(f"streamer must be used with a batch of one sequence, got {value.numel()} sequences")
@@ -90,6 +92,17 @@ class Sampler:
         if self.seed is not None:
             check_number("seed", self.seed, *SEED_LIMITS)
         self.generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)
+
+    @classmethod
+    def from_arguments(
+        cls, do_sample: bool, given: dict[str, Any], defaults: dict[str, Any], device: torch.device | str
+    ) -> "Sampler":
+        """The sampler for arguments of `generate`; None is replaced by the value in `defaults`. Warns if they are ignored."""
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored and not do_sample:
+            warnings.warn(f"{', '.join(ignored)} ignored: decoding is greedy without do_sample=True", stacklevel=4)
+        sampling = {name: first_given(given[name], defaults.get(name)) for name, _, _ in SAMPLING_LIMITS}
+        return cls(do_sample, **sampling, seed=given["seed"], device=device)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[B, V] logits to [B] token ids."""

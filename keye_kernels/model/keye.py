@@ -7,7 +7,6 @@ Symbols: B sequences, S tokens per sequence (padding included), T patches, V voc
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
 from . import checks
-from .cache import KVCache
+from .cache import KeyeOutput, KVCache
 from .checkpoint import STORED_DTYPES, allocate, load_weights, matching_tensors
 from .config import KeyeConfig, check_number, read_json
 from .decoder import Decoder
@@ -29,20 +28,6 @@ from .vision import Projector, VisionTower
 
 # `forward` allocates caches in multiples of this many tokens, with room for at least this many more than the prompt
 CACHE_BLOCK_TOKENS = 256
-
-
-class KeyeOutput(NamedTuple):
-    """Output of `Keye.forward`.
-
-    Attributes:
-        logits: [B, S, V], or [B, logits_to_keep, V].
-        cache: keys and values of all tokens so far; pass it to the next call.
-        rope_deltas: [B, 1]; the position of a token after the prompt is its cache slot plus this.
-    """
-
-    logits: Tensor
-    cache: KVCache | None
-    rope_deltas: Tensor
 
 
 class Keye(nn.Module):
@@ -88,15 +73,19 @@ class Keye(nn.Module):
         device: torch.device | str | None = None,
         impl: str = "auto",
         progress: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | int | None = None,
     ) -> "Keye":
         """Loads a checkpoint.
 
         Args:
             path: folder with config.json and safetensors. generation_config.json and preprocessor_config.json are optional.
-            dtype: dtype of the parameters. Default: the one in config.json, else the dtype of the stored weights.
+            dtype: dtype of the parameters. Default, also "auto": the one in config.json, else that of the stored weights.
             device: device of the parameters. Default: torch's default device.
             impl: "auto", "reference", "triton", "torch" or "flash_attn". Operators without this implementation use "auto".
             progress: show a progress bar.
+            torch_dtype: same as `dtype`, as in the official scripts.
+            device_map: same as `device`, as in the official scripts; "auto" is a GPU if there is one. Must be one device.
 
         Returns:
             The model in eval mode.
@@ -107,14 +96,15 @@ class Keye(nn.Module):
         """
         path = Path(path)
         config = KeyeConfig.from_pretrained(path)
-        device = checks.check_device(torch.get_default_device() if device is None else device)
+        device = checks.choose_device(device, device_map)
         with torch.device("meta"):
             model = cls(config, impl)
         model.generation_config = read_generation_config(path / "generation_config.json", config.vocab_size)
         model.visual.pixel_norm = PixelNorm.from_dict(read_json(path / "preprocessor_config.json"))
         # Before memory is allocated: sizes in config.json may be far from those of the tensors
         stored = matching_tensors(model, path)
-        dtype = checks.check_dtype(dtype or config.torch_dtype or STORED_DTYPES[stored["model.embed_tokens.weight"].dtype])
+        stored_dtype = STORED_DTYPES[stored["model.embed_tokens.weight"].dtype]
+        dtype = checks.choose_dtype(dtype, torch_dtype, config.torch_dtype or stored_dtype)
         allocate(model, dtype, device)
         model._tie_embeddings()
         load_weights(model, stored, progress=progress)
@@ -210,7 +200,9 @@ class Keye(nn.Module):
             logits_to_keep: compute logits of only this many last tokens; 0 = all.
 
         Raises:
-            ValueError: shapes, placeholders, grids or padding do not match, the cache is full, or positions exceed 2**24.
+            TypeError: `input_ids` are not int64 or int32.
+            ValueError: shapes, placeholders, grids or padding do not match, the cache is full, positions exceed 2**24, or ids are
+                not in the vocabulary (not checked in decoding steps on a GPU).
         """
         check_number("logits_to_keep", logits_to_keep, 0, 2**63)
         mask = checks.check_tokens(input_ids, attention_mask)
@@ -293,9 +285,8 @@ class Keye(nn.Module):
         """
         checks.check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
         defaults = self.generation_config
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = {name: first_given(value, defaults.get(name)) for name, value in sampling.items()}
-        sampler = Sampler(do_sample, **sampling, seed=seed, device=self.device)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        sampler = Sampler.from_arguments(do_sample, sampling, defaults, self.device)
         given = first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id)
         ends = end_token_ids(given, self.config.vocab_size)
         check_streamer(streamer)

@@ -51,7 +51,7 @@ def list_videos(videos: Any) -> list[Any]:
         return list(videos) if videos.ndim == 5 else [videos]
     if not isinstance(videos, (list, tuple)):
         raise TypeError(f"videos must be a list of videos, got {type(videos).__name__}")
-    if videos and all(not isinstance(item, (list, tuple)) and getattr(item, "ndim", 3) == 3 for item in videos):
+    if videos and all(not isinstance(item, (list, tuple)) and getattr(item, "ndim", 3) in (2, 3) for item in videos):
         return [list(videos)]
     return list(videos)
 

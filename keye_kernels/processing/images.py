@@ -1,4 +1,4 @@
-"""Loads images (path, URL, base64, bytes, PIL or numpy) as RGB and resizes them, as `fetch_image` of `keye_vl_utils` does.
+"""Loads images (files, URLs, PIL images, arrays, tensors) as RGB and resizes them, as `fetch_image` of `keye_vl_utils` does.
 
 The two editions differ in transparent images and in the largest size, see `keye_kernels.editions`. Neither applies the
 EXIF orientation tag: an image keeps the orientation of its stored pixels.
@@ -15,6 +15,7 @@ import numpy as np
 
 from keye_kernels.editions import EditionName, edition_named
 
+from .pixels import is_pixels, to_channels_last
 from .resize import smart_resize
 from .sources import DOWNLOAD_TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES, describe_source, read_source
 
@@ -34,9 +35,9 @@ def load_image(
 ) -> Image:
     """Loads an image as RGB, without resizing it.
 
-    `source` is a path, `file://` or `http(s)://` URL, `data:image...;base64,` string, the bytes of an image file, a PIL image, or
-    a uint8 array `[H, W, 3]` or `[H, W, 4]`. RGBA images are blended onto white ("preview") or lose their alpha channel ("1.5").
-    Raises FileNotFoundError, ValueError for a source that cannot be read (the message names it), or TypeError.
+    `source` is anything that `open_source` takes, a PIL image, or an array or tensor that `to_channels_last` takes. RGBA images
+    are blended onto white ("preview") or lose their alpha channel ("1.5"). Raises FileNotFoundError, ValueError for a source that
+    cannot be read (the message names it), or TypeError.
     """
     from PIL import Image
 
@@ -44,8 +45,8 @@ def load_image(
     name = describe_source(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, blend_alpha, name)
-    if isinstance(source, np.ndarray):
-        return _to_rgb(_image_from_array(source), blend_alpha, name)
+    if is_pixels(source):
+        return _to_rgb(Image.fromarray(to_channels_last(source)), blend_alpha, name)
     encoded = read_source(source, timeout=timeout, max_bytes=max_bytes)
     try:
         image = Image.open(io.BytesIO(encoded))
@@ -112,16 +113,6 @@ def check_pixel_limits(part: Mapping[str, Any]) -> None:
     low, high = part.get("min_pixels"), part.get("max_pixels")
     if low is not None and high is not None and low > high:
         raise ValueError(f"min_pixels={low} must not exceed max_pixels={high}")
-
-
-def _image_from_array(array: np.ndarray) -> Image:
-    from PIL import Image
-
-    if array.dtype != np.uint8:
-        raise TypeError(f"a numpy image must be uint8, got {array.dtype}")
-    if array.ndim != 3 or array.shape[-1] not in (3, 4) or 0 in array.shape:
-        raise ValueError(f"a numpy image must have shape [H, W, 3] (RGB) or [H, W, 4] (RGBA), got {list(array.shape)}")
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _to_rgb(image: Image, blend_alpha: bool, name: str) -> Image:

@@ -5,7 +5,7 @@ Symbols: P patches, T frames, h and w rows and columns of patches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from keye_kernels.editions import PREVIEW, EditionName, edition_named
 from keye_kernels.pixel_norm import PixelNorm
 
 from .images import load_image
+from .pixels import is_pixels, to_uint8
 from .resize import smart_resize_processor
 
 # Steps that preprocessor_config.json can turn off; the model was trained with all of them.
@@ -100,6 +101,15 @@ class PatchConfig:
         std = torch.tensor(self.norm.image_std).view(3, 1, 1)
         return patches.float().mul_(self.norm.rescale_factor).sub_(mean).div_(std)
 
+    def concatenate_as(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        """Returns the function that concatenates uint8 patches and converts them to `pixel_dtype`."""
+        name = str(pixel_dtype).removeprefix("torch.")
+        if name not in ("float32", "uint8"):
+            raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
+        if name == "uint8":
+            return torch.cat
+        return lambda patches: self.normalize(torch.cat(patches))
+
     def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Resizes one image, or the T frames of one Preview video, and splits them into patches.
 
@@ -118,64 +128,39 @@ class PatchConfig:
 
 
 def to_frame_array(image: Any, edition: EditionName) -> np.ndarray:
-    """Converts a tensor `[3, H, W]`, or anything that `load_image` takes, to a uint8 RGB array `[H, W, 3]`."""
-    if isinstance(image, torch.Tensor):
-        return _check_tensor(image).permute(1, 2, 0).contiguous().numpy()
+    """Converts anything that `load_image` takes to a uint8 RGB array `[H, W, 3]`."""
     return np.asarray(load_image(image, edition=edition))
 
 
 def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
     """Converts one video to a list of frames, each uint8 `[3, H, W]`.
 
-    Takes a tensor `[T, 3, H, W]` (uint8, or float with values from 0 to 255), a uint8 array `[T, H, W, 3]`, or a list of images
-    or tensors `[3, H, W]`, which may differ in size. Raises ValueError for wrong shapes, values or no frames, or TypeError.
+    Takes an array or tensor of 4 axes (frames, then those of an image), or a list of images, which may differ in size. Tensors
+    may have floating-point values from 0 to 255. Raises ValueError for wrong shapes, values or no frames, or TypeError.
     """
+    if is_pixels(video) and video.ndim != 4:
+        raise ValueError(f"a video must have shape [T, 3, H, W] or [T, H, W, 3], got {list(video.shape)}")
     if isinstance(video, torch.Tensor):
-        if video.ndim != 4 or video.shape[1] != 3:
-            raise ValueError(f"a video tensor must have shape [T, 3, H, W], got {list(video.shape)}")
-        frames = list(to_uint8(video, "a video tensor"))
-    elif isinstance(video, np.ndarray) and video.ndim != 4:
-        raise ValueError(f"a video array must have shape [T, H, W, 3], got {list(video.shape)}")
-    elif isinstance(video, (list, tuple, np.ndarray)):
-        frames = [
-            _check_tensor(frame, is_frame=True)
-            if isinstance(frame, torch.Tensor)
-            else torch.from_numpy(np.array(load_image(frame, edition=edition))).permute(2, 0, 1)
-            for frame in video
-        ]
-    else:
+        video = to_uint8(video, "a video tensor")
+    elif not isinstance(video, (list, tuple, np.ndarray)):
         raise TypeError(
             "a video must be a tensor [T, 3, H, W], a uint8 array [T, H, W, 3] or a list of images, "
             f"got {type(video).__name__}; read files with process_vision_info first"
         )
+    frames = [_to_frame_tensor(frame, edition) for frame in video]
     if not frames:
         raise ValueError("a video must have at least one frame, got none")
     return frames
 
 
-def to_uint8(pixels: torch.Tensor, name: str, is_frame: bool = False) -> torch.Tensor:
-    """Converts pixels to uint8 on the CPU; floating-point values must be from 0 to 255 and are rounded.
-
-    `is_frame`: accepts floating-point values that are only 0 and 1, as in the first frames of a video that starts black.
-    """
-    pixels = pixels.detach().cpu()
-    if pixels.dtype == torch.uint8:
-        return pixels
-    if pixels.dtype == torch.bool or pixels.is_complex():
-        raise TypeError(f"{name} must hold integers or floating-point numbers from 0 to 255, got {pixels.dtype}")
-    if not pixels.is_floating_point():
-        pixels = pixels.long()
-    if pixels.numel() and not bool(((pixels >= 0) & (pixels <= 255)).all()):
-        raise ValueError(f"{name} must hold values from 0 to 255, got {pixels.min().item()} to {pixels.max().item()}")
-    if pixels.is_floating_point():
-        is_integer = bool((pixels == pixels.round()).all())
-        if pixels.numel() and 0 < pixels.max() <= 1 and not (is_frame and is_integer):
-            raise ValueError(f"{name} must hold values from 0 to 255, got values from 0 to 1; multiply them by 255")
-        pixels = pixels.round()
-    return pixels.to(torch.uint8)
+def to_frame_arrays(video: Any, edition: EditionName) -> list[np.ndarray]:
+    """The frames of `to_frame_tensors` as arrays `[H, W, 3]`."""
+    return [frame.permute(1, 2, 0).contiguous().numpy() for frame in to_frame_tensors(video, edition)]
 
 
-def _check_tensor(image: torch.Tensor, is_frame: bool = False) -> torch.Tensor:
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"an image tensor must have shape [3, H, W], got {list(image.shape)}")
-    return to_uint8(image, "an image tensor", is_frame)
+def _to_frame_tensor(frame: Any, edition: EditionName) -> torch.Tensor:
+    if isinstance(frame, torch.Tensor):
+        frame = to_uint8(frame, "an image tensor", is_frame=True)
+        if frame.ndim == 3 and frame.shape[0] == 3:
+            return frame
+    return torch.from_numpy(np.array(load_image(frame, edition=edition))).permute(2, 0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -24,9 +24,9 @@ from .arguments import (
 from .batch import BatchFeature, check_padding, pad_sequences
 from .edition_marks import check_edition, is_marked
 from .packing import PackedVideo, pack_videos
-from .patches import PatchConfig, to_frame_array, to_frame_tensors
+from .patches import PatchConfig, to_frame_array, to_frame_arrays, to_frame_tensors
 from .prompts import load_chat_template, render_chat_template
-from .tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer, read_json
+from .tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer, SafePrompt, read_json
 from .vision_info import Messages, process_vision_info, split_conversations
 
 
@@ -36,7 +36,7 @@ class KeyeProcessor:
     Create one with `KeyeProcessor.from_pretrained`.
 
     Attributes:
-        edition: "preview" or "1.5"; pass it to `process_vision_info`.
+        edition: "preview" or "1.5".
         tokenizer: the `KeyeTokenizer`.
         chat_template: source of the Jinja chat template.
         patch_config: the `PatchConfig`, settings of the image processor.
@@ -75,6 +75,10 @@ class KeyeProcessor:
         overrides: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         patch_config = replace(patch_config, **{name: value for name, value in overrides.items() if value is not None})
         return cls(KeyeTokenizer.from_pretrained(folder), patch_config, load_chat_template(folder), edition)
+
+    def process_vision_info(self, messages: Messages, return_video_kwargs: bool = False, **options: Any) -> tuple[Any, ...]:
+        """Calls `keye_kernels.process_vision_info` with the edition of this processor; arguments, results and errors are its."""
+        return process_vision_info(messages, return_video_kwargs, edition=self.edition, **options)
 
     @overload
     def apply_chat_template(
@@ -123,6 +127,7 @@ class KeyeProcessor:
         return_dict: bool = True,
         return_tensors: str = "pt",
         processor_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = True,
         **variables: Any,
     ) -> Any:
         """Renders the prompt of a conversation, or of each conversation of a batch.
@@ -138,6 +143,8 @@ class KeyeProcessor:
             return_dict: with `tokenize`, return all inputs; False returns only `input_ids`.
             return_tensors: with `tokenize`, must be "pt".
             processor_kwargs: with `tokenize`, arguments of the processor's call such as `padding_side`.
+            allow_special_tokens: False for untrusted users: special tokens in `messages`, such as `<|im_end|>`, are plain text.
+                The prompt marks them with U+FDD0, which the processor's call removes. Default: True, as in the official code.
             **variables: variables of the template, such as `add_vision_id`.
 
         Returns:
@@ -147,7 +154,7 @@ class KeyeProcessor:
             ValueError: the prompt is empty, the thinking mode is unknown, or a turn has no role or content.
             TypeError: `messages` is not a list of turns, a text is not a string, or the template does not use a variable.
         """
-        prompts = [
+        rendered: list[str] = [
             render_chat_template(
                 chat_template or self.chat_template,
                 conversation,
@@ -155,14 +162,16 @@ class KeyeProcessor:
                 continue_final_message=continue_final_message,
                 thinking=thinking,
                 tools=tools,
+                convert_text=None if allow_special_tokens else self.tokenizer.as_plain_text,
                 **variables,
             )
             for conversation in split_conversations(messages)
         ]
+        prompts = rendered if allow_special_tokens else [SafePrompt(prompt) for prompt in rendered]
         if tokenize:
             if not isinstance(processor_kwargs, Mapping | None):
                 raise TypeError(f"processor_kwargs must be a dictionary, got {type(processor_kwargs).__name__}")
-            images, videos, video_kwargs = process_vision_info(messages, True, edition=self.edition)
+            images, videos, video_kwargs = self.process_vision_info(messages, True)
             options = {**video_kwargs, "return_tensors": return_tensors, **(processor_kwargs or {})}
             inputs = self(prompts, images=images, videos=videos, **options)
             return inputs if return_dict else inputs["input_ids"]
@@ -178,6 +187,7 @@ class KeyeProcessor:
         return_tensors: str = "pt",
         padding_side: str = "left",
         pixel_dtype: str = "float32",
+        allow_special_tokens: bool = True,
         **video_kwargs: Any,
     ) -> BatchFeature:
         """Converts prompts with images and videos to the model's inputs.
@@ -192,6 +202,8 @@ class KeyeProcessor:
             padding_side: "left" (for generation) or "right".
             pixel_dtype: "float32", or "uint8" for patches that are not normalized. uint8 takes a quarter of the memory, and
                 `Keye` normalizes the patches with `norm` of `patch_config`.
+            allow_special_tokens: False makes special tokens in `text` plain text, placeholders too. A prompt that
+                `apply_chat_template` rendered with this option keeps those of the template.
             **video_kwargs: what `process_vision_info` returned. For Preview `fps`, one number or one per video. For 1.5 `height`,
                 `width`, `fast_height`, `fast_width`, `frame_types` and `timestamps`, each a list with one entry per video.
                 `timestamps` may leave out the videos without times, as `keye_vl_utils` does.
@@ -208,6 +220,8 @@ class KeyeProcessor:
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         prompts = list_prompts(text)
+        if not allow_special_tokens:
+            prompts = [p if isinstance(p, SafePrompt) else self.tokenizer.as_plain_text(p) for p in prompts]
         edition = EDITIONS[self.edition]
         images, videos = list_images(images), list_videos(videos)
         check_edition(self.edition, images=images, videos=videos)
@@ -218,7 +232,7 @@ class KeyeProcessor:
                 f"{edition.video_kwargs}; call process_vision_info with edition={self.edition!r}"
             )
         check_padding(padding, padding_side)
-        concatenate = self._concatenate_as(pixel_dtype)
+        concatenate = self.patch_config.concatenate_as(pixel_dtype)
         outputs = BatchFeature(input_ids=None, attention_mask=None)
         merged_patches = self.patch_config.merge_size**2
         # Number of tokens of each placeholder in the prompts
@@ -241,7 +255,7 @@ class KeyeProcessor:
             prompts = replace_placeholders(prompts, VIDEO_PAD, [video.prompt for video in packed_videos])
             video_tokens = [tokens for video in packed_videos for tokens in video.tokens]
         elif videos:
-            packed = [self._pack_preview_video(video) for video in videos]
+            packed = [self.patch_config.frames_to_patches(to_frame_arrays(video, self.edition)) for video in videos]
             outputs["pixel_values_videos"] = concatenate([patches for patches, _ in packed])
             outputs["video_grid_thw"] = torch.tensor([grid for _, grid in packed])
             outputs["second_per_grid_ts"] = seconds_per_grid(video_kwargs.get("fps"), len(videos))
@@ -278,10 +292,6 @@ class KeyeProcessor:
         """Converts `[B, S]` token ids, or a list of B sequences of ids, to B texts; other arguments as for `decode`."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
 
-    def _pack_preview_video(self, video: Any) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        frames = to_frame_tensors(video, self.edition)
-        return self.patch_config.frames_to_patches([frame.permute(1, 2, 0).contiguous().numpy() for frame in frames])
-
     def _pack_slow_fast_videos(self, videos: list[Any], video_kwargs: Mapping[str, Any]) -> list[PackedVideo]:
         if is_marked(videos) and not video_kwargs:
             names = EDITIONS[self.edition].video_kwargs
@@ -291,12 +301,3 @@ class KeyeProcessor:
             self.tokenizer.token_to_id(token)
         frames = [to_frame_tensors(video, self.edition) for video in videos]
         return pack_videos(frames, self.patch_config, video_kwargs)
-
-    def _concatenate_as(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-        """Returns the function that concatenates uint8 patches and converts them to `pixel_dtype`."""
-        name = str(pixel_dtype).removeprefix("torch.")
-        if name not in ("float32", "uint8"):
-            raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
-        if name == "uint8":
-            return torch.cat
-        return lambda patches: self.patch_config.normalize(torch.cat(patches))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,14 +78,15 @@ def render_chat_template(
     continue_final_message: bool = False,
     thinking: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    convert_text: Callable[[str], str] | None = None,
     **variables: Any,
 ) -> str:
     """Renders the prompt of one conversation with a Jinja template in the form that transformers defines.
 
     `thinking`: "think" or "no_think" appends that mode's suffix to the last user text; None or "auto" lets the model decide.
-    `variables` are other variables of the template. Raises TypeError for a variable that the template does not use, and
-    ValueError for an unknown mode, no user turn for its suffix, no final text to continue, an empty prompt, or a template that
-    fails.
+    `convert_text` is applied to every string of the conversation and of `tools`. `variables` are other variables of the template.
+    Raises TypeError for a variable that the template does not use, and ValueError for an unknown mode, no user turn for its
+    suffix, no final text to continue, an empty prompt, or a template that fails.
     """
     # Imports jinja2, which is loaded only if a template is rendered.
     from .templates import render_template, template_variables
@@ -106,8 +107,11 @@ def render_chat_template(
             raise TypeError("tools must be a list of dictionaries, the JSON schemas of the functions")
         if "tools" not in template_variables(template):
             raise ValueError("the chat template does not use tools; leave tools out or pass chat_template")
-        variables["tools"] = _to_plain_data(tools)
-    turns = [_to_plain_data(turn) for turn in conversation]
+        variables["tools"] = _to_plain_data(tools, convert_text)
+    turns = [_to_plain_data(turn, convert_text) for turn in conversation]
+    for turn in turns:
+        if isinstance(turn["content"], list):
+            turn["content"] = [_official_part(part) for part in turn["content"]]
     if not any(_has_content(turn["content"]) for turn in turns):
         raise ValueError("the prompt is empty: no turn in messages has text, an image or a video")
     if THINKING_SUFFIXES[thinking]:
@@ -206,12 +210,21 @@ def _has_content(content: Any) -> bool:
     return bool(content)
 
 
-def _to_plain_data(value: Any) -> Any:
+def _official_part(part: dict[str, Any]) -> dict[str, Any]:
+    """A part with the keys that Keye's templates know: `video` instead of `video_url`."""
+    if "video_url" in part or part.get("type") == "video_url":
+        return {**part, "type": "video", "video": part.get("video_url")}
+    return part
+
+
+def _to_plain_data(value: Any, convert_text: Callable[[str], str] | None) -> Any:
     """Copies the value as plain data. A template is untrusted code and must not get access to image objects."""
     if isinstance(value, Mapping):
-        return {str(key): _to_plain_data(item) for key, item in value.items()}
+        return {str(key): _to_plain_data(item, convert_text) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_plain_data(item) for item in value]
+        return [_to_plain_data(item, convert_text) for item in value]
+    if isinstance(value, str) and convert_text is not None:
+        return convert_text(value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return type(value).__name__

@@ -8,6 +8,7 @@ import http.client
 import io
 import math
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -26,6 +27,10 @@ MAX_DOWNLOAD_BYTES = 256 * 1024 * 1024
 DOWNLOAD_CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 10
 USER_AGENT = "keye_kernels"
+# A shorter string is a path, even if its characters are those of base64. The smallest image files have 35 bytes.
+MIN_BASE64_CHARACTERS = 44
+# All that a URL may contain unencoded, and % because the URL may be encoded already
+URL_CHARACTERS = "%:/?#[]@!$&'()*+,;=~"
 
 
 def describe_source(source: Any) -> str:
@@ -33,9 +38,19 @@ def describe_source(source: Any) -> str:
     if isinstance(source, (str, Path)):
         text = str(source)
         return repr(text if len(text) <= 120 else text[:60] + "...")
-    if isinstance(source, (bytes, bytearray)):
-        return f"<{len(source)} bytes>"
+    if is_bytes(source):
+        return f"<{memoryview(source.getbuffer() if isinstance(source, io.BytesIO) else source).nbytes} bytes>"
     return f"<{type(source).__name__}>"
+
+
+def is_bytes(source: Any) -> bool:
+    """Whether a source is the content of a file."""
+    return isinstance(source, (bytes, bytearray, memoryview, io.BytesIO))
+
+
+def has_scheme(source: Any, *schemes: str) -> bool:
+    """Whether a source is a string that begins with one of `schemes` such as "data:", in upper or lower case."""
+    return isinstance(source, str) and source[: max(map(len, schemes))].lower().startswith(schemes)
 
 
 @contextmanager
@@ -44,14 +59,15 @@ def open_source(
 ) -> Iterator[BinaryIO]:
     """Opens a source as a seekable binary file and closes it at the end. Downloads go to a temporary file.
 
-    A source is a path, `file://` or `http(s)://` URL, `data:...;base64,` string, or bytes. `timeout`, in seconds, and `max_bytes`
-    limit downloads. A path must be that of a regular file. Raises FileNotFoundError, ValueError for a source that cannot be read
+    A source is a path, `file://` or `http(s)://` URL, `data:...;base64,` string, base64 string without this prefix, bytes,
+    memoryview or BytesIO (its whole content). `timeout`, in seconds, and `max_bytes` limit downloads. A path must be that of a
+    regular file. Raises FileNotFoundError, ValueError for a source that cannot be read
     (the message names it), or TypeError.
     """
-    if isinstance(source, (bytes, bytearray)):
-        with io.BytesIO(source) as file:
+    if is_bytes(source):
+        with io.BytesIO(_to_bytes(source)) as file:
             yield file
-    elif isinstance(source, str) and source.startswith("data:"):
+    elif has_scheme(source, "data:"):
         with io.BytesIO(_decode_base64(source)) as file:
             yield file
     elif _is_http(source):
@@ -60,7 +76,7 @@ def open_source(
             file.seek(0)
             yield file
     else:
-        with _open_file(source) as file:
+        with _open_file_or_base64(source) as file:
             yield file
 
 
@@ -117,7 +133,7 @@ def _download(
 ) -> None:
     name, size = describe_source(url), 0
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+        request = urllib.request.Request(_encoded_url(url), headers={"User-Agent": USER_AGENT})
         with opener.open(request, timeout=timeout) as response:
             # read1 returns after one receive; a plain read of a slow server would run past the deadline.
             while size <= max_bytes and (chunk := response.read1(DOWNLOAD_CHUNK_BYTES)):
@@ -180,7 +196,20 @@ def _recording_opener(connections: list[socket.socket], deadline: float) -> urll
 
 
 def _is_http(source: Any) -> bool:
-    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+    return has_scheme(source, "http://", "https://")
+
+
+def _encoded_url(url: str) -> str:
+    """A URL with international characters or spaces in ASCII: its host in IDNA, the rest percent-encoded."""
+    scheme, netloc, *rest = urllib.parse.urlsplit(url.strip())
+    user, at, host = netloc.rpartition("@")
+    host = host if host.isascii() else host.encode("idna").decode("ascii")
+    path, query, fragment = (urllib.parse.quote(part, safe=URL_CHARACTERS) for part in rest)
+    return urllib.parse.urlunsplit((scheme, urllib.parse.quote(user, safe=URL_CHARACTERS) + at + host, path, query, fragment))
+
+
+def _to_bytes(source: Any) -> bytes:
+    return source.getvalue() if isinstance(source, io.BytesIO) else bytes(source)
 
 
 def _too_large(name: str, max_bytes: int) -> ValueError:
@@ -192,18 +221,31 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def _open_file_or_base64(source: Any) -> BinaryIO:
+    try:
+        return _open_file(source)
+    except (FileNotFoundError, ValueError):
+        if isinstance(source, str) and len(source) >= MIN_BASE64_CHARACTERS:
+            with suppress(binascii.Error, ValueError):
+                return io.BytesIO(base64.b64decode("".join(source.split()), validate=True))
+        raise
+
+
 def _open_file(source: Any) -> BinaryIO:
-    if isinstance(source, str) and source.startswith("file://"):
-        path = Path(source[len("file://") :])
+    if has_scheme(source, "file://"):
+        path = Path(source[len("file://") :].removeprefix("localhost"))
         source = path if path.exists() else Path(urllib.parse.unquote(str(path)))
     if not isinstance(source, (str, Path)):
         raise TypeError(
-            f"a source must be a path, file:// or http(s) URL, base64 data string or bytes, got {type(source).__name__}"
+            "a source must be a path, file:// or http(s) URL, base64 string, bytes, memoryview or BytesIO, "
+            f"got {type(source).__name__}"
         )
     name = describe_source(source)
     try:
         file = open(source, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
     except FileNotFoundError as error:
+        if scheme := re.match(r"(\w+)://", str(source)):
+            raise ValueError(f"{name} must be a path or a URL of http, https, file or data, got {scheme[1]}") from error
         raise FileNotFoundError(f"file {name} does not exist; check the path") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read file {name}: {getattr(error, 'strerror', None) or error}") from error

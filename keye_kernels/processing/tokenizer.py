@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# A Unicode noncharacter inside a special token makes it plain text for `KeyeTokenizer.encode`, which removes the character
+PLAIN_TEXT_MARK = "\ufdd0"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 # Of the `tokenizers` package
 MAX_TOKEN_ID = 2**32 - 1
@@ -28,6 +31,10 @@ SPECIAL_TOKENS = (
     *("<|point_start|>", "<|point_end|>", "<|ocr_text_start|>", "<|ocr_text_end|>"),
     *("<|clip_time_start|>", "<|clip_time_end|>", FRAME, FAST_START, FAST_END),
 )
+
+
+class SafePrompt(str):
+    """A prompt of `apply_chat_template` with allow_special_tokens=False: its unmarked special tokens are the template's."""
 
 
 class KeyeTokenizer:
@@ -82,8 +89,37 @@ class KeyeTokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Converts text to ids. Special tokens in the text become one id each."""
-        return self.backend.encode(text).ids
+        """Converts text to ids. Special tokens in the text become one id each, unless `as_plain_text` marked them."""
+        if PLAIN_TEXT_MARK not in text:
+            return self.backend.encode(text).ids
+        ids: list[int] = []
+        # The text between two added tokens is tokenized by itself, so that a piece gets the same ids alone
+        for piece in re.split(f"({_any_of(self._added_tokens())})", text):
+            is_marked = PLAIN_TEXT_MARK in piece
+            ids += self._encode_plain(piece.replace(PLAIN_TEXT_MARK, "")) if is_marked else self.backend.encode(piece).ids
+        return ids
+
+    def as_plain_text(self, text: str) -> str:
+        """Marks the special tokens in a text, and the start of one at its end, so that `encode` takes them as plain text."""
+        special = [token for token, is_special in self._added_tokens().items() if is_special]
+        text = text.replace(PLAIN_TEXT_MARK, "")
+        pattern = re.compile(_any_of(special))
+        while pattern.search(text):  # tokens may overlap
+            text = pattern.sub(lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
+        if any(text.endswith(token[:length]) for token in special for length in range(1, len(token))):
+            text += PLAIN_TEXT_MARK
+        return text
+
+    def _added_tokens(self) -> dict[str, bool]:
+        """The tokens that the backend finds in a text before it splits it into words, and whether they are special."""
+        return {token.content: token.special for token in self.backend.get_added_tokens_decoder().values()}
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without its added tokens: the steps of `backend.encode` after their removal."""
+        backend = self.backend
+        text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        words = [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def decode(
         self,
@@ -127,6 +163,11 @@ def build_byte_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Tokenizer:
     tokens = (*SPECIAL_TOKENS, *extra_special_tokens)
     tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False) for token in tokens])
     return tokenizer
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    """A pattern for the longest of the tokens; without tokens one that never matches."""
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
 
 
 def read_json(path: Path, *, default: Any = None) -> Any:

@@ -20,14 +20,16 @@ from keye_kernels.editions import Edition, EditionName, edition_named
 from . import sampling
 from .frame_buffer import FrameBuffer, shrink
 from .images import fetch_image
-from .patches import to_frame_tensors
+from .patches import to_frame_arrays
 from .sampling import DEFAULT_FPS, FRAME_FACTOR, Options, Size
 from .slow_fast import SlowFastClassifier
-from .sources import describe_source, open_source
+from .sources import describe_source, has_scheme, is_bytes, open_source
 from .video_reader import VideoReader
 
 VIDEO_TIMEOUT_SECONDS = 300.0
 MAX_VIDEO_BYTES = 4 * 1024**3
+# Of a video given as images, also as a single one
+IMAGE_DATA = ("data:image/", "data:video/jpeg")
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,10 @@ def fetch_video(
 ) -> SampledVideo:
     """Loads the video of one message part, samples its frames and resizes them, as `keye_vl_utils` does.
 
-    `video` of the part is a path, `file://` or `http(s)://` URL, `data:` string (of a video, or of several base64 images
-    separated by commas), bytes, list of images or of parts with `image`, tensor `[T, 3, H, W]` or array `[T, H, W, 3]`. The part
-    may have the options of `keye_kernels.processing.sampling`. `limits` are `timeout` and `max_bytes` of a download. Other
-    arguments and errors as for `process_vision_info`.
+    `video` of the part, or `video_url` (also as `{"url": ...}`), is a path, `file://` or `http(s)://` URL, base64 string, `data:`
+    string (of a video, or of base64 images separated by commas), bytes, list of images or of parts with `image`, or array or
+    tensor that `to_frame_tensors` takes. The part may have the options of `keye_kernels.processing.sampling`. `limits` are
+    `timeout` and `max_bytes` of a download. Other arguments and errors as for `process_vision_info`.
 
     A file is decoded as a stream. Only the sampled frames are kept, and each is resized as soon as its final size is known, so
     memory depends on the token budget of the model and not on the length of the video. Times are read from the file if its frame
@@ -66,23 +68,25 @@ def fetch_video(
     """
     rules = edition_named(edition)
     sampling.check_options(part)
-    source = part.get("video")
+    source = part["video"] if "video" in part else part.get("video_url")
+    if isinstance(source, Mapping):
+        source = source.get("url")
     if source is None:
         raise ValueError("a video part needs 'video' with a path, URL, bytes, tensor or list of images")
     if rules.slow_fast_frames and part.get("nframes") is not None:
         logger.warning("nframes is ignored: Keye-VL-1.5 samples by fps and max_frames")
-    if isinstance(source, str) and source.startswith("data:") and "," in source.partition(",")[2]:
+    if has_scheme(source, *IMAGE_DATA) or (has_scheme(source, "data:") and "," in source.partition(",")[2]):
         header, *encoded_images = source.split(",")
         source = [f"{header},{encoded}" for encoded in encoded_images]
     if isinstance(source, (torch.Tensor, np.ndarray)):
-        source = _to_image_arrays(source, rules)
+        source = to_frame_arrays(source, edition)
     if isinstance(source, (list, tuple)):
         if not source:
             raise ValueError("a video must have at least one frame, got an empty list")
         return _fetch_image_list(source, part, rules, limits)
-    if not isinstance(source, (str, Path, bytes, bytearray)):
+    if not isinstance(source, (str, Path)) and not is_bytes(source):
         raise TypeError(
-            "a video must be a path, URL, bytes, list of images, tensor [T, 3, H, W] or array [T, H, W, 3], "
+            "a video must be a path, URL, base64 string, bytes, memoryview, BytesIO, list of images, tensor or array, "
             f"got {type(source).__name__}"
         )
     with open_video(source, **limits) as reader:
@@ -143,14 +147,12 @@ def _fetch_image_list(images: Sequence[Any], options: Options, edition: Edition,
     indices = list(range(len(images)))
     if edition.slow_fast_frames:
         indices = sampling.sample_indices(0, len(images) - 1, max(1, min(len(images), sampling.slow_fast_frame_limit(options))))
-    shared = {name: value for name, value in options.items() if name not in ("type", "video")}
+    shared = {name: value for name, value in options.items() if name not in ("type", "video", "video_url")}
     pixel_limits = sampling.FRAME_PIXEL_LIMITS if edition.slow_fast_frames else None
     resized = []
     for index in indices:
         image = images[index]
         part = image if isinstance(image, Mapping) else {**shared, "image": image}
-        if isinstance(part.get("image"), torch.Tensor):
-            part = {**part, "image": _to_image_arrays(part["image"][None], edition)[0]}
         resized.append(fetch_image(part, edition=edition.name, pixel_limits=pixel_limits, **limits))
     seconds = torch.tensor([(1 / fps) * index for index in indices], dtype=torch.float32) if fps else None
     if not edition.slow_fast_frames:
@@ -196,7 +198,3 @@ def _resize_bicubic(pixels: torch.Tensor, size: Size) -> torch.Tensor:
         return pixels
     resized = torch.nn.functional.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True)[0]
     return resized.clamp(0, 255).round().to(torch.uint8)
-
-
-def _to_image_arrays(video: torch.Tensor | np.ndarray, edition: Edition) -> list[np.ndarray]:
-    return [frame.permute(1, 2, 0).contiguous().numpy() for frame in to_frame_tensors(video, edition.name)]

@@ -47,7 +47,7 @@ def modality(part: Mapping[str, Any]) -> str | None:
     """Returns "image" or "video" for a message part with an image or a video, and None for text."""
     if "image" in part or "image_url" in part or part.get("type") in ("image", "image_url"):
         return "image"
-    if "video" in part or part.get("type") == "video":
+    if "video" in part or "video_url" in part or part.get("type") in ("video", "video_url"):
         return "video"
     return None
 
@@ -161,7 +161,8 @@ def _check_content(content: Any) -> None:
         raise TypeError(f"content must be a string or a list of parts, got {type(content).__name__}")
     for part in content:
         if not isinstance(part, Mapping) or not ("text" in part or modality(part)):
-            raise ValueError(f"a part of content must have 'text', 'image', 'image_url' or 'video', got {_shorten(part)}")
+            names = "'text', 'image', 'image_url', 'video' or 'video_url'"
+            raise ValueError(f"a part of content must have {names}, got {_shorten(part)}")
         text = part.get("text")
         if not isinstance(text, str) and not (text is None and modality(part)):
             raise TypeError(f"text of a part must be a string, got {type(text).__name__}")

@@ -46,7 +46,9 @@ def answer_question(
     # Before the model is loaded, which takes long, so that an unreadable image is reported at once
     processor = KeyeProcessor.from_pretrained(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, thinking=options.thinking, tokenize=True)
+    inputs = processor.apply_chat_template(
+        messages, thinking=options.thinking, tokenize=True, allow_special_tokens=not options.no_special_tokens
+    )
     model = Keye.from_pretrained(
         options.model,
         dtype=options.dtype,
@@ -62,11 +64,8 @@ def answer_question(
         **inputs.to(model.device),
         max_new_tokens=options.max_new_tokens,
         do_sample=options.sample,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
         streamer=streamer,
+        **({name: getattr(options, name) for name in SAMPLING_OPTIONS} if options.sample else {}),
     )
     seconds = time.perf_counter() - start
     prompt_tokens = inputs["input_ids"].shape[1]

@@ -20,6 +20,7 @@ def exit_code(program: str, run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
     except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get("KEYE_KERNELS_DEBUG") == "1":

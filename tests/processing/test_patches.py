@@ -72,7 +72,7 @@ def test_images_and_videos_may_be_tensors_or_arrays():
     [
         (torch.zeros(0, 3, 4, 4), ValueError, "at least one frame"),
         ([], ValueError, "at least one frame"),
-        (torch.zeros(2, 4, 4, 3), ValueError, r"\[T, 3, H, W\]"),
+        (torch.zeros(2, 2, 5, 6), ValueError, r"\[C, H, W\]"),
         (np.zeros((4, 4, 3), np.uint8), ValueError, r"\[T, H, W, 3\]"),
         (torch.full((1, 3, 4, 4), 300.0), ValueError, "0 to 255"),
         (torch.full((1, 3, 4, 4), 0.3), ValueError, "multiply them by 255"),

@@ -71,10 +71,10 @@ def test_the_debug_variable_adds_the_traceback(error, code, monkeypatch, capsys)
 
 
 @each_command
-def test_ctrl_c_exits_with_130_and_prints_nothing(command, monkeypatch, capsys):
+def test_ctrl_c_exits_with_130_and_prints_one_line(command, monkeypatch, capsys):
     fail(monkeypatch, command, KeyboardInterrupt())
     assert main([command, *COMMANDS[command]]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", f"keye-kernels {command}: interrupted\n")
 
 
 def test_ctrl_c_ends_the_compile_module_with_130(monkeypatch, capsys):
@@ -83,7 +83,7 @@ def test_ctrl_c_ends_the_compile_module_with_130(monkeypatch, capsys):
 
     monkeypatch.setattr(checker, "worker_pool", interrupt)
     assert checker.main(["--target", "sm_90"]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,13 @@ class KeyeProcessor(ProcessorMixin):
         )
         if not tokenize:
             return prompt
-        images, videos, found = process_vision_info(messages, True, edition=self.edition)
+        images, videos, found = self.process_vision_info(messages, True)
         inputs = self(images, prompt, videos, return_tensors=return_tensors, **{**found, **options})
         return inputs if return_dict else inputs["input_ids"]
+
+    def process_vision_info(self, messages: Any, return_video_kwargs: bool = False, **options: Any) -> tuple[Any, ...]:
+        """Calls `keye_kernels.process_vision_info` with the edition of this processor; arguments, results and errors are its."""
+        return process_vision_info(messages, return_video_kwargs, edition=self.edition, **options)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> list[str]:
         """Saves like transformers, and adds `preprocessor_config.json`, which transformers 5 does not write."""

@@ -65,7 +65,7 @@ def answer_question(
         max_new_tokens=options.max_new_tokens,
         do_sample=options.sample,
         streamer=streamer,
-        **({name: getattr(options, name) for name in SAMPLING_OPTIONS} if options.sample else {}),
+        **{name: getattr(options, name) if options.sample else None for name in SAMPLING_OPTIONS},
     )
     seconds = time.perf_counter() - start
     prompt_tokens = inputs["input_ids"].shape[1]

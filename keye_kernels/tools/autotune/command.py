@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tunes, or lists the candidates. Returns 1 if the table cannot be written or no config of a shape works."""
+    """Tunes, or lists the candidates. Returns 1 if the table cannot be written or no config works."""
     kernels = names(options.kernel, kernel_names(), "kernel")
     names(options.dtype, DTYPES, "dtype", several=False)
     shapes = load_shapes(options.shapes, kernels)
@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save_dir and Path(options.save_dir).exists() and not Path(options.save_dir).is_dir():
         raise ValueError(f"--save-dir must be a folder, got the file {options.save_dir}")
     if options.dry_run:
-        _dry_run(options, shapes)
-        return 0
+        return _dry_run(options, shapes)
     if options.target:
         raise ValueError("--target needs --dry-run; without it, the GPU of this machine is tuned")
     import torch
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     return int(result.unwritable is not None or not all(record.timings for record in result.records))
 
 
-def _dry_run(options: argparse.Namespace, shapes: list) -> None:
+def _dry_run(options: argparse.Namespace, shapes: list) -> int:
     for name in ("resume", "save_dir"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} needs a run that times: --dry-run saves nothing")
@@ -58,7 +57,9 @@ def _dry_run(options: argparse.Namespace, shapes: list) -> None:
     targets = names(options.target, tuple(MULTIPROCESSORS), "target")
     from .dryrun import dry_run
 
-    print("\n".join(["compiled ahead of time, nothing was timed", *dry_run(list(targets), shapes, options.dtype)]))
+    lines, works = dry_run(list(targets), shapes, options.dtype)
+    print("\n".join(["compiled ahead of time, nothing was timed", *lines]))
+    return int(not works)
 
 
 def names(argument: str, known: tuple[str, ...], what: str, several: bool = True) -> tuple[str, ...]:

@@ -33,14 +33,14 @@ FAULTS = [
     Fault(GENERATION, "ordered, order = logits.sort(", "ordered, order = (logits * (self.temperature or 1.0)).sort(", CALLS),
     Fault(GENERATION, "None if self.seed is None else torch", "None if not self.seed else torch", TESTS),
     Fault(GENERATION, "multinomial(1, generator=self.generator)", "multinomial(1)", TESTS),
-    Fault(KEYE, "first_given(value, defaults.get(name))", "first_given(defaults.get(name), value)", CALLS),
+    Fault(GENERATION, "first_given(given[name], defaults.get(name))", "first_given(defaults.get(name), given[name])", CALLS),
     Fault(
         KEYE,
-        '{"temperature": temperature, "top_k": top_k, "top_p": top_p}',
-        '{"temperature": temperature, "top_k": top_k}',
+        '"top_p": top_p, "seed": seed}',
+        '"top_p": None, "seed": seed}',
         CALLS,
     ),
-    Fault(KEYE, "Sampler(do_sample, **", 'Sampler(do_sample or bool(defaults.get("do_sample")), **', CALLS),
+    Fault(GENERATION, "cls(do_sample, **", 'cls(do_sample or bool(defaults.get("do_sample")), **', CALLS),
     # End tokens, padding, streaming
     Fault(
         KEYE,

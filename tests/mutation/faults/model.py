@@ -14,6 +14,7 @@ GENERATION, PREVIEW, V1_5 = (
     "tests/model/test_golden_v1_5.py",
 )
 
+OFFICIAL = "tests/model/test_official_arguments.py"
 WRONG = f"{FILES} -k wrong"
 SHARDS = f"{FILES} -k sharded"
 
@@ -55,8 +56,8 @@ FAULTS = [
     Fault(CHECKPOINT, "disable=not progress", "disable=progress", VALUES),
     Fault(CHECKPOINT, ' or any(path.glob("*.pt"))', "", VALUES),
     Fault(CHECKPOINT, "PureWindowsPath(file).name != file", '"/" in file', FILES),
-    Fault(KEYE, "check_dtype(dtype or config.torch_dtype or", "check_dtype(config.torch_dtype or dtype or", VALUES),
-    Fault(KEYE, "torch.get_default_device() if device is None else device", '"cpu" if device is None else device', VALUES),
+    Fault(CHECKS, "return given.pop() if given else check_dtype(default)", "return check_dtype(default or given.pop())", VALUES),
+    Fault(CHECKS, "torch.get_default_device() if device is None else device", '"cpu" if device is None else device', VALUES),
     Fault(KEYE, "        model._tie_embeddings()\n", "", VALUES),
     Fault(KEYE, 'read_generation_config(path / "generation_config.json"', 'read_generation_config(path / "config.json"', SHARDS),
     Fault(KEYE, "normal_(std=self.config.initializer_range)", "normal_(std=0.02)", VALUES),
@@ -73,9 +74,13 @@ FAULTS = [
         CHECKS, "length + max_new_tokens > max_position_embeddings", "length + max_new_tokens >= max_position_embeddings", CALLS
     ),
     Fault(CHECKS, "not attention_mask[:, -1].all()", "not attention_mask[:, -1].any()", CALLS),
+    Fault(CHECKS, "if low < 0 or high >= vocab_size", "if high >= vocab_size", OFFICIAL),
+    Fault(CHECKS, "high >= vocab_size", "high > vocab_size", OFFICIAL),
+    Fault(CHECKS, "if len(given) == 2:", "if len(given) == 3:", OFFICIAL),
+    Fault(CHECKS, "    if device is not None:\n", "    if False:\n", OFFICIAL),
     Fault(CHECKS, "starts.sum(1) > 1", "starts.sum(1) > 2", GENERATION),
     Fault(KEYE, "(length // CACHE_BLOCK_TOKENS + 2)", "(length // CACHE_BLOCK_TOKENS + 1)", CALLS),
-    Fault(KEYE, "if length == 1 and not cache.is_empty and not has_grids:", "if length == 1 and not cache.is_empty:", TURNS),
+    Fault(KEYE, "= length == 1 and not cache.is_empty and not has_grids", "= length == 1 and not cache.is_empty", TURNS),
     Fault(KEYE, "cache.rope_deltas + (deltas if has_grids", "(deltas if has_grids", TURNS),
     Fault(KEYE, "else mask.sum(1, keepdim=True) - length)", "else 0)", TURNS),
     Fault(KEYE, "computed = computed + cache.length + cache.rope_deltas", "computed = computed + cache.length", TURNS),

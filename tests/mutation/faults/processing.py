@@ -5,7 +5,9 @@ from ..fault import Fault
 PROCESSING = "keye_kernels/processing/"
 ARGUMENTS, BATCH, IMAGES, PATCHES = (f"{PROCESSING}{name}.py" for name in ("arguments", "batch", "images", "patches"))
 PROCESSOR, PROMPTS, RESIZE, SOURCES = (f"{PROCESSING}{name}.py" for name in ("processor", "prompts", "resize", "sources"))
-TEMPLATES, TOKENIZER, VISION_INFO = (f"{PROCESSING}{name}.py" for name in ("templates", "tokenizer", "vision_info"))
+TEMPLATES, TOKENIZER, VISION_INFO, PIXELS = (
+    f"{PROCESSING}{name}.py" for name in ("templates", "tokenizer", "vision_info", "pixels")
+)
 NORM, EDITIONS, REQUIREMENTS = (f"keye_kernels/{name}.py" for name in ("pixel_norm", "editions", "requirements"))
 
 BOUNDARIES = "tests/processing/test_boundaries.py"
@@ -14,12 +16,13 @@ DOWNLOADS = "tests/processing/test_downloads.py"
 PROCESSOR_TESTS = "tests/processing/test_processor.py"
 PROMPT_TESTS = "tests/processing/test_prompts.py"
 UNTRUSTED = "tests/processing/test_untrusted_sources.py"
+KINDS, SPECIAL = "tests/processing/test_source_kinds.py", "tests/processing/test_special_tokens.py"
 
 FAULTS = [
     # Arguments of the processor
     Fault(ARGUMENTS, "images.ndim == 4 else", "images.ndim == 5 else", SETTINGS),
     Fault(ARGUMENTS, "videos.ndim == 5 else", "videos.ndim == 6 else", SETTINGS),
-    Fault(ARGUMENTS, 'getattr(item, "ndim", 3) == 3', 'getattr(item, "ndim", 4) == 3', SETTINGS),
+    Fault(ARGUMENTS, 'getattr(item, "ndim", 3) in (2, 3)', 'getattr(item, "ndim", 4) in (2, 3)', SETTINGS),
     Fault(ARGUMENTS, "DEFAULT_FPS if rate is None else rate", "1.0 if rate is None else rate", SETTINGS),
     Fault(ARGUMENTS, "if len(timestamps) >= len(num_frames)", "if len(timestamps) > len(num_frames)", SETTINGS),
     Fault(ARGUMENTS, "leftmost != rightmost", "False", "tests/processing/test_processor_video.py"),
@@ -52,8 +55,8 @@ FAULTS = [
     Fault(PATCHES, "blocks.permute(1, 3, 0, 2, 4)", "blocks.permute(3, 1, 0, 2, 4)", "tests/processing/test_patches.py"),
     Fault(PATCHES, ".resize((width, height), resample=self.resample)", ".resize((width, height), resample=3)", SETTINGS),
     Fault(PATCHES, "self.resized_size(*frames[0].shape[:2])", "self.resized_size(*frames[-1].shape[:2])", "tests/processing/test_patches.py"),
-    Fault(PATCHES, "pixels = pixels.round()", "pixels = pixels.floor()", BOUNDARIES),
-    Fault(PATCHES, "(pixels <= 255)", "(pixels < 255)", BOUNDARIES),
+    Fault(PIXELS, "pixels = pixels.round()", "pixels = pixels.floor()", BOUNDARIES),
+    Fault(PIXELS, "(pixels <= 255)", "(pixels < 255)", BOUNDARIES),
     Fault(PATCHES, "if self.resample > MAX_RESAMPLE", "if self.resample >= MAX_RESAMPLE", BOUNDARIES),
     Fault(PATCHES, "if self.min_pixels > self.max_pixels", "if self.min_pixels >= self.max_pixels", BOUNDARIES),
     Fault(PATCHES, ".mul_(self.norm.rescale_factor)", ".mul_(1 / 255)", SETTINGS),
@@ -63,18 +66,28 @@ FAULTS = [
     Fault(PROCESSOR, '{"min_pixels": min_pixels, "max_pixels"', '{"min_pixels": None, "max_pixels"', SETTINGS),
     Fault(PROCESSOR, "add_generation_prompt=add_generation_prompt,", "add_generation_prompt=True,", SETTINGS),
     Fault(PROCESSOR, "chat_template or self.chat_template", "self.chat_template", "tests/processing/test_invalid_inputs.py"),
-    Fault(PROCESSOR, "video_kwargs = process_vision_info(messages, True, edition=self.edition)", "video_kwargs = process_vision_info(messages, True)", "tests/processing/test_processor_video.py"),
+    Fault(PROCESSOR, "return_video_kwargs, edition=self.edition, **options", "return_video_kwargs, **options", "tests/processing/test_processor_video.py"),
     Fault(PROCESSOR, "merged_patches = self.patch_config.merge_size**2", "merged_patches = 4", SETTINGS),
     Fault(PROCESSOR, "self.tokenizer.batch_decode(sequences, skip_special_tokens,", "self.tokenizer.batch_decode(sequences, False,", SETTINGS),
     Fault(PROCESSOR, "            self.tokenizer.token_to_id(token)\n", "            pass\n", SETTINGS),
-    Fault(PROCESSOR, 'str(pixel_dtype).removeprefix("torch.")', "str(pixel_dtype)", SETTINGS),
+    Fault(PATCHES, 'str(pixel_dtype).removeprefix("torch.")', "str(pixel_dtype)", SETTINGS),
     Fault(PROCESSOR, "seconds_per_grid(video_kwargs.get(\"fps\"), len(videos))", "seconds_per_grid(None, len(videos))", "tests/processing/test_processor_video.py"),
+    # Forms of sources, special tokens as plain text
+    Fault(PIXELS, "((0, -1) if is_tensor else (-1, 0))", "(-1, 0)", KINDS),
+    Fault(SOURCES, "return source.getvalue() if isinstance(source, io.BytesIO)", "return source.read() if isinstance(source, io.BytesIO)", KINDS),
+    Fault(SOURCES, "len(source) >= MIN_BASE64_CHARACTERS", "True", KINDS),
+    Fault(SOURCES, "\"%:/?#[]@!$&'()*+,;=~\"", "\":/?#[]@!$&'()*+,;=~\"", KINDS),
+    Fault(TOKENIZER, "while pattern.search(text):", "if pattern.search(text):", SPECIAL),
+    Fault(TOKENIZER, "        text = text.replace(PLAIN_TEXT_MARK, \"\")\n", "", SPECIAL),
+    Fault(TOKENIZER, "            text += PLAIN_TEXT_MARK\n", "            pass\n", SPECIAL),
+    Fault(TOKENIZER, "text if backend.normalizer is None else backend.normalizer.normalize_str(text)", "text", SPECIAL),
+    Fault(PROCESSOR, "p if isinstance(p, SafePrompt) else ", "", SPECIAL),
     # Prompts
     Fault(PROMPTS, '"think": "/think", "no_think": "/no_think"', '"think": "/no_think", "no_think": "/think"', PROMPT_TESTS),
     Fault(PROMPTS, "for turn in reversed(turns):", "for turn in turns:", PROMPT_TESTS),
     Fault(PROMPTS, "texts[-1][\"text\"] += suffix", "texts[0][\"text\"] += suffix", SETTINGS),
     Fault(PROMPTS, "loop.first and message.role != 'system'", "message.role != 'system'", PROMPT_TESTS),
-    Fault(PROMPTS, '.get("default")', '.get("tool_use")', PROMPT_TESTS),
+    Fault(PROMPTS, '== "default"', '== "tool_use"', PROMPT_TESTS),
     Fault(PROMPTS, 'analysis, rest = _split_part(rest, "analysis")', 'analysis, _ = _split_part(rest, "analysis")', PROMPT_TESTS),
     # Sizes
     Fault(RESIZE, "> MAX_ASPECT_RATIO:", ">= MAX_ASPECT_RATIO:", BOUNDARIES),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -244,7 +245,7 @@ def test_the_options_of_the_command_reach_the_sweep(arguments, expected, monkeyp
 
 def test_the_options_of_a_dry_run_reach_it(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(dryrun, "dry_run", lambda *given: calls.append(given) or ["a line"])
+    monkeypatch.setattr(dryrun, "dry_run", lambda *given: calls.append(given) or (["a line"], True))
     assert main(["autotune", "--dry-run", "--target", "sm_90,sm_80,sm_90", "--dtype", "fp16", "--kernel", "rope"]) == 0
     assert calls == [(["sm_90", "sm_80"], load_shapes("keye-8b", ("rope",)), "fp16")]
     assert capsys.readouterr().out == "compiled ahead of time, nothing was timed\na line\n"
@@ -303,3 +304,21 @@ def test_sizes_with_the_same_power_of_two_above_them_are_one_shape(tmp_path):
     assert sizes == [1, 2, 3, 5, 9]
     keys = [kernel_spec("rope").config_key(TuningShape("rope", "text", 1, size), "bf16") for size in sizes]
     assert [2 ** math.ceil(math.log2(n)) for n in sizes] == [key["tokens"] for key in keys]
+
+
+@pytest.mark.parametrize("failing, expected", [((), 0), (("rope",), 1), (("rope", "position_embedding_2d"), 1)])
+def test_a_dry_run_fails_if_no_config_of_a_kernel_compiles(failing, expected, monkeypatch, capsys):
+    """As with a folder of Triton's cache that cannot be written."""
+
+    class Pool:
+        def submit(self, variants):
+            pass
+
+        def reports(self, one):
+            failures = ["FileNotFoundError: '/read-only'"] if one.kernel in failing else []
+            return [Report("sm_90", one.kernel, "v", registers=40, stack_bytes=0, shared_bytes=0, failures=failures)]
+
+    monkeypatch.setattr(dryrun, "compiler", lambda workers: nullcontext(Pool()))
+    arguments = ["autotune", "--dry-run", "--target", "sm_90", "--kernel", "rope,position_embedding_2d"]
+    assert main(arguments) == expected
+    assert ("rejected: FileNotFoundError" in capsys.readouterr().out) == bool(failing)

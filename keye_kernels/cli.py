@@ -30,11 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate_options(generate)
     _add_model_options(generate)
 
-    inspect = commands.add_parser("inspect", help="show which frames of a video are sampled, and their tokens")
-    inspect.add_argument("--video", required=True, metavar="FILE", help="path or URL")
+    inspect = commands.add_parser("inspect", help="show which frames of a video are sampled, or what a checkpoint is")
+    subject = inspect.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--video", metavar="FILE", help="path or URL: list the sampled frames and their tokens")
+    subject.add_argument("--model", metavar="DIR", help="checkpoint: show edition, sizes, dtypes, memory and wrong tensors")
     inspect.add_argument("--edition", choices=tuple(EDITIONS), default="preview", help="default: preview")
     inspect.add_argument("--fps", type=float, metavar="N", help="frames per second to sample")
-    inspect.add_argument("--context", type=int, metavar="N", help="context length; default: that of the edition")
+    inspect.add_argument("--context", type=int, metavar="N", help="context length; default: that of the edition or checkpoint")
     inspect.add_argument("--plot", metavar="FILE", help="plot the frames on a time line, as PNG, PDF or SVG")
 
     verify = commands.add_parser("verify", help="check all operators and the small model's answers on this machine")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from keye_kernels.ops.cpu import prefer_huge_pages
 
-from .config import read_json, require
+from .config import KeyeConfig, read_json, require
 from .linear import FusedLinear
 
 if TYPE_CHECKING:
@@ -81,23 +81,35 @@ def matching_tensors(model: "Keye", path: Path) -> dict[str, StoredTensor]:
     the wrong shape or dtype. The message lists the first
     of each kind.
     """
-    views, found = destinations(model), _stored_tensors(path)
-    accepted = (*UNUSED, "lm_head.") if model.config.tie_word_embeddings else UNUSED
-    wrong = [f"missing: {name}" for name in views.keys() - found.keys()]
-    wrong += [f"unexpected: {name}" for name in found.keys() - views.keys() if not name.startswith(accepted)]
-    matching = {name: tensor for name, tensor in found.items() if name in views}
-    for name, tensor in matching.items():
-        if tensor.shape != (shape := list(views[name].shape)):
-            wrong.append(f"wrong shape: {name} is {tensor.shape}, expected {shape}")
-        if tensor.dtype not in STORED_DTYPES:
-            wrong.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
-    if wrong:
-        listed = "\n  ".join(_first_of_each_kind(wrong))
+    found = stored_tensors(path)
+    if wrong := compare_tensors(model, found):
+        listed = "\n  ".join(first_of_each_kind(wrong))
         raise ValueError(f"path must hold the tensors that its config.json describes, got {path} with\n  {listed}")
-    return matching
+    return {name: found[name] for name in found if not is_unused(name, model.config)}
 
 
-def _first_of_each_kind(problems: list[str]) -> Iterator[str]:
+def compare_tensors(model: "Keye", found: dict[str, StoredTensor]) -> list[str]:
+    """One line per tensor that is missing, unexpected or has the wrong shape or dtype."""
+    views = destinations(model)
+    wrong = [f"missing: {name}" for name in views.keys() - found.keys()]
+    for name, tensor in found.items():
+        if is_unused(name, model.config):
+            continue
+        if name not in views:
+            wrong.append(f"unexpected: {name}")
+        elif tensor.shape != (shape := list(views[name].shape)):
+            wrong.append(f"wrong shape: {name} is {tensor.shape}, expected {shape}")
+        if name in views and tensor.dtype not in STORED_DTYPES:
+            wrong.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
+    return wrong
+
+
+def is_unused(name: str, config: KeyeConfig) -> bool:
+    """Whether the model has no parameter for this tensor of a checkpoint, which is not an error."""
+    return name.startswith((*UNUSED, "lm_head.") if config.tie_word_embeddings else UNUSED)
+
+
+def first_of_each_kind(problems: list[str]) -> Iterator[str]:
     """The first lines of each kind of problem, such as "missing: NAME", and how many more there are."""
     for kind, group in groupby(sorted(problems), key=lambda line: line.partition(":")[0]):
         lines = list(group)
@@ -129,8 +141,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return sorted({index.parent / file for file in weight_map.values()})
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor in a checkpoint."""
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a checkpoint, from the headers of its files."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
         files = _indexed_files(index)

@@ -235,7 +235,9 @@ def test_a_failing_plot_leaves_no_half_written_image(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(inspect, "plot_inspection", fail_halfway)
-    options = argparse.Namespace(video=str(ASSETS / "clip.mp4"), edition="preview", fps=None, context=None, plot=str(plot))
+    options = argparse.Namespace(
+        video=str(ASSETS / "clip.mp4"), edition="preview", fps=None, context=None, plot=str(plot), model=None
+    )
     with pytest.raises(OSError, match="No space left"):
         inspect.run(options)
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"] and plot.read_text() == "the earlier plot"

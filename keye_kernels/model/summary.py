@@ -64,7 +64,8 @@ class CheckpointSummary:
             "other files": f"without {', '.join(missing)}" if missing else "complete",
             "tensors": f"{len(self.problems)} problems" if self.problems else "as in config.json",
         }
-        return "\n".join([*(f"{name:12}  {text}" for name, text in rows.items()), *(f"  {text}" for text in first_of_each_kind(self.problems))])
+        problems = [f"  {text}" for text in first_of_each_kind(self.problems)]
+        return "\n".join([*(f"{name:12}  {text}" for name, text in rows.items()), *problems])
 
     def _stored(self) -> str:
         files = {tensor.file for tensor in self.stored.values()}

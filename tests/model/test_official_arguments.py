@@ -76,17 +76,6 @@ def test_ids_outside_of_the_vocabulary(model, ids, token):
     assert model(wrong).logits.shape[-1] == 396
 
 
-def test_input_ids_of_another_type_or_shape(model, ids):
-    for wrong, error, message in (
-        (ids.float(), TypeError, "int64 or int32, got torch.float32"),
-        (ids.tolist(), TypeError, "int64 or int32, got list"),
-        (ids[0], ValueError, r"shape \[B, S\], got \[\d+\]"),
-    ):
-        for call in (model, lambda ids: model.generate(ids, max_new_tokens=1)):
-            with pytest.raises(error, match=message):
-                call(wrong)
-
-
 @pytest.mark.parametrize("options", [{"temperature": 0.5}, {"seed": 0}, {"top_k": 5, "top_p": 0.9}])
 def test_ignored_sampling_arguments_give_a_warning(model, ids, options):
     with pytest.warns(UserWarning, match=f"{', '.join(options)} ignored.*do_sample=True") as caught:

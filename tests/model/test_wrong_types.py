@@ -132,7 +132,7 @@ def test_all_seeds_of_torch_are_accepted(seed):
 
 
 def test_many_wrong_tensors_make_a_short_message(tmp_path):
-    lines = list(checkpoint._first_of_each_kind([f"missing: a{i}" for i in range(1000)] + ["wrong shape: " + "x" * 5000]))
+    lines = list(checkpoint.first_of_each_kind([f"missing: a{i}" for i in range(1000)] + ["wrong shape: " + "x" * 5000]))
     assert len(lines) == checkpoint.MAX_LISTED_TENSORS + 2 and "missing: 995 more" in lines
     assert max(map(len, lines)) <= 200
 

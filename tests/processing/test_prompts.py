@@ -7,7 +7,6 @@ import pytest
 
 from keye_kernels.processing import process_vision_info, split_thinking
 from keye_kernels.processing.prompts import DEFAULT_CHAT_TEMPLATE, load_chat_template, render_chat_template
-from keye_kernels.processing.tokenizer import IMAGE_PAD
 from tests.helpers.messages import IMAGE, VIDEO, random_image, text_part, user
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -174,22 +173,3 @@ def test_split_thinking_never_returns_a_tag_during_streaming():
         parts = split_thinking(text[:end])
         assert not any(set("<>/") & set(part) for part in parts), (text[:end], parts)
         assert all(full.startswith(part) for full, part in zip(("a", "t", "42"), parts, strict=True))
-
-
-@pytest.mark.parametrize("file", ["chat_template.json", "tokenizer_config.json"])
-def test_a_list_of_named_templates(file, tmp_path):
-    def write(value):
-        (tmp_path / file).write_text(json.dumps({"chat_template": value}))
-
-    write([{"name": "tool_use", "template": "no"}, {"name": "default", "template": f"yes {IMAGE_PAD}"}])
-    assert load_chat_template(tmp_path) == f"yes {IMAGE_PAD}"
-    for wrong in ([["default", "x"]], [{"name": "default", "template": 3}], 5, {"default": "x"}, ["x"]):
-        write(wrong)
-        with pytest.raises(ValueError, match=f"{file}: chat_template must be a string or a list of objects"):
-            load_chat_template(tmp_path)
-
-
-def test_a_template_that_is_not_utf_8(tmp_path):
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        load_chat_template(tmp_path)

@@ -13,7 +13,6 @@ from keye_kernels.processing import process_vision_info
 from keye_kernels.processing.images import fetch_image
 from keye_kernels.processing.truncation import declared_size
 from keye_kernels.processing.videos import fetch_video
-from keye_kernels.small import ASSETS
 from tests.helpers.http_answers import answer, answer_endlessly
 from tests.helpers.messages import user_videos
 from tests.helpers.video_clips import encode_clip
@@ -259,10 +258,3 @@ def test_the_time_limit_stops_an_endless_slow_download(server):
     messages = user_videos({"video": server.address + "/clip.mp4"})
     with pytest.raises(ValueError, match=r"within timeout=0\.3 seconds"):
         process_vision_info(messages, timeout=0.3)
-
-
-def test_an_unknown_codec_is_named(tmp_path):
-    content = (ASSETS / "clip.mp4").read_bytes()
-    start = content.rindex(b"avc1")
-    with pytest.raises(ValueError, match="codec that this build of FFmpeg cannot decode"):
-        fetch_video({"video": content[:start] + b"zzzz" + content[start + 4 :]})

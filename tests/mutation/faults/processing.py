@@ -87,7 +87,7 @@ FAULTS = [
     Fault(PROMPTS, "for turn in reversed(turns):", "for turn in turns:", PROMPT_TESTS),
     Fault(PROMPTS, "texts[-1][\"text\"] += suffix", "texts[0][\"text\"] += suffix", SETTINGS),
     Fault(PROMPTS, "loop.first and message.role != 'system'", "message.role != 'system'", PROMPT_TESTS),
-    Fault(PROMPTS, '== "default"', '== "tool_use"', PROMPT_TESTS),
+    Fault(PROMPTS, '.get("default")', '.get("tool_use")', PROMPT_TESTS),
     Fault(PROMPTS, 'analysis, rest = _split_part(rest, "analysis")', 'analysis, _ = _split_part(rest, "analysis")', PROMPT_TESTS),
     # Sizes
     Fault(RESIZE, "> MAX_ASPECT_RATIO:", ">= MAX_ASPECT_RATIO:", BOUNDARIES),

@@ -98,11 +98,12 @@ class Sampler:
         cls, do_sample: bool, given: dict[str, Any], defaults: dict[str, Any], device: torch.device | str
     ) -> "Sampler":
         """The sampler for arguments of `generate`; None is replaced by the value in `defaults`. Warns if they are ignored."""
+        sampling = {name: first_given(given[name], defaults.get(name)) for name, _, _ in SAMPLING_LIMITS}
+        sampler = cls(do_sample, **sampling, seed=given["seed"], device=device)
         ignored = [name for name, value in given.items() if value is not None]
         if ignored and not do_sample:
             warnings.warn(f"{', '.join(ignored)} ignored: decoding is greedy without do_sample=True", stacklevel=4)
-        sampling = {name: first_given(given[name], defaults.get(name)) for name, _, _ in SAMPLING_LIMITS}
-        return cls(do_sample, **sampling, seed=given["seed"], device=device)
+        return sampler
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[B, V] logits to [B] token ids."""

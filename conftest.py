@@ -8,6 +8,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from keye_kernels.ops.implementation import has_triton
+
+if has_triton():
+    # Kernels are interpreted or compiled as the variable says when they are imported: before a test changes it
+    from keye_kernels.triton.registry import kernel_specs
+
+    kernel_specs()
+
 NUM_WORKERS = 2
 
 if "PYTEST_XDIST_WORKER" in os.environ:

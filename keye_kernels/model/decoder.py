@@ -11,16 +11,14 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.ops.implementation import impl_for
+from keye_kernels.plain import calls_forward
 from keye_kernels.segments import Segments
 
+from . import fused
 from .cache import KVCache
 from .config import KeyeConfig
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
-
-# From this many tokens on, gate and up are separate matmuls: elementwise work on strided views of one takes a GPU twice as long.
-# Below, one matmul saves a launch.
-MIN_TOKENS_FOR_SPLIT_GATE_UP = 256
 
 
 @dataclass
@@ -97,32 +95,38 @@ class TextAttention(nn.Module):
 
 
 class TextMLP(nn.Module):
-    def __init__(self, config: KeyeConfig):
+    def __init__(self, config: KeyeConfig, impl: str):
         super().__init__()
+        self.impl = impl
         self.gate_up_proj = FusedLinear(config.hidden_size, [config.intermediate_size] * 2, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.compile fuses the elementwise work with one matmul
-        split = not torch.compiler.is_compiling() and x.shape[0] >= MIN_TOKENS_FOR_SPLIT_GATE_UP
-        gate, up = self.gate_up_proj(x, separate=split)
-        # In place when no gradient is needed: this is the model's largest activation
-        hidden = F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
-        del gate, up
-        return self.down_proj(hidden)
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of `down_proj`."""
+        gate, up = self.gate_up_proj(x)
+        return fused.silu_mul(gate, up, self.impl)
 
 
 class TextLayer(nn.Module):
     def __init__(self, config: KeyeConfig, layer: int, impl: str):
         super().__init__()
+        self.impl = impl
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = TextAttention(config, layer, impl)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = TextMLP(config)
+        self.mlp = TextMLP(config, impl)
 
     def forward(self, x: Tensor, batch: TextBatch, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), batch, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # Nested, so that no variable keeps an activation in memory
+        attend, norm = self.self_attn, self.post_attention_layernorm
+        x, normed = fused.add_norm(attend(fused.norm(x, self.input_layernorm, self.impl), batch, cache), x, norm, self.impl)
+        # A hook could keep the sum, to which `add_linear` may add in place
+        if calls_forward(self.mlp) and calls_forward(self.post_attention_layernorm):
+            return fused.add_linear(self.mlp.hidden(normed), x, self.mlp.down_proj, self.impl)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -25,12 +25,9 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(sizes), bias=bias)
         self.sizes = sizes
 
-    def forward(self, x: Tensor, separate: bool = False) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Returns the output of each projection. With `separate`, each has its own matmul and is contiguous.
-
-        Otherwise the outputs are views of the output of one matmul, except on a CPU, where one is not faster than several.
-        """
-        if x.device.type != "cpu" and not separate:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The output of each projection: views of the output of one matmul, except on a CPU, where several are as fast."""
+        if x.device.type != "cpu":
             return super().forward(x).split(self.sizes, dim=-1)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))

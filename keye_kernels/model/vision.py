@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye_kernels import ops
@@ -20,6 +19,7 @@ from keye_kernels.ops.implementation import impl_for
 from keye_kernels.ops.linear import linear
 from keye_kernels.pixel_norm import PixelNorm
 
+from . import fused
 from .config import KeyeConfig, VisionConfig
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
@@ -95,11 +95,6 @@ class VisionAttention(nn.Module):
         return tuple(t.view(-1, self.heads, self.head_dim) for t in self.qkv_proj(x))
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form. In place when no gradient is needed: this is the largest activation of the tower."""
-    return (F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_)(x, approximate="tanh")
-
-
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -107,21 +102,28 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(fused.linear_gelu(x, self.fc1))
 
 
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig, impl: str):
         super().__init__()
+        self.impl = impl
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = VisionAttention(config, impl)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
-        # Not self.mlp(...): a module call keeps its input, the output of layer_norm2, in memory until it returns
-        return x + self.mlp.fc2(gelu_tanh(self.mlp.fc1(self.layer_norm2(x))))
+        x, normed = fused.add_norm(
+            self.self_attn(fused.norm(x, self.layer_norm1, self.impl), batch, inv_freq), x, self.layer_norm2, self.impl
+        )
+        # Not self.mlp(...): a module call keeps its input in memory until it returns
+        hidden = fused.linear_gelu(normed, self.mlp.fc1, self.impl)
+        del normed
+        out = self.mlp.fc2(hidden)
+        del hidden
+        return x + out
 
 
 class VisionTower(nn.Module):

@@ -1,5 +1,6 @@
 """The public operators. Each checks its arguments, chooses an implementation and calls one registered torch.library operator."""
 
+from .elementwise import add_norm, silu_mul
 from .implementation import use_impl
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
@@ -7,4 +8,13 @@ from .rope import rope_2d, rope_3d
 from .varlen_attention import varlen_attention
 from .vision_batch import build_vision_batch as build_vision_batch
 
-__all__ = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "use_impl", "varlen_attention"]
+__all__ = [
+    "add_norm",
+    "patch_merge_projection",
+    "position_embedding_2d",
+    "rope_2d",
+    "rope_3d",
+    "silu_mul",
+    "use_impl",
+    "varlen_attention",
+]

@@ -15,10 +15,12 @@ ENVIRONMENT_VARIABLE = "KEYE_KERNELS_IMPL"
 # The names that each operator takes besides "auto". "torch" stands for torch's own library: its FlashAttention-2 in
 # varlen_attention, its matmuls (cuBLAS or hipBLAS) in patch_merge_projection. "flash_attn" is the package of that name.
 IMPLEMENTATIONS = {
+    "add_norm": ("reference", "triton"),
     "patch_merge_projection": ("reference", "triton", "torch"),
     "position_embedding_2d": ("reference", "triton"),
     "rope_2d": ("reference", "triton"),
     "rope_3d": ("reference", "triton"),
+    "silu_mul": ("reference", "triton"),
     "varlen_attention": ("reference", "triton", "torch", "flash_attn"),
 }
 LIBRARY_OPERATORS = ("patch_merge_projection", "varlen_attention")  # on a GPU, "auto" may choose a library for a call of these

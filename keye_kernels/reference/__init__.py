@@ -5,6 +5,7 @@ linear in the number of tokens, and works under autograd. Arguments are checked 
 Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 """
 
+from .elementwise import add_norm, silu_mul
 from .linear import linear
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
@@ -12,6 +13,7 @@ from .rope import compute_dtype, rms_norm, rope, rotate, rotation_tables
 from .varlen_attention import varlen_attention
 
 __all__ = [
+    "add_norm",
     "compute_dtype",
     "linear",
     "patch_merge_projection",
@@ -20,5 +22,6 @@ __all__ = [
     "rope",
     "rotate",
     "rotation_tables",
+    "silu_mul",
     "varlen_attention",
 ]

@@ -37,7 +37,7 @@ BUCKETS = ("max_seqlen", "patches", "rows", "tokens")
 NON_KEY_FIELDS = ("config", "median_us", "p20_us", "p80_us", "heuristic_us")
 MAX_BUCKET_RATIO = 4
 # What the fields of a config may be. Blocks are powers of two up to the largest of a kernel's candidates
-MAX_BLOCK_SIZES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "BLOCK_T": 16, "BLOCK_H": 16, "BLOCK_C": 128}
+MAX_BLOCK_SIZES = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "BLOCK_T": 16, "BLOCK_H": 16, "BLOCK_C": 4096}
 MIN_DOT_BLOCK_SIZE = 16  # of tl.dot
 OTHER_FIELDS: dict[str, Any] = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "backend": ("triton", "torch")}
 

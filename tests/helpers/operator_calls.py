@@ -37,6 +37,11 @@ def cases():
         features, *weights = projection_arguments(after_merge=after_merge, dtype=torch.float64)
         yield f"projection-after{after_merge}", kk.ops.patch_merge_projection, (features, grid, *weights), {}
     table = torch.randn(9, 8, dtype=torch.float64)
+    x, residual, up = torch.randn(3, 5, 8, dtype=torch.float64).unbind(0)
+    norm_weight, bias = torch.rand(2, 8, dtype=torch.float64).unbind(0)
+    yield "add-layer-norm", kk.ops.add_norm, (x, residual, norm_weight, bias), {}
+    yield "rms-norm", kk.ops.add_norm, (x, None, norm_weight), {}
+    yield "silu-mul", kk.ops.silu_mul, (x.clone(), up), {}
     yield "positions", kk.ops.position_embedding_2d, (features, table, grid), {}
 
 

@@ -156,26 +156,17 @@ def test_text_streamer_ends_with_an_incomplete_character():
         streamer.put(torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize(("rows", "separate"), [(4, False), (300, True)])
-def test_projections_on_a_gpu_equal_those_on_a_cpu(model, rows, separate):
-    """There, few tokens have one matmul and views of its output, many have one matmul per projection."""
+def test_projections_on_a_gpu_equal_those_on_a_cpu(model):
+    """There, one matmul computes all of them, and they are views of its output."""
 
     class OnGpu(torch.Tensor):
         @property
         def device(self):
             return torch.device("cuda")
 
-    layer, mlp = model.model.layers[0].self_attn.qkv_proj, model.model.layers[0].mlp
-    x = torch.randn(rows, 64)
+    layer, x = model.model.layers[0].self_attn.qkv_proj, torch.randn(4, 64)
     with torch.no_grad():
-        found = layer(x.as_subclass(OnGpu), separate=separate)
-        assert [part.is_contiguous() for part in found] == [separate] * 3
+        found = layer(x.as_subclass(OnGpu))
+        assert not any(part.is_contiguous() for part in found)
         for one, other in zip(found, layer(x), strict=True):
             torch.testing.assert_close(torch.Tensor(one), other)
-        asked, forward = [], mlp.gate_up_proj.forward
-        mlp.gate_up_proj.forward = lambda x, separate: asked.append(separate) or forward(x, separate)
-        try:
-            torch.testing.assert_close(torch.Tensor(mlp(x.as_subclass(OnGpu))), mlp(x))
-        finally:
-            del mlp.gate_up_proj.forward
-    assert asked == [separate] * 2

@@ -28,7 +28,7 @@ def prepare_on_cpu(monkeypatch):
 def checked(monkeypatch):
     """The operators whose arguments were checked."""
     names = []
-    for module in (import_module("keye_kernels.ops.rope"), import_module("keye_kernels.ops.varlen_attention")):
+    for module in map(import_module, (f"keye_kernels.ops.{name}" for name in ("elementwise", "rope", "varlen_attention"))):
         check = module.check_impl
         monkeypatch.setattr(module, "check_impl", lambda impl, name, check=check: names.append(name) or check(impl, name))
     return names
@@ -59,7 +59,18 @@ def attend(seed=0, lengths=(3, 5), causal=False, scale=None, lse=False, impl="tr
     return out if lse else (out,)
 
 
+def add_norm(seed=0, eps=1e-6, impl="triton", **_):
+    x, residual, weights = heads(5, 24, seed=seed), heads(5, 24, seed=seed + 1), heads(2, 24, seed=seed + 2)
+    return ops.add_norm(x, residual, *weights.unbind(0), eps=eps, impl=impl)
+
+
+def silu_mul(seed=0, impl="triton", **_):
+    return (ops.silu_mul(heads(5, 24, seed=seed), heads(5, 24, seed=seed + 1), impl=impl),)
+
+
 CALLS = {
+    "add_norm": add_norm,
+    "silu_mul": silu_mul,
     "rope_2d": lambda **options: rotate_2d(**options)[2],
     "rope_3d": rotate_3d,
     "varlen_attention": attend,
@@ -82,7 +93,7 @@ def test_a_repeated_call_skips_the_checks_and_computes_with_the_new_values(name,
 def test_results_of_repeated_calls_are_new_tensors():
     segments = Segments.from_lengths((3, 5), CPU)
     with torch.no_grad():
-        for call in (lambda: attend(segments=segments, lse=True), rotate_2d_outputs):
+        for call in (lambda: attend(segments=segments, lse=True), rotate_2d_outputs, add_norm, silu_mul):
             first, second = call(), call()
             assert {x.data_ptr() for x in first}.isdisjoint(x.data_ptr() for x in second)
 
@@ -116,6 +127,13 @@ def test_options_of_rope_are_part_of_the_call(change):
     with torch.no_grad():
         rotate_3d()
         for one, other in zip(rotate_3d(**change), rotate_3d(**change, impl="reference"), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_eps_of_add_norm_is_part_of_the_call():
+    with torch.no_grad():
+        add_norm()
+        for one, other in zip(add_norm(eps=1.0), add_norm(eps=1.0, impl="reference"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

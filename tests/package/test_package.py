@@ -30,7 +30,7 @@ PUBLIC = {
     "small_processor": "small",
     "warmup": "warm_up",
 }
-OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
+OPERATORS = ["add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "silu_mul", "varlen_attention"]
 
 
 def run(code: str) -> str:

@@ -16,7 +16,7 @@ from keye_kernels.tools.doctor.versions import PACKAGES, REQUIRED, Package, vers
 from keye_kernels.triton import device, launch_config, varlen_attention
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
-OPERATORS = ["patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "varlen_attention"]
+OPERATORS = ["add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "silu_mul", "varlen_attention"]
 
 
 def run_doctor(*missing, path=""):
@@ -41,7 +41,7 @@ def test_without_triton_and_transformers_the_reference_runs_and_no_problem_is_fo
     found = run_doctor("triton", "transformers", "flash_attn", "torchvision")
     assert found["versions"]["triton"] == found["versions"]["transformers"] == "not installed"
     assert [(row["operator"], row["implementation"]) for row in found["operators"]] == [(name, "reference") for name in OPERATORS]
-    assert found["self_test"]["operators"] == 5 and found["self_test"]["failed"] == []
+    assert found["self_test"]["operators"] == len(OPERATORS) and found["self_test"]["failed"] == []
     assert not [problem for problem in found["problems"] if "vllm" not in problem["what"]]
 
 
@@ -121,7 +121,7 @@ def test_an_implementation_that_cannot_run_is_a_problem(monkeypatch):
     monkeypatch.setenv("KEYE_KERNELS_IMPL", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     rows, found = machine.find_operators("cpu")
-    assert {row["implementation"] for row in rows} == {None} and len(found) == 5
+    assert {row["implementation"] for row in rows} == {None} and len(found) == len(OPERATORS)
     assert found[0].fix == "unset KEYE_KERNELS_IMPL"
 
 

@@ -19,7 +19,7 @@ from keye_kernels.triton.registry import verify_cases
 
 EMPTY = torch.empty  # while `verify` guards allocations, torch.empty is another function
 ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ["rope_3d", "rope_2d", "varlen_attention", "patch_merge_projection", "position_embedding_2d"]
+OPERATORS = ["add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "silu_mul", "varlen_attention"]
 
 
 def small_cases():

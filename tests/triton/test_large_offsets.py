@@ -8,10 +8,12 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from keye_kernels import reference
+from keye_kernels.triton.add_norm import add_norm_kernel
 from keye_kernels.triton.linear import linear_kernel
 from keye_kernels.triton.patch_merge_norm import patch_merge_norm_kernel
 from keye_kernels.triton.position_embedding_2d import position_embedding_2d_kernel
 from keye_kernels.triton.rope import rope_kernel
+from keye_kernels.triton.silu_mul import silu_mul_kernel
 from keye_kernels.triton.varlen_attention import varlen_attention
 from tests.helpers.packed import assert_same_bits
 
@@ -76,6 +78,26 @@ def test_position_embeddings(only_program):
     position_embedding_2d_kernel[(1,)](out, features, table, index, weight, len(features), WIDTH // 8, **options)
     expected = reference.position_embedding_2d(rows, table, index[-LAST:], weight[-LAST:])
     torch.testing.assert_close(out[FIRST : FIRST + 4], expected[:4], **FP16)
+
+
+def test_add_norm(only_program):
+    (x, rows), (residual, others), (total, _), (normed, _) = (far_rows(seed=seed) for seed in range(4))
+    weight, bias = torch.randn(WIDTH).half(), torch.randn(WIDTH).half()
+    only_program(FIRST // 4)
+    options = {"CHANNELS": WIDTH, "STRIDE_UNIT": 8, "BLOCK_T": 4, "BLOCK_C": WIDTH}
+    strides = (WIDTH // 8, WIDTH // 8)
+    add_norm_kernel[(1,)](total, normed, x, residual, weight, bias, len(x), 1e-5, *strides, **options)
+    expected = reference.add_norm(rows, others, weight, bias, 1e-5)
+    for out, exact in zip((total, normed), expected, strict=True):
+        torch.testing.assert_close(out[FIRST : FIRST + 4], exact[:4], **FP16)
+
+
+def test_silu_mul(only_program):
+    (gate, rows), (up, others), (out, _) = (far_rows(seed=seed) for seed in range(3))
+    only_program(FIRST // 4)
+    options = {"CHANNELS": WIDTH, "STRIDE_UNIT": 8, "BLOCK_T": 4, "BLOCK_C": WIDTH}
+    silu_mul_kernel[(1,)](out, gate, up, len(gate), WIDTH // 8, WIDTH // 8, **options)
+    torch.testing.assert_close(out[FIRST : FIRST + 4], reference.silu_mul(rows, others)[:4], **FP16)
 
 
 def test_rope(only_program):

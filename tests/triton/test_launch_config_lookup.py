@@ -115,7 +115,7 @@ def test_blocks_of_a_matmul_are_powers_of_two_in_their_range(name):
         assert invalid_fields({name: value}, MATMUL) == ([] if is_valid else [name]), value
 
 
-@pytest.mark.parametrize(("name", "largest"), [("BLOCK_T", 16), ("BLOCK_H", 16), ("BLOCK_C", 128)])
+@pytest.mark.parametrize(("name", "largest"), [("BLOCK_T", 16), ("BLOCK_H", 16), ("BLOCK_C", 4096)])
 def test_blocks_of_elementwise_kernels_may_be_small(name, largest):
     heuristic = {name: 4, "num_warps": 2}
     for value, is_valid in ((0, False), (1, True), (3, False), (largest, True), (2 * largest, False)):

@@ -47,7 +47,7 @@ def test_every_launched_kernel_has_one_spec():
 
 
 def test_an_unknown_kernel_raises():
-    with pytest.raises(ValueError, match=r"kernel must be one of linear, .*, got 'softmax'"):
+    with pytest.raises(ValueError, match=r"kernel must be one of add_norm, .*, got 'softmax'"):
         kernel_spec("softmax")
 
 

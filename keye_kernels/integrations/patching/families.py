@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from keye_kernels import layers
-from keye_kernels.integrations.plain import is_plain
+from keye_kernels.plain import is_plain
 
 from . import forwards
 from .report import Part

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
-from keye_kernels.integrations.plain import is_plain
 from keye_kernels.layers import KeyeProjector
+from keye_kernels.plain import is_plain
 
 
 def as_forward(function: FunctionType) -> FunctionType:

@@ -13,10 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels import ops
-from keye_kernels.integrations.plain import is_plain
 from keye_kernels.model.checks import has_inner_padding
 from keye_kernels.model.decoder import prompt_segments
 from keye_kernels.model.positions import inverse_frequencies
+from keye_kernels.plain import is_plain
 
 from .attention import NAME, eager_attention
 from .config import KeyeConfig

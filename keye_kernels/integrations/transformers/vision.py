@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_kernels.geometry import VisionBatch
-from keye_kernels.integrations.plain import is_plain
 from keye_kernels.model import vision
 from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
+from keye_kernels.plain import is_plain
 
 from .attention import VISION_IMPLEMENTATIONS
 from .config import KeyeVisionConfig

@@ -32,8 +32,8 @@ FAULTS = [
     Fault(SEGMENTS, "offsets = offsets.to(torch.int64)", "pass", SCHEDULES),
     Fault(SEGMENTS, "(lengths + block_m - 1) // block_m", "lengths // block_m + 1", SCHEDULES),
     Fault(SEGMENTS, "max(lengths, default=0), tuple", "max(lengths[:1], default=0), tuple", SCHEDULES),
-    Fault(PIXEL_NORM, 'name == "image_std" and 0 in numbers', "0 in numbers", PIXELS),
+    Fault(PIXEL_NORM, 'SMALLEST if name == "image_std" else 0', "SMALLEST", PIXELS),
     Fault(PIXEL_NORM, "image_std: tuple[float, ...] = (0.5, 0.5, 0.5)", "image_std: tuple[float, ...] = (1.0, 1.0, 1.0)", PIXELS),
     Fault(PIXEL_NORM, '            values["rescale_factor"] = factor', '            values["rescale_factor"] = 1 / 255', PIXELS),
-    Fault(PIXEL_NORM, "all(map(_is_finite, numbers))", "_is_finite(numbers[0])", PIXELS),
+    Fault(PIXEL_NORM, "not all(_is_within(number, smallest) for number in numbers)", "not _is_within(numbers[0], smallest)", PIXELS),
 ]  # fmt: skip

@@ -138,14 +138,12 @@ FAULTS = [
     Fault(DECODER, "list(config.mrope_section)", "[config.head_dim // 8, *[3 * config.head_dim // 16] * 2]", VALUES),
     Fault(DECODER, "is_prompt = cache is None or cache.is_empty", "is_prompt = cache is None or length > 1", GENERATION),
     Fault(DECODER, "        gate, up = self.gate_up_proj", "        up, gate = self.gate_up_proj", PREVIEW),
-    Fault(DECODER, ">= MIN_TOKENS_FOR_SPLIT_GATE_UP", "< MIN_TOKENS_FOR_SPLIT_GATE_UP", CALLS),
     Fault(
         LINEAR,
         "return super().forward(x).split(self.sizes, dim=-1)",
         "return super().forward(x).split(self.sizes[::-1], dim=-1)",
         CALLS,
     ),
-    Fault(LINEAR, 'if x.device.type != "cpu" and not separate:', 'if x.device.type != "cpu":', CALLS),
     # Vision tower and projector
     Fault(VISION, "PROJECTOR_EPS = 1e-5", "PROJECTOR_EPS = 1e-6", VALUES),
     Fault(VISION, "eps=self.pre_norm.eps,", "eps=1e-6,", VALUES),

@@ -4,7 +4,7 @@ from ..fault import Fault
 
 FOLDER, TESTS = "keye_kernels/integrations/patching/", "tests/integrations/patching/"
 FAMILIES, FORWARDS, PATCH, REPORT = (f"{FOLDER}{name}.py" for name in ("families", "forwards", "patch", "report"))
-PLAIN = "keye_kernels/integrations/plain.py"
+PLAIN = "keye_kernels/plain.py"
 CONDITIONS, PATCHES, BY_FAMILY, HOOKS, KEYE = (
     f"{TESTS}test_{name}.py" for name in ("conditions", "patch", "families", "hooks", "keye")
 )
@@ -43,9 +43,9 @@ FAULTS = [
         '"ln_q", "mlp.2", "mlp.1", "mlp.0"),\n    "Qwen2VLRotary',
         BY_FAMILY,
     ),
-    Fault(PLAIN, "        and not module._forward_pre_hooks\n", "", CONDITIONS),
-    Fault(PLAIN, "        and not module._forward_hooks\n", "", CONDITIONS),
-    Fault(PLAIN, '        and "forward" not in module.__dict__\n', "", CONDITIONS),
+    Fault(PLAIN, " and not module._forward_pre_hooks", "", CONDITIONS),
+    Fault(PLAIN, " and not module._forward_hooks", "", CONDITIONS),
+    Fault(PLAIN, '"forward" not in module.__dict__ and ', "", CONDITIONS),
     # Forwards
     Fault(
         FORWARDS,

@@ -26,7 +26,7 @@ FAULTS = [
     Fault(ARGUMENTS, "DEFAULT_FPS if rate is None else rate", "1.0 if rate is None else rate", SETTINGS),
     Fault(ARGUMENTS, "if len(timestamps) >= len(num_frames)", "if len(timestamps) > len(num_frames)", SETTINGS),
     Fault(ARGUMENTS, "leftmost != rightmost", "False", "tests/processing/test_processor_video.py"),
-    Fault(ARGUMENTS, "(2 if nested else 1)", "(1 if nested else 1)", SETTINGS),
+    Fault(ARGUMENTS, "axes = 2 if nested else 1", "axes = 1", SETTINGS),
     Fault(ARGUMENTS, 'first + "".join(next(remaining) + piece', 'first + "".join(piece + next(remaining)', "tests/processing/test_processor_video.py"),
     # The batch
     Fault(BATCH, 'if padding_side == "left" else', 'if padding_side == "right" else', PROCESSOR_TESTS),

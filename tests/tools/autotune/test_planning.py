@@ -78,7 +78,7 @@ def test_a_bad_workload_file_is_rejected_with_the_expected_form(content, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "softmax"], "linear, patch_merge_norm, position_embedding_2d, rope, varlen_attention"),
+        (["--kernel", "softmax"], "add_norm, linear, patch_merge_norm, position_embedding_2d, rope, silu_mul, varlen_attention"),
         (["--dry-run", "--target", "sm_99"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--dry-run"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--shapes", "large"], "keye-8b, small or a JSON file"),

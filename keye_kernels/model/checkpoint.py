@@ -5,6 +5,7 @@ tensors of the checkpoint. The names are listed in `docs/models/keye_vl_1_5.md`,
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
@@ -154,7 +155,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(f"path must hold model.safetensors or model.safetensors.index.json, got {path}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike Path.is_file, also False for a name that is too long
             raise FileNotFoundError(f"{index} names {file.name}, which is missing; download the checkpoint again")
         try:
             with safe_open(file, "pt") as handle:

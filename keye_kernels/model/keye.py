@@ -201,7 +201,7 @@ class Keye(nn.Module):
 
         Raises:
             TypeError: `input_ids` are not int64 or int32.
-            ValueError: shapes, placeholders, grids or padding do not match, the cache is full, positions exceed 2**24, or ids are
+            ValueError: shapes, placeholders, grids or padding do not match, the cache is full, positions exceed 2**23, or ids are
                 not in the vocabulary (not checked in decoding steps on a GPU).
         """
         check_number("logits_to_keep", logits_to_keep, 0, 2**63)

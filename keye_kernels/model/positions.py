@@ -161,5 +161,5 @@ def check_position_range(position_ids: Tensor, further_tokens: int) -> None:
     """Raises ValueError if a position, or that of one of `further_tokens` more, exceeds MAX_POSITION. Synchronizes."""
     largest = int(position_ids.amax())
     if largest + further_tokens > MAX_POSITION:
-        limit = f"{MAX_POSITION} (integers in float32 are exact up to this)"
+        limit = f"{MAX_POSITION} (angles of rope are accurate in float32 up to this)"
         raise ValueError(f"position_ids must not exceed {limit}, got {largest} in a cache with room for {further_tokens} tokens")

@@ -28,6 +28,8 @@ def varlen_attention(
     sizes = [offsets[0], *(length * number for length, number in runs), q.shape[0] - offsets[-1]]
     # SDPA's fused CPU kernel returns 0 for a query whose scores are all NaN
     is_finite = q.device.type != "cpu" or _is_finite(q, k)
+    # It also multiplies the causal mask by the scale: -inf must stay -inf
+    sign, scale = (1, softmax_scale) if softmax_scale > 0 else (-1, -softmax_scale) if softmax_scale < 0 else (0, 1.0)
     first, *inside, last = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
     outs, lses = [torch.zeros_like(first[0])], []
     for (length, number), packed in zip(runs, inside, strict=True):
@@ -35,7 +37,8 @@ def varlen_attention(
         query, key, value = (x.unflatten(0, (number, length)).transpose(1, 2) for x in packed)
         if (groups := q.shape[1] // k.shape[1]) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        segments = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=softmax_scale)
+        signed = query if sign == 1 else query * sign
+        segments = F.scaled_dot_product_attention(signed, key, value, is_causal=causal, scale=scale)
         if not is_finite:
             one_by_one = zip(segments, query, key, value, strict=True)
             segments = torch.stack(

@@ -79,7 +79,7 @@ def test_rope_theta_of_rope_parameters_comes_first():
         ("hidden_size", 0, "an integer from 1"),
         ("intermediate_size", 2**40, "an integer from 1"),
         ("vocab_size", 2**31, "an integer from 1"),
-        ("max_position_embeddings", 2**24 + 1, "an integer from 1 to 16777216"),
+        ("max_position_embeddings", 2**23 + 1, "an integer from 1 to 8388608"),
         ("head_dim", 512, "an integer from 1 to 256"),
         ("num_attention_heads", 3, "a multiple of num_key_value_heads = 2"),
         ("num_key_value_heads", 0, "an integer from 1"),

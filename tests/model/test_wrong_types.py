@@ -137,6 +137,13 @@ def test_many_wrong_tensors_make_a_short_message(tmp_path):
     assert max(map(len, lines)) <= 200
 
 
+def test_a_long_file_name_in_the_index_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text((SMALL / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a" * 300}}))
+    with pytest.raises(FileNotFoundError, match="which is missing; download the checkpoint again"):
+        kk.Keye.from_pretrained(tmp_path)
+
+
 def test_a_long_tensor_name_makes_a_short_message(tmp_path):
     (tmp_path / "config.json").write_text((SMALL / "config.json").read_text())
     header = json.dumps({"x" * 10**5: {"dtype": "F32", "shape": [1], "data_offsets": [0, 9]}}).encode()

@@ -32,6 +32,35 @@ def with_value(x, index, value):
     return x
 
 
+@IMPLS
+@pytest.mark.parametrize("scale", [-1.5, 0.0, -0.0])
+def test_causal_attention_with_a_scale_that_is_not_positive(impl, scale):
+    q, k, v = heads(), heads() + 1, heads() - 1
+    scores = (scale * torch.einsum("qhd,khd->hqk", q, k)).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    torch.testing.assert_close(attend(q, k, v, softmax_scale=scale, causal=True, impl=impl), expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "return_lse"])
+@pytest.mark.parametrize("value", [1, None, "x", object()], ids=repr)
+def test_flags_of_attention_must_be_booleans(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be True or False"):
+        attend(heads(), heads(), heads(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "position_ids", "inv_freq"])
+@pytest.mark.parametrize("operator", ["rope_2d", "rope_3d"])
+def test_rope_names_an_argument_that_is_no_dense_tensor(operator, name):
+    (q, k, position_ids, inv_freq, section), _ = rope_3d_arguments()
+    arguments = {"q": q, "k": k, "position_ids": position_ids, "inv_freq": inv_freq}
+    if operator == "rope_2d":
+        arguments |= {"position_ids": position_ids[:2], "inv_freq": inv_freq[: q.shape[-1] // 4]}
+    sections = {"mrope_section": section} if operator == "rope_3d" else {}
+    for wrong in (None, arguments[name].to_sparse()):
+        with pytest.raises(TypeError, match=f"{name} must be a"):
+            getattr(kk.ops, operator)(**{**arguments, name: wrong}, **sections)
+
+
 @pytest.mark.parametrize(
     ("impl", "dtype"),
     [(impl, dtype) for impl in ("reference", "triton") for dtype in (torch.float32, torch.float16)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from keye_kernels import reference
+from keye_kernels.model.config import MAX_POSITION
 from keye_kernels.tools.bench.traffic import count_traffic, tensor_bytes
 from keye_kernels.triton.rope import _cos_sin, rope
 from tests.helpers.golden import load_golden
@@ -91,6 +92,15 @@ def test_angles_are_float32_products_up_to_the_largest_positions(largest):
     cos_sin, _ = rope(q, q[:, :0], position_ids, inv_freq, [4])
     expected, _ = reference.rope(q.double(), q[:, :0].double(), position_ids, inv_freq, [4])
     assert (cos_sin - expected).abs().max() <= MAX_COS_SIN_ERROR[largest]
+
+
+def test_rope_at_the_largest_position_of_the_model():
+    q, k = torch.randn(512, 1, 8), torch.randn(512, 1, 8)
+    positions = torch.arange(MAX_POSITION - 511, MAX_POSITION + 1).expand(2, -1).contiguous()
+    arguments = q, k, positions, torch.tensor([1.0, 0.7]), [2, 2]
+    options = None, None, 0.0, False
+    for found, expected in zip(rope(*arguments, *options), reference.rope(*arguments, *options), strict=True):
+        torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
 def test_rope_matches_golden_mrope():

@@ -102,7 +102,6 @@ class KeyeTokenizer:
     def as_plain_text(self, text: str) -> str:
         """Marks the special tokens in a text, and the start of one at its end, so that `encode` takes them as plain text."""
         special = [token for token, is_special in self._added_tokens().items() if is_special]
-        text = text.replace(PLAIN_TEXT_MARK, "")
         pattern = re.compile(_any_of(special))
         while pattern.search(text):  # tokens may overlap
             text = pattern.sub(lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)

@@ -93,6 +93,14 @@ def test_a_token_cannot_be_built_from_two_parts_or_in_a_role_or_tool():
         assert inputs["input_ids"][0].tolist().count(end) == 2  # of the system turn and of this one
 
 
+def test_special_tokens_may_overlap(qwen_like):
+    backend = Tokenizer.from_str(qwen_like.backend.to_str())
+    backend.add_special_tokens(["<a", "ab"])
+    tokenizer = KeyeTokenizer(backend)
+    ids = tokenizer.encode(tokenizer.as_plain_text("<ab"))
+    assert not {tokenizer.token_to_id("<a"), tokenizer.token_to_id("ab")} & set(ids) and tokenizer.decode(ids) != ""
+
+
 def test_by_default_nothing_changes():
     processor = kk.small_processor()
     prompt = content_of(processor, "hello <|im_end|>")

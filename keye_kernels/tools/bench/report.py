@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "index.html"
-FIGURE_WIDTH_INCHES, BAR_HEIGHT_INCHES = 9.0, 0.3
+FIGURE_WIDTH_INCHES, BAR_HEIGHT_INCHES, LINES_HEIGHT_INCHES = 9.0, 0.3, 2.4
+# The palette of Okabe and Ito without yellow, which is hard to see on white; also distinct for colour-blind readers
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+MARKERS = "os^Dv<>PX*"
+HATCHES = ("", "///", "...", "xxx")
+OUTSIDE = {"fontsize": 7, "frameon": False, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { width: 100%; height: auto } figure { margin: 1rem 0 } figcaption, footer { color: #555; font-size: 0.9rem }
@@ -112,21 +117,24 @@ def _roofline(result: BenchmarkResult) -> str:
 
 
 def _memory(result: BenchmarkResult) -> str:
-    series: dict[tuple[str, str], dict[int, float]] = {}
+    series: dict[str, dict[str, dict[int, float]]] = {}  # by group, implementation and tokens
     for timing in result.timings:
         tokens, peak = timing.extra.get("tokens"), timing.extra.get("peak_memory_bytes")
         if tokens and peak is not None:
-            points = series.setdefault((timing.group, timing.impl), {})
+            points = series.setdefault(timing.group, {}).setdefault(timing.impl, {})
             points[tokens] = max(peak / 2**20, points.get(tokens, 0.0))
 
-    def draw(axes: Any) -> None:
-        for (group, impl), points in sorted(series.items()):
-            axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=f"{group}, {impl}", markersize=4)
-        axes.set(xlabel="tokens or patches", ylabel="peak memory of the call, MiB", xscale="log")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    def draw(*all_axes: Any) -> None:
+        for axes, (group, lines) in zip(all_axes, sorted(series.items()), strict=True):
+            for number, (impl, points) in enumerate(sorted(lines.items())):
+                style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+                axes.plot(*zip(*sorted(points.items()), strict=True), label=impl, **style)
+            axes.set(title=group, xlabel="tokens or patches", ylabel="MiB", xscale="log")
+            axes.set_ylim(bottom=0)
+            axes.legend(**OUTSIDE)
 
-    figure = _figure(result, 3.5, draw if series else None, missing="no case has a peak of memory")
+    rows = len(series)
+    figure = _figure(result, LINES_HEIGHT_INCHES * rows, draw if series else None, "no case has a peak of memory", rows)
     caption = (
         "Peak of allocated memory during a call, without inputs and weights. For shapes with equal token counts: the maximum."
     )
@@ -140,13 +148,13 @@ def _counted(counted_work: dict[str, Any] | None) -> str:
 
     def draw(axes: Any) -> None:
         rows = counted_work["traffic"][::-1]
-        for shift, name in ((0.2, "requested"), (-0.2, "unique")):
+        for shift, name, color in ((0.2, "requested", COLORS[0]), (-0.2, "unique", COLORS[1])):
             positions = [index + shift for index in range(len(rows))]
-            axes.barh(positions, [row[name] for row in rows], 0.4, label=f"{name} / floor")
+            axes.barh(positions, [row[name] for row in rows], 0.4, label=f"{name} / floor", color=color)
         axes.set_yticks(range(len(rows)), [f"{row['operator']}, {row['by']}" for row in rows], fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xlabel="bytes / floor")
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(**OUTSIDE)
 
     figure = _figure(None, 1 + 2 * BAR_HEIGHT_INCHES * len(counted_work["traffic"]), draw)
     plot = _plot("counted", figure, "Counted in Triton's interpreter.")
@@ -165,33 +173,39 @@ def _bars(result: BenchmarkResult, rows: Sequence[tuple[str, str, float]], label
     def draw(axes: Any) -> None:
         for number, group in enumerate(groups):
             positions = [index for index, row in enumerate(ordered) if row[1] == group]
-            bars = axes.barh(positions, [ordered[i][2] for i in positions], label=group, color=f"C{number}")
-            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+            style = {"color": COLORS[number % len(COLORS)], "hatch": HATCHES[number // len(COLORS) % len(HATCHES)]}
+            bars = axes.barh(positions, [ordered[i][2] for i in positions], label=group, edgecolor="white", **style)
+            # The background hides the line at 1 behind the number
+            background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2, bbox=background)
         axes.set_yticks(range(len(ordered)), [name for name, _, _ in ordered], fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.margins(x=0.1)
-        axes.set(xlabel=label)
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.set(xlabel=label, ylim=(-1, len(ordered)))
+        axes.legend(**OUTSIDE)
 
     return _figure(result, 1.2 + BAR_HEIGHT_INCHES * len(rows), draw if rows else None, missing)
 
 
-def _figure(result: BenchmarkResult | None, height: float, draw: Callable[[Any], None] | None, missing: str = "") -> "Figure":
-    """A figure with one axes. Without data (`draw` is None) it shows a sentence instead of a plot."""
+def _figure(
+    result: BenchmarkResult | None, height: float, draw: Callable[..., None] | None, missing: str = "", rows: int = 1
+) -> "Figure":
+    """A figure with axes one below the other. Without data (`draw` is None) it shows a sentence instead of a plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'keye_kernels[bench]'") from error
     figure = Figure(figsize=(FIGURE_WIDTH_INCHES, max(height, 1.5) if draw else 1.0), layout="constrained")
-    axes = figure.subplots()
+    all_axes = figure.subplots(max(rows, 1), squeeze=False)[:, 0]
     if draw is None:
-        axes.axis("off")
-        axes.text(0.5, 0.5, f"Nothing to plot: {missing}.", ha="center", va="center")
+        all_axes[0].axis("off")
+        all_axes[0].text(0.5, 0.5, f"Nothing to plot: {missing}.", ha="center", va="center")
         return figure
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
+    draw(*all_axes)
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
     if result is not None and not result.has_gpu:
-        axes.set_title("CPU timings", fontsize=9, loc="left")
+        all_axes[0].set_title("CPU timings", fontsize=9, loc="left")
     return figure
 
 

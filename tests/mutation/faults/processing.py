@@ -78,7 +78,6 @@ FAULTS = [
     Fault(SOURCES, "len(source) >= MIN_BASE64_CHARACTERS", "True", KINDS),
     Fault(SOURCES, "\"%:/?#[]@!$&'()*+,;=~\"", "\":/?#[]@!$&'()*+,;=~\"", KINDS),
     Fault(TOKENIZER, "while pattern.search(text):", "if pattern.search(text):", SPECIAL),
-    Fault(TOKENIZER, "        text = text.replace(PLAIN_TEXT_MARK, \"\")\n", "", SPECIAL),
     Fault(TOKENIZER, "            text += PLAIN_TEXT_MARK\n", "            pass\n", SPECIAL),
     Fault(TOKENIZER, "text if backend.normalizer is None else backend.normalizer.normalize_str(text)", "text", SPECIAL),
     Fault(PROCESSOR, "p if isinstance(p, SafePrompt) else ", "", SPECIAL),

@@ -82,7 +82,7 @@ def test_the_peak_of_memory_in_mib_by_number_of_tokens(axes):
     timings = [timing("triton", 1.0, shape=str(index), tokens=t, peak_memory_bytes=m) for index, (t, m) in enumerate(rows)]
     _memory(result(*timings, timing("sdpa", 1.0, tokens=10, peak_memory_bytes=0), timing("x", 1.0, tokens=10)))
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes["memory"].lines}
-    assert lines == {"rope_3d, triton": ([1024, 2048], [3.0, 5.0]), "rope_3d, sdpa": ([10], [0.0])}
+    assert lines == {"triton": ([1024, 2048], [3.0, 5.0]), "sdpa": ([10], [0.0])}
 
 
 def test_counted_bytes_are_shown_from_the_first_case_at_the_top(axes):

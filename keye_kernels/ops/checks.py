@@ -1,7 +1,5 @@
 """Argument checks. They read metadata only, never the values of a tensor."""
 
-import math
-import sys
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_INT32 = 2**31 - 1
+MAX_FLOAT32 = torch.finfo(torch.float32).max  # kernels take numbers as float32, in which larger ones are infinite
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
@@ -34,11 +33,11 @@ def check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
     check_last_axis(name, x)
 
 
-def check_number(name: str, value: Any, wanted: str = "a finite number", minimum: float = -sys.float_info.max) -> None:
+def check_number(name: str, value: Any, wanted: str = "a finite number", minimum: float = -MAX_FLOAT32) -> None:
     """TypeError or ValueError unless `value` is a finite number of at least `minimum`; `wanted` says this in the message."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
-    if not minimum <= value < math.inf:  # false for NaN; torch.compile cannot trace math.isfinite
+    if not minimum <= value <= MAX_FLOAT32:  # false for NaN; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

@@ -35,7 +35,7 @@ def patch_merge_projection(
             from it: the features are then in its order.
         norm_weight: [C] to normalize each patch before the merge (Preview), or [m² C] after it (1.5).
         norm_bias: like `norm_weight`.
-        linear_1_weight: [hidden, m² C].
+        linear_1_weight: [hidden, m² C]. The linear layers have the dtype of `features`.
         linear_1_bias: [hidden].
         linear_2_weight: [out, hidden].
         linear_2_bias: [out].
@@ -64,10 +64,12 @@ def patch_merge_projection(
     if norm_weight.shape[0] not in (channels, width):
         raise ValueError(f"norm_weight must have shape [{channels}] or [{width}], got {list(norm_weight.shape)}")
     check_tensor("norm_bias", norm_bias, tuple(norm_weight.shape), FLOATS, features)
-    check_tensor("linear_1_weight", linear_1_weight, ("hidden", width), FLOATS, features)
-    check_tensor("linear_1_bias", linear_1_bias, (linear_1_weight.shape[0],), FLOATS, features)
-    check_tensor("linear_2_weight", linear_2_weight, ("out", linear_1_weight.shape[0]), FLOATS, features)
-    check_tensor("linear_2_bias", linear_2_bias, (linear_2_weight.shape[0],), FLOATS, features)
+    # Autocast casts the inputs of a linear layer
+    dtypes = FLOATS if torch.is_autocast_enabled(features.device.type) else (features.dtype,)
+    check_tensor("linear_1_weight", linear_1_weight, ("hidden", width), dtypes, features)
+    check_tensor("linear_1_bias", linear_1_bias, (linear_1_weight.shape[0],), dtypes, features)
+    check_tensor("linear_2_weight", linear_2_weight, ("out", linear_1_weight.shape[0]), dtypes, features)
+    check_tensor("linear_2_bias", linear_2_bias, (linear_2_weight.shape[0],), dtypes, features)
     check_int32_offsets("linear_1_weight", linear_1_weight)
     check_int32_offsets("linear_2_weight", linear_2_weight)
     if isinstance(grid_thw, VisionBatch):

@@ -169,8 +169,10 @@ class KeyeProcessor:
         ]
         prompts = rendered if allow_special_tokens else [SafePrompt(prompt) for prompt in rendered]
         if tokenize:
-            if not isinstance(processor_kwargs, Mapping | None):
-                raise TypeError(f"processor_kwargs must be a dictionary, got {type(processor_kwargs).__name__}")
+            if not isinstance(processor_kwargs, Mapping | None) or not all(
+                isinstance(name, str) for name in processor_kwargs or ()
+            ):
+                raise TypeError(f"processor_kwargs must be a dictionary of arguments, got {processor_kwargs!r:.100}")
             images, videos, video_kwargs = self.process_vision_info(messages, True)
             options = {**video_kwargs, "return_tensors": return_tensors, **(processor_kwargs or {})}
             inputs = self(prompts, images=images, videos=videos, **options)

@@ -83,7 +83,8 @@ class KeyeTokenizer:
 
     def token_to_id(self, token: str) -> int:
         """Returns the id of a token; raises ValueError if it is not in the vocabulary."""
-        token_id = self.backend.token_to_id(token)
+        is_unicode = not any("\ud800" <= character <= "\udfff" for character in token)
+        token_id = self.backend.token_to_id(token) if is_unicode else None
         if token_id is None:
             raise ValueError(f"the tokenizer has no token {token!r}; is tokenizer.json the one of this checkpoint?")
         return token_id

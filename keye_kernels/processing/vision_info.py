@@ -160,6 +160,9 @@ def _check_content(content: Any) -> None:
     if not isinstance(content, (list, tuple)):
         raise TypeError(f"content must be a string or a list of parts, got {type(content).__name__}")
     for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str | None):
+            raise TypeError(f"type of a part must be a string, got {type(kind).__name__}")
         if not isinstance(part, Mapping) or not ("text" in part or modality(part)):
             names = "'text', 'image', 'image_url', 'video' or 'video_url'"
             raise ValueError(f"a part of content must have {names}, got {_shorten(part)}")

@@ -29,7 +29,7 @@ def patch_merge_projection(
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if x.dtype == weight.dtype:
+    if x.dtype == weight.dtype == bias.dtype:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    dtype = torch.promote_types(compute_dtype(x), weight.dtype)
+    dtype = torch.promote_types(torch.promote_types(compute_dtype(x), weight.dtype), bias.dtype)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)

@@ -44,10 +44,12 @@ def changed(draw: Any, x: torch.Tensor) -> Any:
         axis = draw(st.integers(0, max(0, x.ndim - 1)))
         return x.narrow(axis, 0, max(0, x.shape[axis] - draw(st.sampled_from([1, x.shape[axis]])))) if x.ndim else x
     if change == "strides":
-        return torch.stack([x, x], draw(st.sampled_from([0, x.ndim]))).select(-1 if draw(st.booleans()) else 0, 0)
+        axis = draw(st.sampled_from([0, x.ndim]))
+        return torch.stack([x, x], axis).select(axis, 0)
+    # Attention scores that are infinite in float32 are not defined, so values are not larger than 1e15
     if change == "values" and x.numel() and not x.is_complex():
         x = x.clone()
-        bad = [-1, 0, 5, 127] if not x.is_floating_point() else [0.0, 1e30, -1e30, float("nan"), float("inf")]
+        bad = [-1, 0, 5, 127] if not x.is_floating_point() else [0.0, 1e15, -1e15, float("nan")]
         x.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(st.sampled_from(bad))
         return x
     if change == "expand" and x.ndim:
@@ -112,17 +114,14 @@ def rope_arguments(draw: Any, axes: int) -> dict[str, Any]:
         if draw(st.booleans()):
             arguments |= {"q_norm_weight": random((dim,), dtype, seed), "k_norm_weight": random((dim,), dtype, seed), "eps": 1e-6}
     changed_arguments = with_changes(draw, arguments)
-    # Angles are documented up to 2**23
-    if (
-        isinstance(inv_freq := changed_arguments["inv_freq"], torch.Tensor)
-        and inv_freq.is_floating_point()
-        and not inv_freq.is_sparse
-    ):
+    inv_freq = changed_arguments["inv_freq"]
+    if isinstance(inv_freq, torch.Tensor) and inv_freq.dtype in TOLERANCE and inv_freq.layout is torch.strided:
+        # The kernel computes angles up to 2**23
         changed_arguments["inv_freq"] = torch.where(inv_freq.abs() > 1, 1.0, inv_freq)
     return changed_arguments
 
 
-@fuzz(60)
+@fuzz(50)
 @given(arguments=rope_arguments(3))
 def test_rope_3d(arguments: dict[str, Any]) -> None:
     check_operator(ops.rope_3d, arguments)
@@ -156,7 +155,7 @@ def attention_arguments(draw: Any) -> dict[str, Any]:
     return with_changes(draw, arguments)
 
 
-@fuzz(70)
+@fuzz(60)
 @given(arguments=attention_arguments())
 def test_varlen_attention(arguments: dict[str, Any]) -> None:
     check_operator(ops.varlen_attention, arguments)
@@ -193,7 +192,7 @@ def position_arguments(draw: Any) -> dict[str, Any]:
     return with_changes(draw, arguments)
 
 
-@fuzz(50)
+@fuzz(40)
 @given(arguments=position_arguments())
 def test_position_embedding_2d(arguments: dict[str, Any]) -> None:
     check_operator(ops.position_embedding_2d, arguments)
@@ -220,7 +219,29 @@ def projection_arguments(draw: Any) -> dict[str, Any]:
     return with_changes(draw, arguments)
 
 
-@fuzz(40)
+@fuzz(30)
 @given(arguments=projection_arguments())
 def test_patch_merge_projection(arguments: dict[str, Any]) -> None:
     check_operator(ops.patch_merge_projection, arguments)
+
+
+@st.composite
+def row_arguments(draw: Any, names: tuple[str, ...], vectors: tuple[str, ...] = ()) -> dict[str, Any]:
+    tokens, channels, dtype = draw(SIZES), draw(st.sampled_from([1, 8, 17, 0])), draw(FLOATS)
+    arguments = {name: random((tokens, channels), dtype, seed) for seed, name in enumerate(names)}
+    arguments |= {name: random((channels,), draw(FLOATS), seed) for seed, name in enumerate(vectors) if draw(st.integers(0, 3))}
+    if "weight" in vectors:
+        arguments = {"eps": draw(st.sampled_from([1e-6, 0.0, 1.0])), "weight": random((channels,), dtype, 3), **arguments}
+    return with_changes(draw, arguments)
+
+
+@fuzz(20)
+@given(arguments=row_arguments(("x", "residual"), ("weight", "bias")))
+def test_add_norm(arguments: dict[str, Any]) -> None:
+    check_operator(ops.add_norm, arguments)
+
+
+@fuzz(20)
+@given(arguments=row_arguments(("gate", "up")))
+def test_silu_mul(arguments: dict[str, Any]) -> None:
+    check_operator(ops.silu_mul, arguments)

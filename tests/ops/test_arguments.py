@@ -15,6 +15,7 @@ from tests.helpers.operator_calls import projection_arguments, rope_3d_arguments
 IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 NOT_NUMBERS_OF_A_NORM = [math.nan, math.inf, -1e-6, "1e-6", None, True]
 CU_SEQLENS = torch.tensor([0, 7], dtype=torch.int32)
+GRID_16 = torch.tensor([[1, 4, 4]])
 
 
 def heads(count=2, tokens=7, dtype=torch.float32):
@@ -39,6 +40,33 @@ def test_causal_attention_with_a_scale_that_is_not_positive(impl, scale):
     scores = (scale * torch.einsum("qhd,khd->hqk", q, k)).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
     torch.testing.assert_close(attend(q, k, v, softmax_scale=scale, causal=True, impl=impl), expected)
+
+
+@IMPLS
+@pytest.mark.parametrize("scale", [1e39, -1e39, 1e308])
+def test_a_scale_that_is_infinite_in_float32_is_rejected(impl, scale):
+    with pytest.raises(ValueError, match="softmax_scale must be a finite number"):
+        attend(heads(), heads(), heads(), softmax_scale=scale, impl=impl)
+
+
+def test_norm_weights_of_the_projection_may_have_other_dtypes():
+    features, *weights = projection_arguments()
+    expected = kk.ops.patch_merge_projection(features, GRID_16, *weights, impl="reference")
+    for index in (0, 1):
+        mixed = [weight.double() if i == index else weight for i, weight in enumerate(weights)]
+        for impl in ("reference", "triton"):
+            found = kk.ops.patch_merge_projection(features, GRID_16, *mixed, impl=impl)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@IMPLS
+@pytest.mark.parametrize("index", range(2, 6))
+def test_linear_layers_of_the_projection_have_the_dtype_of_the_features(impl, index):
+    features, *weights = projection_arguments()
+    weights[index] = weights[index].half()
+    name = ("linear_1_weight", "linear_1_bias", "linear_2_weight", "linear_2_bias")[index - 2]
+    with pytest.raises(TypeError, match=f"{name} must be float32, got torch.float16"):
+        kk.ops.patch_merge_projection(features, GRID_16, *weights, impl=impl)
 
 
 @pytest.mark.parametrize("name", ["causal", "return_lse"])

@@ -63,9 +63,10 @@ def test_conversations_that_are_not_lists_are_rejected(preview, messages):
         preview.apply_chat_template(messages)
 
 
-def test_processor_kwargs_must_be_a_dictionary(preview):
+@pytest.mark.parametrize("options", [1, {1: 2}])
+def test_processor_kwargs_must_be_a_dictionary(preview, options):
     with pytest.raises(TypeError, match="processor_kwargs must be a dictionary"):
-        preview.apply_chat_template(TURN, tokenize=True, processor_kwargs=1)
+        preview.apply_chat_template(TURN, tokenize=True, processor_kwargs=options)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,12 @@ def test_a_video_with_an_unknown_codec_is_rejected():
         fetch_video({"video": content.replace(b"avc1", b"zzzz")})
 
 
+@pytest.mark.parametrize("kind", [1, ["text"], torch.zeros(3)], ids=type)
+def test_types_of_parts_that_are_not_strings_are_rejected(preview, kind):
+    with pytest.raises(TypeError, match="type of a part must be a string"):
+        preview.apply_chat_template([{"role": "user", "content": [{"type": kind, "text": "x"}]}])
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -123,6 +130,7 @@ def test_a_video_with_an_unknown_codec_is_rejected():
             {"pad_token": {"content": 1}},
             r"pad_token in .*tokenizer_config\.json must be a token",
         ),
+        ("tokenizer_config.json", {"pad_token": "\ud800"}, r"the tokenizer has no token '\\ud800'"),
         ("tokenizer_config.json", {"chat_template": [["x"]]}, r"tokenizer_config\.json: a list under 'chat_template'"),
         (
             "tokenizer_config.json",

@@ -15,8 +15,8 @@ BACKENDS, DTYPES = "tests/triton/test_attention_choice.py", "tests/triton/test_d
 
 FAULTS = [
     Fault(CHECKS, "if x.numel() > MAX_INT32:", "if x.numel() > MAX_INT32 + 1:", OPTIONS),
-    Fault(CHECKS, "not minimum <= value < math.inf", "not minimum < value < math.inf", OPTIONS),
-    Fault(CHECKS, "not minimum <= value < math.inf", "value < minimum or value == math.inf", OPTIONS),
+    Fault(CHECKS, "not minimum <= value <= MAX_FLOAT32", "not minimum < value < MAX_FLOAT32", OPTIONS),
+    Fault(CHECKS, "not minimum <= value <= MAX_FLOAT32", "value < minimum or value > MAX_FLOAT32", OPTIONS),
     Fault(CHECKS, "if x.stride(-1) != 1 and x.shape[-1] > 1:", "if x.stride(-1) != 1:", OPTIONS),
     Fault(CHECKS, '("T", "H", "D") if like is None else (like.shape[0], "H", like.shape[2])', '("T", "H", "D")', OPTIONS),
     Fault(IMPLEMENTATION, "if (impl := _default.get()) is not None:", 'if (impl := _default.get()) not in (None, "auto"):', CHOICE),

@@ -130,6 +130,16 @@ def test_options_of_rope_are_part_of_the_call(change):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_more_heads_with_the_same_strides_are_another_call():
+    wide = heads(6, 4, 16)
+    with torch.no_grad():
+        for count in (2, 3):
+            q, ids, found = rotate_2d(x=wide[:, :count])
+        expected = ops.rope_2d(q, q, ids, torch.linspace(1, 0.1, 4), impl="reference")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_eps_of_add_norm_is_part_of_the_call():
     with torch.no_grad():
         add_norm()
@@ -143,8 +153,10 @@ def test_eps_of_add_norm_is_part_of_the_call():
     ids=["causal", "scale", "negative scale", "lse", "other segments of the same total", "offsets"],
 )  # fmt: skip
 def test_options_and_segments_of_attention_are_part_of_the_call(change):
+    if "lengths" not in change:  # one object, which keeps the prepared calls
+        change = {"segments": Segments.from_lengths((3, 5), CPU), **change}
     with torch.no_grad():
-        attend()
+        attend(segments=change.get("segments"))
         for one, other in zip(attend(**change), attend(**change, impl="reference"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from keye_kernels import reference
 
-# Of one temporary tensor. A few of them fit in the L2 cache of a core
-BYTES_PER_CHUNK = 1 << 20
+# Of one temporary tensor and thread: small enough for the caches, and large enough that threads seldom wait for each other
+BYTES_PER_CHUNK_AND_THREAD = 2 << 20
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # the value on Linux for every architecture that torch supports
 
@@ -59,7 +59,7 @@ def _output(x: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, *others: Tensor) -> zip:
-    """Chunks along the first axis, for which the compute dtype of `x` takes BYTES_PER_CHUNK."""
+    """Chunks along the first axis, for which the compute dtype of `x` takes BYTES_PER_CHUNK_AND_THREAD in each thread."""
     bytes_per_token = max(1, x.shape[1:].numel()) * reference.compute_dtype(x).itemsize
-    size = max(1, BYTES_PER_CHUNK // bytes_per_token)
+    size = max(1, BYTES_PER_CHUNK_AND_THREAD * torch.get_num_threads() // bytes_per_token)
     return zip(*(tensor.split(size) for tensor in (x, *others)), strict=True)

@@ -20,7 +20,7 @@ def inverse_frequencies(theta: float, pairs: int, device: torch.device) -> Tenso
 
     Not a module buffer: a buffer would be uninitialized after loading through the meta device, and `.half()` would round it.
     """
-    return theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+    return float(theta) ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
 
 
 def rope_index(

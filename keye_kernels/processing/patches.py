@@ -23,6 +23,8 @@ from .resize import smart_resize_processor
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 # The largest number of a Pillow resize filter, Image.Resampling.HAMMING
 MAX_RESAMPLE = 5
+# As for the vision tower in config.json
+MAX_PATCH_SIZE, MAX_MERGE_SIZE = 256, 16
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class PatchConfig:
                 where = "of the image processor (preprocessor_config.json)"
                 raise ValueError(f"{name} {where} must be an integer of at least {lowest}, got {value!r}")
             object.__setattr__(self, name, int(value))
-        if self.resample > MAX_RESAMPLE:
-            raise ValueError(f"resample in preprocessor_config.json must be from 0 to {MAX_RESAMPLE}, got {self.resample}")
+        for name, highest in (("patch_size", MAX_PATCH_SIZE), ("merge_size", MAX_MERGE_SIZE), ("resample", MAX_RESAMPLE)):
+            if (value := getattr(self, name)) > highest:
+                lowest = 0 if name == "resample" else 1
+                raise ValueError(f"{name} in preprocessor_config.json must be from {lowest} to {highest}, got {value:g}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} of the image processor must not exceed max_pixels={self.max_pixels}")
 

@@ -70,7 +70,11 @@ class KeyeProcessor:
         folder = Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"path {str(path)!r} is not a folder; pass the folder of a Keye checkpoint")
-        edition = edition_of(read_json(folder / "config.json").get("model_type")).name
+        model_type = read_json(folder / "config.json").get("model_type")
+        try:
+            edition = edition_of(model_type).name
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
         patch_config = PatchConfig.from_dict(read_json(folder / "preprocessor_config.json"), edition)
         overrides: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         patch_config = replace(patch_config, **{name: value for name, value in overrides.items() if value is not None})

@@ -137,6 +137,10 @@ def test_many_wrong_tensors_make_a_short_message(tmp_path):
     assert max(map(len, lines)) <= 200
 
 
+def test_the_base_of_rope_may_be_a_large_integer():
+    assert tiny_model(rope_theta=2**64)(IDS).logits.isfinite().all()
+
+
 def test_a_long_file_name_in_the_index_is_missing(tmp_path):
     (tmp_path / "config.json").write_text((SMALL / "config.json").read_text())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a" * 300}}))

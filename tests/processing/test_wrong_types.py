@@ -122,6 +122,9 @@ def test_types_of_parts_that_are_not_strings_are_rejected(preview, kind):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
+        ("config.json", {}, r"config\.json: model_type must be one of"),
+        ("preprocessor_config.json", {"patch_size": 1e300}, r"patch_size in preprocessor_config\.json must be from 1 to 256"),
+        ("preprocessor_config.json", {"merge_size": 17}, r"merge_size in preprocessor_config\.json must be from 1 to 16"),
         ("chat_template.jinja", b"\xff", r"chat_template\.jinja is not UTF-8 text"),
         ("config.json", b"\xff", r"config\.json is not UTF-8 text"),
         ("tokenizer_config.json", {"eos_token": ["x"]}, r"eos_token in .*tokenizer_config\.json must be a token"),

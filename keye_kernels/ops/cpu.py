@@ -13,7 +13,7 @@ from torch import Tensor
 from keye_kernels import reference
 
 # Of one temporary tensor and thread: small enough for the caches, and large enough that threads seldom wait for each other
-BYTES_PER_CHUNK_AND_THREAD = 2 << 20
+BYTES_PER_CHUNK_AND_THREAD = 4 << 20
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # the value on Linux for every architecture that torch supports
 

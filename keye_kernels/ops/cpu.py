@@ -27,7 +27,11 @@ def rope(
     q_out, k_out = _output(q), _output(k)
     for x, weight, out in ((q, q_norm_weight, q_out), (k, k_norm_weight, k_out)):
         for part, cos, sin, target in _chunks(x, *tables, out):
-            target.copy_(reference.rotate(reference.rms_norm(part, weight, eps), cos, sin))
+            x_norm = reference.rms_norm(part, weight, eps)
+            if x_norm.dtype == cos.dtype == out.dtype:
+                reference.rotate(x_norm, cos, sin, out=target)
+            else:
+                target.copy_(reference.rotate(x_norm, cos, sin))
     return q_out, k_out
 
 

@@ -47,11 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [T, H, D] by the tables of `rotation_tables`, all in the compute dtype."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotates x [T, H, D] by the tables of `rotation_tables`, all in the compute dtype; writes to `out` if it is given."""
     # In place: separate tensors for the products would set the peak memory of the tower for a large image
     half = x.shape[-1] // 2
-    out = x * torch.cat((cos, cos), dim=-1)
+    out = torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
     out[..., half:].addcmul_(x[..., :half], sin)
     return out

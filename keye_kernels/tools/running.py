@@ -49,8 +49,8 @@ def worker_pool(workers: int | None, interpret: str) -> Iterator[ProcessPoolExec
         try:
             yield pool
         finally:
-            # Do not wait for running calls or, after a second Ctrl-C, for the queue
-            processes = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            # Do not wait for running calls or, after a second Ctrl-C, for the queue. The pool ends the calls of terminated
+            # processes itself, and prints a traceback for those that are cancelled by then
+            for process in list((pool._processes or {}).values()):
                 process.terminate()
+            pool.shutdown(wait=False)

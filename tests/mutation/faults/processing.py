@@ -57,7 +57,7 @@ FAULTS = [
     Fault(PATCHES, "self.resized_size(*frames[0].shape[:2])", "self.resized_size(*frames[-1].shape[:2])", "tests/processing/test_patches.py"),
     Fault(PIXELS, "pixels = pixels.round()", "pixels = pixels.floor()", BOUNDARIES),
     Fault(PIXELS, "(pixels <= 255)", "(pixels < 255)", BOUNDARIES),
-    Fault(PATCHES, "if self.resample > MAX_RESAMPLE", "if self.resample >= MAX_RESAMPLE", BOUNDARIES),
+    Fault(PATCHES, '("resample", MAX_RESAMPLE)', '("resample", MAX_RESAMPLE - 1)', BOUNDARIES),
     Fault(PATCHES, "if self.min_pixels > self.max_pixels", "if self.min_pixels >= self.max_pixels", BOUNDARIES),
     Fault(PATCHES, ".mul_(self.norm.rescale_factor)", ".mul_(1 / 255)", SETTINGS),
     Fault(NORM, 'values["rescale_factor"] = factor', 'values["rescale_factor"] = 1 / 255', SETTINGS),

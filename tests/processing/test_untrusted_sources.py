@@ -1,9 +1,11 @@
 """Untrusted files and servers cannot open other files or sockets, and cannot use unlimited time or memory."""
 
+import itertools
 import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -207,9 +209,15 @@ def test_filters_that_chat_templates_do_not_need_are_missing(name):
 
 
 def test_the_time_of_a_template_is_limited(monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
-    with pytest.raises(ValueError, match=r"longer than 0\.05 seconds"):
-        render_chat_template("{% for a in range(9999) %}{{ messages | tojson }}{% endfor %}", TURN)
+    """A clock that advances one second each time it is read, so that the speed of the machine does not matter."""
+    seconds = itertools.count()
+    monkeypatch.setattr(templates, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    template = "{% for a in range(9999) %}{{ messages | tojson }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"longer than 5\.0 seconds"):
+        render_chat_template(template, TURN)
+    assert next(seconds) == 7  # read at the start, and at each step until more than 5 seconds have passed
+    monkeypatch.setattr(templates, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    assert render_chat_template(template, TURN).count("role") == 9999
 
 
 def test_limited_filters_and_methods_do_what_those_of_jinja_do():

@@ -47,6 +47,41 @@ def test_one_tensor_as_query_key_and_value_has_the_gradients_of_all_three():
     assert torch.autograd.gradcheck(call, [x]) and torch.autograd.gradgradcheck(call, [x], fast_mode=True)
 
 
+def packed_attention(x):
+    """Attention of x with itself in the segments [0, 2) and [2, 5), by its definition."""
+    scores = [torch.einsum("ihd,jhd->hij", part, part) * part.shape[2] ** -0.5 for part in (x[:2], x[2:])]
+    parts = zip(scores, (x[:2], x[2:]), strict=True)
+    return torch.cat([torch.einsum("hij,jhd->ihd", score.softmax(-1), part) for score, part in parts])
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x: kk.ops.varlen_attention(x, x, x, torch.tensor([0, 2, 5], dtype=torch.int32), 3), packed_attention),
+        (lambda x: kk.ops.silu_mul(x[:, 0], x[:, 0]), lambda x: torch.nn.functional.silu(x[:, 0]) * x[:, 0]),
+        (lambda x: kk.ops.silu_mul(x.flatten(1), x.flatten(1)), lambda x: (torch.nn.functional.silu(x) * x).flatten(1)),
+    ],
+    ids=["attention", "silu_mul of a view", "silu_mul"],
+)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_tensor_as_several_inputs_has_the_gradients_of_the_definition(call, expected, create_graph):
+    """gradgradcheck does not compare the first-order gradients that create_graph=True gives with anything."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+    found, wanted = (torch.autograd.grad(f(x).square().sum(), x, create_graph=create_graph)[0] for f in (call, expected))
+    torch.testing.assert_close(found, wanted)
+    if create_graph:
+        second, wanted = (torch.autograd.grad(grad.square().sum(), x)[0] for grad in (found, wanted))
+        torch.testing.assert_close(second, wanted)
+
+
+def test_one_leaf_as_both_inputs_has_the_gradients_of_the_definition():
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    calls = kk.ops.silu_mul(x, x), torch.nn.functional.silu(x) * x
+    found, wanted = (torch.autograd.grad(out.square().sum(), x, create_graph=True)[0] for out in calls)
+    torch.testing.assert_close(found, wanted)
+
+
 @EVERY_CASE
 def test_forward_mode_raises(name, op, arguments, keywords):
     call, leaves = as_function(op, arguments, keywords)

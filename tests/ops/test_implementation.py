@@ -117,6 +117,18 @@ def test_only_the_interpreter_computes_bf16_in_float32():
         assert all(y is z for y, z in zip(kernel_inputs(gpu, x), (gpu, x), strict=True))
 
 
+@pytest.mark.parametrize(("impl", "backend"), [("auto", "auto"), ("triton", "triton"), ("torch", "torch")])
+def test_only_auto_takes_the_matmuls_of_the_projector_from_the_launch_config(impl, backend, monkeypatch):
+    from keye_kernels.ops.patch_merge import _run
+    from keye_kernels.triton import patch_merge as launcher
+
+    monkeypatch.setitem(_run.__globals__, "resolve", lambda impl, *_: "triton" if impl == "auto" else impl)
+    found = []
+    monkeypatch.setattr(launcher, "patch_merge_projection", lambda *given: found.append(given[-1]) or torch.zeros(1, 4))
+    _run(torch.zeros(4, 2), None, *[torch.zeros(2)] * 6, 2, 1e-5, impl)
+    assert found == [backend]
+
+
 def test_each_choice_is_logged_once(caplog):
     with caplog.at_level("INFO", logger="keye_kernels"):
         for _ in range(2):

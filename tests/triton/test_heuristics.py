@@ -117,6 +117,7 @@ def test_heads_per_l2_group():
     megabyte = 2**20
     assert [heads_per_l2_group(16, 1, size * megabyte) for size in (1, 2, 3, 16, 17)] == [16, 8, 4, 1, 1]
     assert [heads_per_l2_group(6, 4, size * megabyte) for size in (2, 4, 5, 8)] == [24, 12, 12, 8]
+    assert heads_per_l2_group(32, 1, 1) == 32
     assert heads_per_l2_group(8, 4, 0) == 32 and heads_per_l2_group(1, 1, 2**40) == 1
 
 

@@ -240,3 +240,16 @@ def test_a_bound_launch_checks_the_alignment_of_its_tensors_only(kernel, gpu, mo
     with compile_only():
         bound(X)
     assert len(launched) == 4 and len(kernel.function.warmed_up) == 1
+
+
+def test_a_bound_launch_checks_the_alignment_of_every_tensor(gpu):
+    """Function has one tensor; this one has two."""
+    function = Function()
+    function.arg_names = ("x", "y", "n", "BLOCK", "FLAG")
+    kernel = Kernel(function)
+    kernel.uses_cache = True
+    bound = kernel.bind(CPU, 3, 5, **CONSTANTS)
+    for tensors in ((X, X), (X, X), (X[1:], X), (X, X[1:])):
+        bound(*tensors)
+    # The first launch of a specialization runs in the JIT
+    assert len(function.compiled) == 3 and [number for number, *_ in function.launched] == [1]

@@ -81,7 +81,8 @@ FAULTS = [
     Fault(LINEAR, "tl.minimum(o_m, num_rows - 1).to(tl.int64)", "tl.minimum(o_m, num_rows - 1)", FAR),
     Fault(LINEAR, "o_m.to(tl.int64)[:, None] * OUT", "o_m[:, None] * OUT", FAR),
     Fault(LINEAR, "mask=o_n < OUT, other=0.0", "mask=o_n < OUT - 1, other=0.0", LINEARS),
-    Fault(LINEAR, "mask=m_k, other=0.0), tl.load(p_weight", "mask=m_k, other=1.0), tl.load(p_weight", LINEARS),
+    Fault(LINEAR, "b_x, b_weight = tl.load(p_x + k, mask=m_k, other=0.0), tl.load(p_weight + k, mask=m_k, other=0.0)",
+          "b_x, b_weight = tl.load(p_x + k, mask=m_k, other=1.0), tl.load(p_weight + k, mask=m_k, other=1.0)", LINEARS),
     Fault(NORM, "o_patch.to(tl.int64)[:, None] * STRIDE", "o_patch[:, None] * STRIDE", FAR),
     Fault(NORM, "o_row.to(tl.int64)[:, None] * (PATCHES * CHANNELS)", "o_row[:, None] * (PATCHES * CHANNELS)", FAR),
     Fault(NORM, "variance = tl.sum(square + delta * delta * STEPS, 1)", "variance = tl.sum(square + delta * delta, 1)", NORMS),
@@ -101,7 +102,6 @@ FAULTS = [
     # Specs, verify cases and the registry
     Fault(SPEC, "torch.arange(max(len(head), total - count), total", "torch.arange(total - count, total", SPECS),
     Fault(f"{TRITON}/rope_spec.py", '*([1, batch] for batch in workload.get("decode", [])), *workload', "*workload", SPECS),
-    Fault(f"{TRITON}/rope_spec.py", "cover_pairs(sizes.head_dim, weight is not None)", "cover_pairs(sizes.head_dim, False)", SPECS),
     Fault(f"{TRITON}/varlen_attention_spec.py", '"GROUP": heads // key_heads', '"GROUP": 1', SPECS),
     Fault(f"{TRITON}/varlen_attention_spec.py", "(heads + 2 * key_heads) * head_dim", "3 * heads * head_dim", SPECS),
     Fault(f"{TRITON}/varlen_attention_spec.py", "sorted({0, shape.count - 1})", "[0]", SPECS),

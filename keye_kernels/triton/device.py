@@ -1,5 +1,6 @@
 """GPU architectures: which one a device has, what it offers, and the resources of one multiprocessor."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -63,6 +64,15 @@ class Arch:
         return self.capability // 10 in (10, 11)
 
 
+# Models of one chip with nearly all of its multiprocessors. Without a table of its own, one uses the launch configs of another.
+# Not the H20 (78 multiprocessors of 132) and parts of a GPU (MIG)
+SIBLINGS = (
+    r"NVIDIA (A100|A800)\b",
+    r"NVIDIA (H100|H200|H800|GH200)\b",
+    r"NVIDIA (B200|GB200)\b",
+    r"AMD Instinct (MI300X|MI325X)\b",
+)
+
 # The interpreter runs the variants of an H100
 INTERPRETER_ARCH = Arch("sm_90")
 
@@ -81,3 +91,9 @@ def device_arch(device: torch.device) -> Arch:
 def device_name(device: torch.device) -> str:
     """The marketing name, for instance "NVIDIA H100 80GB HBM3"; the device type where there is no GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def chip_and_model(name: str) -> tuple[str, str] | None:
+    """The chip (an element of `SIBLINGS`) and the model, such as "H100", of a device name; None for a GPU without siblings."""
+    found = [(chip, match[1]) for chip in SIBLINGS if (match := re.match(chip, name)) and " MIG " not in name]
+    return found[0] if found else None

@@ -1,8 +1,8 @@
 """Launch configs: from a timed table of this GPU where there is one, else from the kernel's own heuristic.
 
 A launch config is the tile sizes, number of warps and stages of one launch, and the backend where an operator has several.
-Tables are looked up in the folder named by KEYE_KERNELS_TILES, in the user's cache, and in the package, in that order; the first
-one with a matching entry is used. One JSON file holds one GPU:
+Tables are looked up in the folder named by KEYE_KERNELS_TILES, in the user's cache, and in the package, in that order; then the
+tables of GPUs with the same chip, in the same order. The first one with a matching entry is used. One JSON file holds one GPU:
 
     {"device": "NVIDIA H100 80GB HBM3", "triton": "3.9.0", "kernels": {"rope": [
      {"dtype": "bfloat16", "head_dim": 128, "tokens": 4096, "config": {"num_warps": 4}, "median_us": 9.1}]}}
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .device import device_name
+from .device import chip_and_model, device_name
 
 ConfigKey = dict[str, int | str]
 Config = dict[str, int | str | bool]
@@ -152,6 +152,20 @@ def table_folders() -> list[Path]:
     return [Path(named), *folders] if named else folders
 
 
+def table_paths(device: str) -> list[Path]:
+    """Where the tables of a device (by name) are looked up, in order: its own, then those of other GPUs with the same chip."""
+    own = [table_path(device, folder) for folder in table_folders()]
+    siblings: list[tuple[bool, Path]] = []
+    if (chip := chip_and_model(device)) is not None:
+        for folder in table_folders():
+            # A name with another dot is not a table: NAME.sweep.json, or a file that is being written
+            for path in sorted(path for path in folder.glob("*.json") if "." not in path.stem and path not in own):
+                other = chip_and_model(path.stem.replace("_", " "))
+                if other is not None and other[0] == chip[0]:
+                    siblings.append((other[1] != chip[1], path))
+    return own + [path for _, path in sorted(siblings, key=lambda sibling: sibling[0])]  # a stable sort: the same model first
+
+
 @cache
 def triton_version() -> str:
     import triton  # not at the top: tables can be read and written before Triton decides to interpret or compile
@@ -197,13 +211,13 @@ def version() -> int:
 @lru_cache(maxsize=4096)
 def _look_up(kernel: str, device: torch.device, key: tuple[tuple[str, int | str], ...]) -> Config | None:
     name = device_name(device)
-    paths = [table_path(name, folder) for folder in table_folders()]
+    paths = table_paths(name)
     for path in paths:
         table = _read(path)
         entry = _nearest(table["kernels"].get(kernel, []), dict(key)) if table else None
         if entry is None:
             continue
-        log_once(f"{kernel} on {name}: launch configs from {path}", logging.INFO)
+        log_once(f"{kernel} on {name}: launch configs from {path}{sibling_note(path, name)}", logging.INFO)
         if table["triton"].split(".")[:2] != triton_version().split(".")[:2]:
             versions = f"Triton {table['triton']}, this is {triton_version()}"
             log_once(f"{path} was measured with {versions}: run `keye-kernels autotune` to measure again", logging.WARNING)
@@ -229,6 +243,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         log_once(f"ignoring launch-config table {path}: {type(error).__name__}: {error}", logging.WARNING)
         return None
     return table
+
+
+def sibling_note(path: Path, device: str) -> str:
+    """The end of a message: empty for a device's own table."""
+    return "" if path.name == table_path(device).name else ", measured on another GPU with the same chip"
 
 
 def entry_key(entry: TableEntry) -> ConfigKey:

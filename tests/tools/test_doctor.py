@@ -178,7 +178,10 @@ def h100(gpu, monkeypatch, tmp_path):
     launch_config.clear_cache()
 
 
-def test_the_launch_config_table_in_effect_is_named(h100):
+def test_the_launch_config_table_in_effect_is_named(h100, monkeypatch):
+    sibling = machine.find_tables("cuda")
+    assert sibling["table"].endswith("NVIDIA_H200.json") and "measured on another GPU with the same chip" in sibling["note"]
+    monkeypatch.setattr(launch_config, "PACKAGE_TABLES", h100.parent)
     assert str(h100) in machine.find_tables("cuda")["note"] and "heuristics" in machine.find_tables("cuda")["note"]
     h100.parent.mkdir()
     h100.write_text(json.dumps({"triton": "3.9.0", "kernels": {"rope": [], "linear": []}}))

@@ -122,14 +122,16 @@ def find_tables(device_type: str) -> dict[str, Any]:
     import torch
 
     from keye_kernels.triton.device import device_name
-    from keye_kernels.triton.launch_config import table_folders, table_path
+    from keye_kernels.triton.launch_config import sibling_note, table_paths
 
     name = device_name(torch.device(device_type))
-    paths = [table_path(name, folder) for folder in table_folders()]
+    paths = table_paths(name)
     for path in paths:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            return {"table": str(path), "triton": table["triton"], "kernels": ", ".join(sorted(table["kernels"]))}
+            found = {"table": str(path), "triton": table["triton"], "kernels": ", ".join(sorted(table["kernels"]))}
+            note = sibling_note(path, name).removeprefix(", ")
+            return found | {"note": f"{note}; `keye-kernels autotune` writes one for this GPU"} if note else found
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

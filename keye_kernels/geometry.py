@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .segments import Segments
+from .host_copy import copy_all_to_device
+from .segments import Segments, cumulative_lengths
 
 Grid = tuple[int, int, int]
 Order = Literal["block", "raster"]
@@ -45,9 +46,10 @@ class VisionBatch:
         """
         device = grid_thw.device if device is None else device
         grids = check_grid_thw(grid_thw, num_patches, merge_size)
-        segments = Segments.from_lengths(segment_lengths(grids, segment_by_frame), device)
-        tensors = (t.to(device, non_blocking=True) for t in patch_tensors(grids, table_side, merge_size, order))
-        position_ids, corner_index, corner_weight, raster_index, merge_index = tensors
+        lengths = segment_lengths(grids, segment_by_frame)
+        tensors = (cumulative_lengths(lengths), *patch_tensors(grids, table_side, merge_size, order))
+        cu_seqlens, position_ids, corner_index, corner_weight, raster_index, merge_index = copy_all_to_device(tensors, device)
+        segments = Segments(cu_seqlens, max(lengths, default=0), tuple(lengths))
         return cls(
             segments, position_ids, corner_index, corner_weight, raster_index, None if order == "block" else merge_index,
             table_side, merge_size,

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .host_copy import copy_to_device
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -37,7 +39,7 @@ class Segments:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
-        cu_seqlens = cumulative_lengths(lengths).to(device, non_blocking=True)
+        cu_seqlens = copy_to_device(cumulative_lengths(lengths), device)
         return cls(cu_seqlens, max(lengths, default=0), tuple(lengths))
 
     def schedule(self, block_m: int, causal: bool) -> Tensor | None:
@@ -47,7 +49,7 @@ class Segments:
         key = (block_m, causal)
         if key not in self._schedules:
             offsets = cumulative_lengths(self.lengths)
-            self._schedules[key] = tile_schedule(offsets, block_m, causal).to(self.cu_seqlens.device, non_blocking=True)
+            self._schedules[key] = copy_to_device(tile_schedule(offsets, block_m, causal), self.cu_seqlens.device)
         return self._schedules[key]
 
 

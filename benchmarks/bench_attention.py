@@ -5,10 +5,9 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.segments import Segments
-
-from . import baseline, peers
-from .measuring import RequiredWork, nbytes
-from .shapes import MIXED_GRIDS
+from keye_kernels.tools.timing import baseline, peers
+from keye_kernels.tools.timing.measuring import RequiredWork, nbytes
+from keye_kernels.tools.timing.shapes import MIXED_GRIDS
 
 # Segment lengths, query heads, key heads, head dim, causal
 REAL = {

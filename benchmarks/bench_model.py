@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import keye_kernels as kk
-
-from . import peers, stages
-from .models import build_model, make_config, saved_checkpoint
-from .shapes import IMAGE_GRIDS, PROMPTS, SMALL_IMAGE_GRIDS, SMALL_PROMPTS
+from keye_kernels.tools.timing import peers, stages
+from keye_kernels.tools.timing.models import build_model, make_config, saved_checkpoint
+from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, PROMPTS, SMALL_IMAGE_GRIDS, SMALL_PROMPTS
 
 IMPLS = [peers.OFFICIAL, peers.COMPILED, peers.TRANSFORMERS, *peers.OURS]
 VISION = {name: IMAGE_GRIDS[name] for name in ("1_image_1024", "16_images_mixed", "64_frames_448")}

@@ -5,10 +5,9 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.geometry import VisionBatch
-
-from . import baseline, peers
-from .measuring import RequiredWork, nbytes
-from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches
+from keye_kernels.tools.timing import baseline, peers
+from keye_kernels.tools.timing.measuring import RequiredWork, nbytes
+from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches
 
 # Grids, input channels, output channels, whether the norm comes after the merge
 REAL = {name: (grids, 1152, 4096, False) for name, grids in IMAGE_GRIDS.items()}

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import keye_kernels as kk
-
-from . import baseline, peers
-from .measuring import RequiredWork, nbytes
-from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches, text_positions
+from keye_kernels.tools.timing import baseline, peers
+from keye_kernels.tools.timing.measuring import RequiredWork, nbytes
+from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, num_patches, text_positions
 
 SECTIONS, EPS = [16, 24, 24], 1e-6
 # Tokens, query heads, key heads

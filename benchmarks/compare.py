@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from . import stages
-from .measuring import gpu_info, relative_error, versions, with_peak_memory
-from .models import build_model, make_config, saved_checkpoint
-from .peers import Unavailable
-from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS
-from .stages import KEYE_KERNELS, BenchmarkCase
+from keye_kernels.tools.timing import stages
+from keye_kernels.tools.timing.measuring import gpu_info, relative_error, versions, with_peak_memory
+from keye_kernels.tools.timing.models import build_model, make_config, saved_checkpoint
+from keye_kernels.tools.timing.peers import Unavailable
+from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS
+from keye_kernels.tools.timing.stages import KEYE_KERNELS, BenchmarkCase
 
 STAGES = ("vision", "prefill", "decode", "first_token", "loading", "memory")
 FLOOR = "floor"

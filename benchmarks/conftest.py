@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from .measuring import (
+from keye_kernels.tools.timing.measuring import (
     TOLERANCES,
     RequiredWork,
     config_sources,
@@ -25,7 +25,7 @@ from .measuring import (
     versions,
     with_peak_memory,
 )
-from .peers import Unavailable, is_interpreting
+from keye_kernels.tools.timing.peers import Unavailable, is_interpreting
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS, WARMUP_ROUNDS = 20, 2

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from benchmarks.measuring import with_peak_memory
 from keye_kernels import reference
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.ops import cpu
+from keye_kernels.tools.timing.measuring import with_peak_memory
 
 GRID = (1, 26, 38)
 TOKENS = 988  # of GRID: not a multiple of a chunk

@@ -29,8 +29,10 @@ MAY_IMPORT = {
     "integrations": {"editions", "geometry", "layers", "model", "ops", "plain", "processing", "requirements"},
     "auto": {"integrations"},
     "tools": {
+        "auto",
         "editions",
         "geometry",
+        "integrations",
         "model",
         "ops",
         "processing",

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, peers, stages
-from benchmarks.baseline import Baseline
-from benchmarks.measuring import RequiredWork
+from benchmarks import compare
+from keye_kernels.tools.timing import peers, stages
+from keye_kernels.tools.timing.baseline import Baseline
+from keye_kernels.tools.timing.measuring import RequiredWork
 from tests.helpers.tiny import prompt, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +33,8 @@ EXTRA_INFO = {
 }
 CASES = """
 import pytest, torch
-from benchmarks.measuring import RequiredWork
-from benchmarks.peers import Unavailable
+from keye_kernels.tools.timing.measuring import RequiredWork
+from keye_kernels.tools.timing.peers import Unavailable
 
 SIZES = {"8": 8}
 

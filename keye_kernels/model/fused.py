@@ -51,10 +51,20 @@ def add_linear(x: Tensor, residual: Tensor, module: nn.Linear, impl: str = "auto
 
 def linear_gelu(x: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     """GELU, in its tanh form, of module(x)."""
-    if _fuses(x, impl, module) and x.is_cuda and x.dtype == module.weight.dtype and _epilogue_is_tanh(x.device):
-        return torch._addmm_activation(module.bias, x, module.weight.t(), use_gelu=True)
+    if _fuses(x, impl, module) and has_gelu_epilogue(x, module.weight, impl):
+        return matmul_gelu(x, module.weight, module.bias)
     # In place when no gradient is needed: this is the largest activation of the tower
     return (F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_)(module(x), approximate="tanh")
+
+
+def has_gelu_epilogue(x: Tensor, weight: Tensor, impl: str = "auto") -> bool:
+    """Whether `matmul_gelu` computes GELU in its tanh form, in one launch."""
+    return _fuses(x, impl) and x.is_cuda and x.dtype == weight.dtype and _epilogue_is_tanh(x.device)
+
+
+def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x @ weightᵀ + bias, in the epilogue of the matmul."""
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
 def _fuses(x: Tensor, impl: str, *modules: nn.Module) -> bool:

@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.models import keye, keye_vl1_5
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from keye_kernels.editions import edition_of
 from keye_kernels.geometry import Grid, Order, VisionBatch
-from keye_kernels.model import vision
+from keye_kernels.model import fused, vision
 from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
+from keye_kernels.plain import calls_forward
 
 # In the released checkpoints, but not used by the model; other checkpoints may not have it
 UNUSED_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
@@ -49,8 +53,28 @@ class VisionLayer(nn.Module):
         self.self_attn = VisionAttention(vllm_module.self_attn)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
-        return x + self.mlp(self.layer_norm2(x))
+        attended = self.self_attn(fused.norm(x, self.layer_norm1), batch, inv_freq)
+        x, normed = fused.add_norm(attended, x, self.layer_norm2)
+        return x + self._run_mlp(normed)
+
+    def _run_mlp(self, x: Tensor) -> Tensor:
+        if not _is_matmul_and_tanh_gelu(self.mlp) or not fused.has_gelu_epilogue(x, self.mlp.fc1.weight):
+            return self.mlp(x)
+        return self.mlp.fc2(fused.matmul_gelu(x, self.mlp.fc1.weight, self.mlp.fc1.bias))[0]
+
+
+def _is_matmul_and_tanh_gelu(mlp: nn.Module) -> bool:
+    """Whether the first half of vLLM's MLP is one matmul with a bias, of this rank's channels, and GELU in its tanh form.
+
+    Not with LoRA, quantized weights, or where vLLM was told to run another matmul than torch's.
+    """
+    fc1, gelu = mlp.fc1, mlp.activation_fn
+    if type(fc1) is not ColumnParallelLinear or not all(map(calls_forward, (mlp, fc1, gelu))):
+        return False
+    is_matmul = type(fc1.quant_method) is UnquantizedLinearMethod and not envs.VLLM_BATCH_INVARIANT
+    is_torch = is_matmul and getattr(fc1.quant_method, "_gemm_impl", None) is default_unquantized_gemm
+    has_bias = fc1.bias is not None and not fc1.skip_bias_add and not fc1.gather_output
+    return is_torch and has_bias and type(gelu) is nn.GELU and gelu.approximate == "tanh"
 
 
 class VisionTransformer(nn.Module):

@@ -1,6 +1,5 @@
 """The modules that replace vLLM's, with stubs in place of vLLM's classes. Runs without vLLM."""
 
-import importlib
 import logging
 import sys
 from types import ModuleType, SimpleNamespace
@@ -12,110 +11,11 @@ from torch import nn
 from keye_kernels.integrations import vllm as plugin
 from tests.helpers.tiny import prompt, tiny_model
 
+from .conftest import MODELS
+from .stubs import ReturnsBias, class_of, vllm_config
+
 EDITIONS = ["Keye", "KeyeVL1_5"]
-MODELS = "keye_kernels.integrations.vllm.models"
 GRIDS = [(1, 4, 6), (2, 4, 4), (1, 2, 2)]
-
-
-class Loader:
-    """The part of vLLM's model classes that the plugin relies on: it builds a tower and a projector."""
-
-    def __init__(self, *, vllm_config, prefix=""):
-        self.config, self.visual = vllm_config.config, vllm_config.visual
-        self.mlp_AR = self._build_projector(vllm_config.config)
-
-    def _build_projector(self, text_config):
-        return "vLLM's projector"
-
-    def load_weights(self, weights):
-        return {name for name, _ in weights}
-
-
-def stub_modules():
-    """Modules with the names that `models` imports."""
-
-    def register_processor(processor, **options):
-        def register(model):
-            model.registered = processor, options
-            return model
-
-        return register
-
-    modules = {name: ModuleType(name) for name in ("vllm", "vllm.config", "vllm.model_executor", "vllm.multimodal")}
-    modules["vllm.config"].VllmConfig = SimpleNamespace
-    modules["vllm.multimodal"].MULTIMODAL_REGISTRY = SimpleNamespace(register_processor=register_processor)
-    found = modules["vllm.model_executor.models"] = ModuleType("vllm.model_executor.models")
-    for name, prefix in (("keye", "Keye"), ("keye_vl1_5", "KeyeVL1_5")):
-        module = ModuleType(f"vllm.model_executor.models.{name}")
-        for suffix in ("MultiModalProcessor", "ProcessingInfo", "DummyInputsBuilder"):
-            setattr(module, prefix + suffix, prefix + suffix)
-        setattr(module, f"{prefix}ForConditionalGeneration", type(f"{prefix}ForConditionalGeneration", (Loader,), {}))
-        modules[module.__name__] = module
-        setattr(found, name, module)
-    keye = found.keye
-    for name in ("KeyeSiglipAttention", "KeyeSiglipEncoderLayer", "KeyeSiglipVisionTransformer", "KeyeSiglipVisionModel"):
-        setattr(keye, name, type(name, (nn.Module,), {}))
-    return modules
-
-
-@pytest.fixture
-def models(monkeypatch):
-    for name, module in stub_modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    module = importlib.import_module(MODELS)
-    yield module
-    sys.modules.pop(MODELS, None)
-    del plugin.models
-
-
-class ReturnsBias(nn.Module):
-    """vLLM's linear layers return their output and a bias, or None."""
-
-    def __init__(self, forward):
-        super().__init__()
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(x), None
-
-
-def vllm_tower(lean):
-    """A tower with vLLM's names and the weights of the lean model, which computes nothing itself."""
-
-    def module(**children):
-        made = nn.Module()
-        for name, child in children.items():
-            setattr(made, name, child)
-        return made
-
-    def layer(source):
-        qkv, out = source.self_attn.qkv_proj, source.self_attn.out_proj
-        attention = module(qkv_proj=ReturnsBias(lambda x: torch.cat(qkv(x), dim=-1)), out_proj=ReturnsBias(out))
-        attention.head_dim = source.self_attn.head_dim
-        return module(layer_norm1=source.layer_norm1, layer_norm2=source.layer_norm2, mlp=source.mlp, self_attn=attention)
-
-    tower = lean.visual
-    embed = module(position_embedding=tower.position_embedding)
-    embed.patch_embedding = lambda patches: tower._embed_patches(patches)[..., None, None]
-    made = module(
-        embeddings=embed,
-        encoder=module(layers=nn.ModuleList(map(layer, tower.layers))),
-        post_layernorm=tower.post_layernorm,
-    )
-    made.config = SimpleNamespace(lean=lambda: lean.config.vision_config)
-    return made
-
-
-def vllm_config(models, lean, quant_config=None, lora_config=None, has_tower=True):
-    visual = models.keye.KeyeSiglipVisionModel() if has_tower else nn.Identity()
-    visual.vision_model = vllm_tower(lean)
-    config = SimpleNamespace(lean=lambda: lean.config, model_type=lean.config.model_type)
-    return SimpleNamespace(config=config, visual=visual, quant_config=quant_config, lora_config=lora_config)
-
-
-def class_of(models, model_type):
-    return getattr(models, f"{model_type}ForConditionalGeneration")
 
 
 def patches():

@@ -14,6 +14,7 @@ ATTENTIONS, INPUTS, MODELS, TRAINING = (f"{TESTS}test_{name}.py" for name in ("a
 PROCESSORS, ARGUMENTS = f"{TESTS}test_processor.py", f"{TESTS}test_processor_arguments.py"
 REGISTER, PLUGIN = "keye_kernels/integrations/vllm/models.py", "keye_kernels/integrations/vllm/__init__.py"
 MODULES, PLUGINS = "tests/integrations/vllm/test_modules.py", "tests/integrations/vllm/test_plugin.py"
+LAYERS = "tests/integrations/vllm/test_layers.py"
 
 FAULTS = [
     # Attention
@@ -164,7 +165,8 @@ FAULTS = [
     Fault(REGISTER, "vllm_config.quant_config is None and not", "not", MODULES),
     Fault(REGISTER, "not (lora and lora.enable_tower_connector_lora)", "not lora", MODULES),
     Fault(REGISTER, "load_weights(weights) | {UNUSED_TABLE}", "load_weights(weights)", MODULES),
-    Fault(REGISTER, "x = x + self.self_attn(self.layer_norm1(x)", "x = x + self.self_attn(self.layer_norm2(x)", MODULES),
+    Fault(REGISTER, "fused.norm(x, self.layer_norm1)", "fused.norm(x, self.layer_norm2)", LAYERS),
+    Fault(REGISTER, "and not envs.VLLM_BATCH_INVARIANT", "", LAYERS),
     Fault(REGISTER, "if isinstance(self.visual, keye.KeyeSiglipVisionModel):", "if self.visual is not None:", MODULES),
     Fault(PLUGIN, "for edition in EDITIONS.values():", "for edition in list(EDITIONS.values())[:1]:", MODULES),
     Fault(PLUGIN, 'os.environ.get(ENVIRONMENT_VARIABLE) == "0"', "os.environ.get(ENVIRONMENT_VARIABLE)", MODULES),

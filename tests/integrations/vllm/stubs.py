@@ -1,0 +1,133 @@
+"""Stubs in place of vLLM's classes, with the attributes that the plugin relies on."""
+
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import nn
+
+
+class Loader:
+    """The part of vLLM's model classes that the plugin relies on: it builds a tower and a projector."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        self.config, self.visual = vllm_config.config, vllm_config.visual
+        self.mlp_AR = self._build_projector(vllm_config.config)
+
+    def _build_projector(self, text_config):
+        return "vLLM's projector"
+
+    def load_weights(self, weights):
+        return {name for name, _ in weights}
+
+
+class UnquantizedLinearMethod:
+    _gemm_impl = staticmethod(nn.functional.linear)
+
+
+class ColumnParallelLinear(nn.Linear):
+    """The attributes of vLLM's, which returns its output and a bias, or None."""
+
+    gather_output = skip_bias_add = False
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.quant_method = UnquantizedLinearMethod()
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def stub_modules():
+    """Modules with the names that `models` imports."""
+
+    def register_processor(processor, **options):
+        def register(model):
+            model.registered = processor, options
+            return model
+
+        return register
+
+    names = ["vllm", "vllm.config", "vllm.model_executor", "vllm.multimodal", "vllm.model_executor.layers"]
+    names += ["vllm.model_executor.layers.linear", "vllm.model_executor.layers.utils"]
+    modules = {name: ModuleType(name) for name in names}
+    modules["vllm"].envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
+    modules["vllm.model_executor.layers.linear"].ColumnParallelLinear = ColumnParallelLinear
+    modules["vllm.model_executor.layers.linear"].UnquantizedLinearMethod = UnquantizedLinearMethod
+    modules["vllm.model_executor.layers.utils"].default_unquantized_gemm = nn.functional.linear
+    modules["vllm.config"].VllmConfig = SimpleNamespace
+    modules["vllm.multimodal"].MULTIMODAL_REGISTRY = SimpleNamespace(register_processor=register_processor)
+    found = modules["vllm.model_executor.models"] = ModuleType("vllm.model_executor.models")
+    for name, prefix in (("keye", "Keye"), ("keye_vl1_5", "KeyeVL1_5")):
+        module = ModuleType(f"vllm.model_executor.models.{name}")
+        for suffix in ("MultiModalProcessor", "ProcessingInfo", "DummyInputsBuilder"):
+            setattr(module, prefix + suffix, prefix + suffix)
+        setattr(module, f"{prefix}ForConditionalGeneration", type(f"{prefix}ForConditionalGeneration", (Loader,), {}))
+        modules[module.__name__] = module
+        setattr(found, name, module)
+    keye = found.keye
+    for name in ("KeyeSiglipAttention", "KeyeSiglipEncoderLayer", "KeyeSiglipVisionTransformer", "KeyeSiglipVisionModel"):
+        setattr(keye, name, type(name, (nn.Module,), {}))
+    return modules
+
+
+class ReturnsBias(nn.Module):
+    """vLLM's linear layers return their output and a bias, or None."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(x), None
+
+
+class MLP(nn.Module):
+    """vLLM's MLP with the weights of two linear layers."""
+
+    def __init__(self, fc1, fc2):
+        super().__init__()
+        self.fc1 = ColumnParallelLinear(fc1.in_features, fc1.out_features)
+        self.fc1.load_state_dict(fc1.state_dict())
+        self.activation_fn, self.fc2 = nn.GELU(approximate="tanh"), ReturnsBias(fc2)
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)[0]))[0]
+
+
+def vllm_tower(lean):
+    """A tower with vLLM's names and the weights of the lean model, which computes nothing itself."""
+
+    def module(**children):
+        made = nn.Module()
+        for name, child in children.items():
+            setattr(made, name, child)
+        return made
+
+    def layer(source):
+        qkv, out = source.self_attn.qkv_proj, source.self_attn.out_proj
+        attention = module(qkv_proj=ReturnsBias(lambda x: torch.cat(qkv(x), dim=-1)), out_proj=ReturnsBias(out))
+        attention.head_dim = source.self_attn.head_dim
+        mlp = MLP(source.mlp.fc1, source.mlp.fc2)
+        return module(layer_norm1=source.layer_norm1, layer_norm2=source.layer_norm2, mlp=mlp, self_attn=attention)
+
+    tower = lean.visual
+    embed = module(position_embedding=tower.position_embedding)
+    embed.patch_embedding = lambda patches: tower._embed_patches(patches)[..., None, None]
+    made = module(
+        embeddings=embed,
+        encoder=module(layers=nn.ModuleList(map(layer, tower.layers))),
+        post_layernorm=tower.post_layernorm,
+    )
+    made.config = SimpleNamespace(lean=lambda: lean.config.vision_config)
+    return made
+
+
+def vllm_config(models, lean, quant_config=None, lora_config=None, has_tower=True):
+    visual = models.keye.KeyeSiglipVisionModel() if has_tower else nn.Identity()
+    visual.vision_model = vllm_tower(lean)
+    config = SimpleNamespace(lean=lambda: lean.config, model_type=lean.config.model_type)
+    return SimpleNamespace(config=config, visual=visual, quant_config=quant_config, lora_config=lora_config)
+
+
+def class_of(models, model_type):
+    return getattr(models, f"{model_type}ForConditionalGeneration")

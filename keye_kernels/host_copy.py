@@ -4,6 +4,7 @@ A copy from ordinary (pageable) memory makes the CPU wait for all earlier work o
 like a kernel; torch keeps the pinned memory until the copy has run.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,23 +23,57 @@ def copy_to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | No
     return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
+def overwrite(target: Tensor, tensor: Tensor) -> None:
+    """`target.copy_(tensor)` for a tensor on the CPU. To a GPU, an asynchronous copy of the values that the tensor has now."""
+    if _uses_pinned_memory(target.device):
+        target.copy_(_empty_pinned(tensor.shape, tensor.dtype).copy_(tensor), non_blocking=True)
+    else:
+        target.copy_(tensor)
+
+
 def copy_all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """CPU tensors on `device`. On a GPU they are views of one buffer, which one asynchronous copy fills."""
     if not _uses_pinned_memory(device):
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    pinned = _empty_pinned((end,), torch.uint8)
-    for start, tensor in zip(starts, tensors, strict=True):
-        _view(pinned, start, tensor).copy_(tensor)
-    buffer = pinned.to(device, non_blocking=True)
-    return [_view(buffer, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+    layout = Layout([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+    pinned = _empty_pinned((layout.nbytes,), torch.uint8)
+    for place, tensor in zip(layout.views(pinned), tensors, strict=True):
+        place.copy_(tensor)
+    return layout.views(pinned.to(device, non_blocking=True))
 
 
-def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+class Layout:
+    """Where tensors of the given shapes and dtypes are in one buffer."""
+
+    def __init__(self, tensors: Sequence[tuple[tuple[int, ...], torch.dtype]]):
+        self.tensors, self.ranges, self.nbytes = tensors, [], 0
+        for shape, dtype in tensors:
+            end = self.nbytes + math.prod(shape) * dtype.itemsize
+            self.ranges.append((self.nbytes, end))
+            self.nbytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The tensors in a buffer, uint8 [nbytes]."""
+        return [
+            buffer[start:end].view(dtype).view(shape)
+            for (start, end), (shape, dtype) in zip(self.ranges, self.tensors, strict=True)
+        ]
+
+
+class StaticTensors:
+    """Tensors on a device that stay where they are while their values change, as the inputs of a CUDA graph do."""
+
+    def __init__(self, tensors: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device):
+        self.layout = Layout(tensors)
+        self.buffer = torch.zeros(self.layout.nbytes, dtype=torch.uint8, device=device)
+        self.views = self.layout.views(self.buffer)
+
+    def overwrite(self, tensors: Sequence[Tensor]) -> None:
+        """Copies CPU tensors into the first elements of every axis, and zeros behind them. One copy, asynchronous on a GPU."""
+        staged = torch.zeros(self.layout.nbytes, dtype=torch.uint8, device="cpu")
+        for place, tensor in zip(self.layout.views(staged), tensors, strict=True):
+            place[tuple(slice(size) for size in tensor.shape)] = tensor
+        overwrite(self.buffer, staged)
 
 
 def _uses_pinned_memory(device: torch.device) -> bool:

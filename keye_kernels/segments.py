@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .host_copy import copy_to_device
+from .host_copy import copy_to_device, overwrite
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +17,8 @@ class Segments:
     not initialized on a GPU.
 
     Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device. A CUDA
-    graph keeps the schedules of its capture; to replay it with other offsets, capture it with `Segments` without lengths.
+    graph keeps the schedules of its capture; to replay it with other offsets, capture it with `PaddedSegments`, or with
+    `Segments` without lengths.
     """
 
     cu_seqlens: Tensor  # [S+1] int32 offsets on the device, from 0 to T
@@ -48,9 +50,46 @@ class Segments:
             return None
         key = (block_m, causal)
         if key not in self._schedules:
-            offsets = cumulative_lengths(self.lengths)
-            self._schedules[key] = copy_to_device(tile_schedule(offsets, block_m, causal), self.cu_seqlens.device)
+            schedule = self._host_schedule(self.lengths, block_m, causal)
+            self._schedules[key] = copy_to_device(schedule, self.cu_seqlens.device)
         return self._schedules[key]
+
+    def _host_schedule(self, lengths: Sequence[int], block_m: int, causal: bool) -> Tensor:
+        return tile_schedule(cumulative_lengths(lengths), block_m, causal)
+
+
+class PaddedSegments(Segments):
+    """Segments in tensors of a fixed size, which `update` overwrites, so that one CUDA graph serves all of them.
+
+    At most `num_segments` segments with at most `num_tokens` tokens, the longest of at most `max_seqlen`. No program works for
+    the tokens after them, and their rows of the output are not initialized on a GPU.
+    """
+
+    capacity: int  # tokens
+
+    def __init__(self, num_segments: int, num_tokens: int, max_seqlen: int, device: torch.device):
+        lengths = (0,) * num_segments
+        super().__init__(cumulative_lengths(lengths).to(device), max_seqlen, lengths)
+        # The number of rows of q, not the sum of the lengths
+        self.__dict__.update(capacity=num_tokens, num_tokens=num_tokens)
+
+    def update(self, lengths: Sequence[int]) -> None:
+        """Sets the segments. Raises ValueError if they do not fit."""
+        num_segments = self.cu_seqlens.shape[0] - 1
+        if len(lengths) > num_segments or sum(lengths) > self.capacity or max(lengths, default=0) > self.max_seqlen:
+            limits = f"{num_segments} segments of up to {self.max_seqlen} tokens, {self.capacity} in all"
+            raise ValueError(f"lengths must be at most {limits}, got {list(lengths)}")
+        lengths = (*lengths, *[0] * (num_segments - len(lengths)))
+        object.__setattr__(self, "lengths", lengths)
+        overwrite(self.cu_seqlens, cumulative_lengths(lengths))
+        for key, schedule in self._schedules.items():
+            overwrite(schedule, self._host_schedule(lengths, *key))
+
+    def _host_schedule(self, lengths: Sequence[int], block_m: int, causal: bool) -> Tensor:
+        """Entries of no query fill the schedule up to the largest number of tiles."""
+        entries = super()._host_schedule(lengths, block_m, causal)
+        max_tiles = self.capacity // block_m + len(lengths)
+        return F.pad(entries, (0, 0, 0, max_tiles - len(entries)))
 
 
 def cumulative_lengths(lengths: Sequence[int]) -> Tensor:

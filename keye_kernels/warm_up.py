@@ -1,4 +1,4 @@
-"""`warmup`: compiles the kernels that a model needs before its first request, several in parallel.
+"""`warmup`: compiles the kernels that a model needs before its first request, several in parallel, and captures CUDA graphs.
 
 It calls the model's own forward, reduced to one layer of the vision tower and one of the decoder, on tensors of the given
 sizes. So it compiles exactly the kernels of a request, including the specialization on strides and alignment. A first pass
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .geometry import Grid, check_grid_thw
 from .model import Keye
 from .model.decoder import Decoder
+from .model.image_graphs import BATCHES_TO_CAPTURE
 from .model.vision import VisionTower
 from .ops.implementation import IMPLEMENTATIONS, impl_for, resolve
 
@@ -35,12 +36,16 @@ class WarmupReport:
         cached: number of kernels that were in Triton's cache.
         seconds: duration.
         note: what was warmed up, or why there was nothing to compile.
+        graphs: number of CUDA graphs that the model holds.
+        graph_bytes: GPU memory that they hold, with their inputs and outputs.
     """
 
     compiled: int
     cached: int
     seconds: float
     note: str
+    graphs: int = 0
+    graph_bytes: int = 0
 
 
 def warmup(
@@ -48,9 +53,10 @@ def warmup(
     grids: Sequence[Grid | Sequence[Grid]] = (),
     prompt_lengths: Sequence[int] = (),
     *,
+    pixel_dtype: str = "float32",
     progress: bool = False,
 ) -> WarmupReport:
-    """Compiles the kernels for requests of the given sizes, in parallel, and runs each size once.
+    """Compiles the kernels for requests of the given sizes, in parallel, and runs each size once. Captures CUDA graphs for them.
 
     The compiled kernels are stored in Triton's cache on disk (TRITON_CACHE_DIR), so a second process only loads them.
     Code that `torch.compile` generates is not included.
@@ -60,6 +66,7 @@ def warmup(
         grids: vision inputs. Each entry is the (frames, patch rows, patch columns) of one image or video, or a list of them
             for a request with several.
         prompt_lengths: numbers of prompt tokens, with placeholders expanded. One more token is decoded after each prompt.
+        pixel_dtype: of the patches, "float32" or "uint8" as in `KeyeProcessor`.
         progress: show a counter of the kernels that are ready.
 
     Returns:
@@ -73,18 +80,24 @@ def warmup(
         raise TypeError(f"model must be a keye_kernels.Keye, got {type(model).__name__}")
     checked_grids = _check_grids(grids, model.config.vision_config.spatial_merge_size)
     lengths = _check_lengths(prompt_lengths, model.config.max_position_embeddings)
+    if pixel_dtype not in ("float32", "uint8"):
+        raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r:.100}")
+    dtype = torch.uint8 if pixel_dtype == "uint8" else model.dtype
     if note := _nothing_to_compile(model):
         return WarmupReport(0, 0, 0.0, note)
     from .triton.launch import compile_steps
 
-    steps = _steps(model, checked_grids, lengths)
+    steps = _steps(model, checked_grids, lengths, dtype)
     start = time.perf_counter()
     with torch.no_grad(), tqdm(desc="warm-up", unit=" kernels", disable=not progress) as bar:
         compiled, cached = compile_steps(steps, bar.update)
         for step in steps:
             step()
+        if model.cuda_graphs:
+            _capture_graphs(model, checked_grids, dtype)
     torch.cuda.synchronize(model.device)
-    return WarmupReport(compiled, cached, round(time.perf_counter() - start, 2), f"{len(steps)} sizes on {model.device}")
+    seconds, note = round(time.perf_counter() - start, 2), f"{len(steps)} sizes on {model.device}"
+    return WarmupReport(compiled, cached, seconds, note, *model.visual.graphs.memory())
 
 
 def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> list[Tensor]:
@@ -122,14 +135,25 @@ def _nothing_to_compile(model: Keye) -> str | None:
     return None
 
 
-def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int]) -> Sequence[Callable[[], object]]:
+def _capture_graphs(model: Keye, grids: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for grid_thw in grids:
+        for _ in range(BATCHES_TO_CAPTURE):
+            model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
+
+
+def _blank_patches(model: Keye, grid_thw: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (int(grid_thw.prod(1).sum()), *model.config.vision_config.patch_shape)
+    return torch.zeros(shape, dtype=dtype, device=model.device)
+
+
+def _steps(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int], dtype: torch.dtype) -> Sequence[Callable[[], object]]:
     """One call of the model's forward per size, with one layer each of tower and decoder: all layers use the same kernels."""
     reduced = _replaced(model, visual=_one_layer(model.visual), model=_one_layer(model.model))
     reduced.config = replace(model.config, num_hidden_layers=1)  # sizes the cache
+    reduced.cuda_graphs = False  # graphs belong to the whole model
 
     def encode_image(grid_thw: Tensor) -> None:
-        shape = (int(grid_thw.prod(1).sum()), *model.config.vision_config.patch_shape)
-        reduced.get_image_features(torch.zeros(shape, dtype=model.dtype, device=model.device), grid_thw)
+        reduced.get_image_features(_blank_patches(model, grid_thw, dtype), grid_thw)
 
     def prefill_and_decode(length: int) -> None:
         ids = torch.zeros(1, length + 1, dtype=torch.int64, device=model.device)

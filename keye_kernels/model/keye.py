@@ -33,15 +33,17 @@ CACHE_BLOCK_TOKENS = 256
 class Keye(nn.Module):
     """Keye-VL-8B-Preview or Keye-VL-1.5-8B, chosen by `config.model_type`.
 
-    `Keye(config)` has random weights; `impl` as in `from_pretrained`. The arithmetic is documented in
+    `Keye(config)` has random weights; `impl` and `cuda_graphs` as in `from_pretrained`. The arithmetic is documented in
     `docs/models/keye_vl_preview.md` and `docs/models/keye_vl_1_5.md`. Submodules and parameters have the names of the official
     checkpoints, apart from fused projections.
     """
 
-    def __init__(self, config: KeyeConfig, impl: str = "auto"):
+    def __init__(self, config: KeyeConfig, impl: str = "auto", cuda_graphs: bool = True):
         super().__init__()
         check_impl(impl)
-        self.config = config
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r:.100}")
+        self.config, self.cuda_graphs = config, cuda_graphs
         self.generation_config: dict = {}
         self.visual = VisionTower(config.vision_config, edition_of(config.model_type).segment_by_frame, impl)
         self.mlp_AR = Projector(config, impl_for("patch_merge_projection", impl))
@@ -72,6 +74,7 @@ class Keye(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         impl: str = "auto",
+        cuda_graphs: bool = True,
         progress: bool = False,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | None = None,
@@ -83,6 +86,8 @@ class Keye(nn.Module):
             dtype: dtype of the parameters. Default, also "auto": the one in config.json, else that of the stored weights.
             device: device of the parameters. Default: torch's default device.
             impl: "auto", "reference", "triton", "torch" or "flash_attn". Operators without this implementation use "auto".
+            cuda_graphs: on a GPU, capture CUDA graphs of what is short: small batches of images and decoding steps. The results
+                are the same, within rounding. Also an attribute of the model, which may be changed at any time.
             progress: show a progress bar.
             torch_dtype: same as `dtype`, as in the official scripts.
             device_map: same as `device`, as in the official scripts; "auto" is a GPU if there is one. Must be one device.
@@ -98,7 +103,7 @@ class Keye(nn.Module):
         config = KeyeConfig.from_pretrained(path)
         device = checks.choose_device(device, device_map)
         with torch.device("meta"):
-            model = cls(config, impl)
+            model = cls(config, impl, cuda_graphs)
         model.generation_config = read_generation_config(path / "generation_config.json", config.vocab_size)
         model.visual.pixel_norm = PixelNorm.from_dict(read_json(path / "preprocessor_config.json"))
         # Before memory is allocated: sizes in config.json may be far from those of the tensors
@@ -167,8 +172,13 @@ class Keye(nn.Module):
             ValueError: the shapes are wrong or do not match.
         """
         checks.check_patches(pixel_values, self.config.vision_config.patch_shape)
+        pixel_values = pixel_values.to(self.device)
+        if self.cuda_graphs and not torch.compiler.is_compiling():
+            features = self.visual.graphs.encode(self, pixel_values, grid_thw)
+            if features is not None:
+                return features
         batch = self.visual.geometry(grid_thw, pixel_values.shape[0])
-        return self.mlp_AR(self.visual(pixel_values.to(self.device), batch), batch)
+        return self.mlp_AR(self.visual(pixel_values, batch), batch)
 
     def forward(
         self,

@@ -4,54 +4,40 @@ Without a graph, the CPU needs two to four times as long to launch a step of an 
 Symbols: B sequences, V vocabulary size.
 """
 
-import logging
-import threading
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from keye_kernels.ops.implementation import impl_for, resolve
-
 from .cache import KVCache
+from .graphs import capture, logger, runs_triton
 
 if TYPE_CHECKING:
     from .keye import Keye
 
 MIN_STEPS_TO_RECORD = 8  # capturing a graph takes about as long as this many steps
-logger = logging.getLogger(__name__)
 _failed: WeakSet = WeakSet()  # models for which capturing failed
-_capture_lock = threading.Lock()  # torch captures one graph at a time
 
 
 def decoding_step(model: "Keye", cache: KVCache, steps: int) -> Callable[[Tensor], Tensor]:
     """Returns a function that runs one decoding step: tokens [B, 1] to logits [B, 1, V].
 
     `cache` holds the prompt. With a graph, the logits are overwritten by the next call. The step runs without a graph if fewer
-    than MIN_STEPS_TO_RECORD `steps` are expected, on a CPU, in a model with hooks or compiled modules, under autocast (a graph
-    would keep its cast weights) and with the reference implementation (which creates tensors on the CPU).
+    than MIN_STEPS_TO_RECORD `steps` are expected, on a CPU, in a model with `cuda_graphs=False`, hooks or compiled modules, under
+    autocast (a graph would keep its cast weights) and with the reference implementation (which creates tensors on the CPU).
     """
-    if model.device.type == "cuda" and steps >= MIN_STEPS_TO_RECORD and model not in _failed and _can_record(model):
+    may_record = model.cuda_graphs and model.device.type == "cuda" and model not in _failed
+    if may_record and steps >= MIN_STEPS_TO_RECORD and _can_record(model):
         return _RecordedStep(model, cache)
     return lambda token: model(token, cache=cache).logits
 
 
 def _can_record(model: "Keye") -> bool:
     """Whether a replay does everything that a forward does."""
-    modules = list(model.modules())
-    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in modules)
-    impls = {impl_for("rope_3d", getattr(module, "impl", "auto")) for module in modules}
-    runs_triton = all(resolve(impl, "rope_3d", model.device) == "triton" for impl in impls)
-    return not has_hooks and runs_triton and not torch.is_autocast_enabled("cuda")
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: libraries keep a workspace for each stream that they have run on."""
-    return torch.cuda.Stream(device)
+    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in model.modules())
+    return not has_hooks and runs_triton(model, model.device) and not torch.is_autocast_enabled("cuda")
 
 
 class _RecordedStep:
@@ -74,20 +60,8 @@ class _RecordedStep:
 
     def _record(self, token: Tensor) -> None:
         self.token = token.clone()
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(token.device)
-        stream = _capture_stream(token.device)
         try:
-            with _capture_lock, torch.cuda.stream(stream):
-                stream.wait_stream(current)
-                # Other threads may allocate memory during the capture
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self.logits = self.model(self.token, cache=self.cache).logits
-                finally:
-                    graph.capture_end()
+            self.graph, self.logits = capture(lambda: self.model(self.token, cache=self.cache).logits, token.device)
         except RuntimeError as error:
             _failed.add(self.model)
             logger.warning("decoding runs without CUDA graphs, because a step could not be recorded: %s", error)
-            return
-        current.wait_stream(stream)
-        self.graph = graph

@@ -21,6 +21,7 @@ from keye_kernels.pixel_norm import PixelNorm
 
 from . import fused
 from .config import KeyeConfig, VisionConfig
+from .image_graphs import ImageGraphs
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 
@@ -133,11 +134,16 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.segment_by_frame, self.impl = config, segment_by_frame, impl
         self.pixel_norm = PixelNorm()
+        self.graphs = ImageGraphs()
         # A convolution with stride = kernel size is a matmul with [C, 3 * 14 * 14]
         self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = embedding(config.table_side**2, config.hidden_size)
         self.layers = nn.ModuleList(VisionLayer(config, impl) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "VisionTower":
+        self.graphs.clear()  # they keep the parameters that are about to be moved or cast
+        return super()._apply(*arguments, **options)
 
     def geometry(self, grid_thw: Tensor, num_patches: int) -> VisionBatch:
         """The geometry of `grid_thw` [n, 3] in block order, on the device of the tower."""

@@ -129,6 +129,69 @@ def test_recorded_and_launched_steps_give_the_same_tokens(monkeypatch, dtype, sa
     assert len(replays) == 2 * 38 and all(torch.equal(found, expected) for found in recorded)
 
 
+@pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [torch.float32, torch.uint8])
+def test_images_with_cuda_graphs_have_the_same_features(monkeypatch, edition, dtype, pixels):
+    """Bit for bit those of the same padded batch, which the first call of a bucket runs without a graph."""
+    model = tiny_model(model_type=edition).to(CUDA, dtype)
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    first = {}
+    for _ in range(3):
+        for grids in ([(1, 8, 10)], [(1, 8, 6), (2, 2, 8)], [(3, 4, 4), (1, 2, 2)]):
+            grid_thw = torch.tensor(grids)
+            patches = (torch.rand(int(grid_thw.prod(1).sum()), 3, 14, 14, device=CUDA) * 255).to(pixels)
+            with torch.no_grad():
+                model.cuda_graphs = True
+                torch.manual_seed(0)
+                found = model.get_image_features(patches, grid_thw)
+                model.cuda_graphs = False
+                expected = model.get_image_features(patches, grid_thw)
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+            same = first.setdefault(str(grids), (patches, found))
+            with torch.no_grad():
+                model.cuda_graphs = True
+                assert torch.equal(model.get_image_features(same[0], grid_thw), same[1])
+    assert len(replays) > 12 and model.visual.graphs.memory().bytes > 0
+
+
+def test_a_replay_reads_the_current_values_and_a_moved_model_has_no_graph():
+    model = tiny_model().to(CUDA)
+    grid_thw = torch.tensor([(1, 8, 10)])
+    pixels = torch.randn(80, 3, 14, 14, device=CUDA)
+    with torch.no_grad():
+        before = [model.get_image_features(pixels, grid_thw) for _ in range(3)][-1]
+        for parameter in model.visual.parameters():
+            parameter.mul_(1.5)
+        found = model.get_image_features(pixels, grid_thw)
+        model.cuda_graphs = False
+        expected = model.get_image_features(pixels, grid_thw)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found, before, atol=1e-2)
+        model.cuda_graphs = True
+        model.cpu()
+        torch.cuda.empty_cache()
+        torch.testing.assert_close(model.get_image_features(pixels.cpu(), grid_thw), expected.cpu(), atol=1e-3, rtol=1e-3)
+
+
+def test_images_that_cannot_be_captured_are_encoded_without_a_graph(monkeypatch, caplog):
+    model = tiny_model().to(CUDA)
+    grid_thw, pixels = torch.tensor([(1, 8, 10)]), torch.randn(80, 3, 14, 14, device=CUDA)
+    norm = type(model.visual.post_layernorm).forward
+    # Not a change of the model between two calls: the forward waits for the GPU, which a capture does not allow
+    monkeypatch.setattr(type(model.visual.post_layernorm), "forward", lambda m, x: norm(m, x + 0 * x.sum().item()))
+    with torch.no_grad():
+        features = [model.get_image_features(pixels, grid_thw) for _ in range(4)]
+    assert caplog.text.count("could not be captured") == 1
+    for other in features[1:]:
+        torch.testing.assert_close(other, features[0], atol=1e-5, rtol=1e-5)
+    # torch's allocator is usable
+    assert torch.ones(1000, device=CUDA).sum() == 1000
+
+
 def test_a_step_that_cannot_be_recorded_is_launched_and_logged(monkeypatch, caplog):
     model, inputs = tiny_model().to(CUDA), on_gpu(prompt([]))
     expected = model.generate(**inputs, max_new_tokens=12, eos_token_id=())

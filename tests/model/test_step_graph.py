@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from keye_kernels.model import step_graph
+from keye_kernels.model import graphs, step_graph
 from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, decoding_step
 from keye_kernels.ops.implementation import use_impl
 
@@ -18,7 +18,7 @@ class ModelOnGpu(nn.Module):
     def __init__(self, device="cuda"):
         super().__init__()
         self.device, self.head = torch.device(device), nn.Linear(2, 2)
-        self.head.impl = "triton"
+        self.head.impl, self.cuda_graphs = "triton", True
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,12 @@ def test_a_model_is_not_recorded_again_after_a_failure():
     model = ModelOnGpu()
     step_graph._failed.add(model)
     assert not is_recorded(model) and is_recorded(ModelOnGpu())
+
+
+def test_cuda_graphs_can_be_turned_off():
+    model = ModelOnGpu()
+    model.cuda_graphs = False
+    assert not is_recorded(model)
 
 
 def test_cpu_compiled_models_and_autocast_are_not_recorded():
@@ -98,7 +104,7 @@ def waits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(step_graph, "_capture_stream", lambda device: Stream("side"))
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: Stream("side"))
     return waited
 
 

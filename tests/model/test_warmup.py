@@ -35,7 +35,7 @@ with torch.no_grad(), implementation.use_impl("triton"):
     def compile(*steps):
         return compile_steps(steps, lambda: None)
     images = warm_up._check_grids([(1, 4, 6)], 2)
-    steps = warm_up._steps(model, images, [9])
+    steps = warm_up._steps(model, images, [9], torch.float32)
     first, again = compile(*steps), compile(*steps)
     inputs = prompt([(1, 4, 6)])
     def whole_model():
@@ -82,7 +82,7 @@ def test_warmup_does_not_change_the_model():
 
     model = tiny_model()
     layers = len(model.model.layers), len(model.visual.layers)
-    for step in _steps(model, _check_grids([(1, 4, 4)], 2), [5]):
+    for step in _steps(model, _check_grids([(1, 4, 4)], 2), [5], torch.float32):
         step()
     assert (len(model.model.layers), len(model.visual.layers)) == layers == (2, 2)
     assert model.config.num_hidden_layers == 2
@@ -100,6 +100,7 @@ def test_warmup_does_not_change_the_model():
         ({"grids": [(1, 4.5, 4)]}, "grids must hold"),
         ({"prompt_lengths": [0]}, "prompt_lengths must hold token counts from 1 to 2047, got 0"),
         ({"prompt_lengths": [2048]}, "prompt_lengths must hold"),
+        ({"pixel_dtype": "float16"}, "pixel_dtype must be 'float32' or 'uint8', got 'float16'"),
         ({"prompt_lengths": [7.5]}, "prompt_lengths must hold .*, got 7.5"),
     ],
     ids=str,

@@ -5,6 +5,8 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels import warm_up
+from keye_kernels.model import image_graphs
+from tests.helpers.fake_graphs import FakeGpu
 from tests.helpers.recorded_calls import operator_calls  # noqa: F401  a fixture
 from tests.helpers.tiny import tiny_model
 
@@ -30,6 +32,7 @@ def test_each_size_runs_once_after_it_was_compiled(compiled, operator_calls, cap
     model = tiny_model()
     report = kk.warmup(model, [(1, 4, 4), [(2, 2, 2), (1, 2, 6)]], [5, 2047], progress=True)
     assert (report.compiled, report.cached, report.note) == (3, 2, "4 sizes on cpu") and 0 < report.seconds < 60
+    assert (report.graphs, report.graph_bytes) == (0, 0)
     assert len(compiled) == 5 and compiled[-1] == torch.device("cpu")
     assert "5 kernels" in capsys.readouterr().err
     sizes = {name: [len(arguments[0]) for n, arguments, _ in operator_calls if n == name] for name in ("rope_2d", "rope_3d")}
@@ -54,7 +57,7 @@ def test_calls_have_the_sizes_of_requests(monkeypatch):
 
     monkeypatch.setattr(kk.Keye, "forward", record)
     monkeypatch.setattr(kk.Keye, "get_image_features", record_patches)
-    for step in warm_up._steps(model, warm_up._check_grids([[(2, 2, 2), (1, 2, 6)]], 2), [5]):
+    for step in warm_up._steps(model, warm_up._check_grids([[(2, 2, 2), (1, 2, 6)]], 2), [5], model.dtype):
         step()
     assert calls == [
         ((20, 3, 14, 14), torch.bfloat16, [[2, 2, 2], [1, 2, 6]]),
@@ -68,3 +71,23 @@ def test_lengths_that_are_no_token_counts_are_refused(length):
     with pytest.raises(ValueError, match="prompt_lengths must hold token counts from 1 to 2047"):
         kk.warmup(tiny_model(), prompt_lengths=[3, length])
     assert kk.warmup(tiny_model(), prompt_lengths=[1, 2047]).compiled == 0
+
+
+@pytest.mark.parametrize(("pixel_dtype", "dtype"), [("float32", torch.bfloat16), ("uint8", torch.uint8)])
+def test_graphs_are_captured_for_the_whole_model(compiled, monkeypatch, pixel_dtype, dtype):
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(image_graphs, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(image_graphs, "runs_triton", lambda *_: True)
+    model = tiny_model().bfloat16()
+    grids = [(1, 4, 4), [(2, 2, 2), (1, 2, 6)], (1, 16, 18)]
+    report = kk.warmup(model, grids, pixel_dtype=pixel_dtype)
+    # 20 and 36 patches in one and three segments: buckets of their own
+    assert report.graphs == len(gpu.captured) == 3 and report.graph_bytes > 3000
+    with torch.no_grad():
+        pixels = torch.zeros(16, 3, 14, 14, dtype=torch.uint8 if pixel_dtype == "uint8" else torch.float32)
+        model.get_image_features(pixels, torch.tensor([(1, 4, 4)]))
+    assert len(gpu.captured) == 3 and gpu.captured[0].replays == 2
+    assert {entry.pixels.dtype for entry in model.visual.graphs._entries.values()} == {dtype}
+    model = tiny_model()
+    model.cuda_graphs = False
+    assert kk.warmup(model, grids).graphs == 0 and len(gpu.captured) == 3

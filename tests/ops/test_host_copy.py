@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keye_kernels import host_copy
 from keye_kernels.geometry import VisionBatch
-from keye_kernels.host_copy import ALIGNMENT_BYTES, copy_all_to_device, copy_to_device
+from keye_kernels.host_copy import ALIGNMENT_BYTES, StaticTensors, copy_all_to_device, copy_to_device
 from keye_kernels.segments import Segments
 from tests.helpers.gpu_copies import Copies
 
@@ -92,3 +92,27 @@ def test_without_a_gpu_nothing_is_copied(monkeypatch):
     tensor = torch.rand(3)
     assert copy_to_device(tensor, CPU) is tensor
     assert copy_all_to_device([tensor], CPU)[0] is tensor
+
+
+def test_static_tensors_are_overwritten_where_they_are():
+    static = StaticTensors([((2, 5), torch.int32), ((5, 4), torch.float32), ((5,), torch.int64)], CPU)
+    views = [view.data_ptr() for view in static.views]
+    for count in (3, 5, 2, 0):
+        tensors = [torch.full((2, count), 7, dtype=torch.int32), torch.rand(count, 4), torch.arange(1, count + 1)]
+        static.overwrite(tensors)
+        for view, tensor in zip(static.views, tensors, strict=True):
+            found = view[tuple(slice(size) for size in tensor.shape)]
+            assert torch.equal(found, tensor) and view.count_nonzero() == tensor.count_nonzero()
+    assert [view.data_ptr() for view in static.views] == views
+
+
+def test_static_tensors_are_overwritten_by_one_asynchronous_copy(monkeypatch):
+    static = StaticTensors([((3,), torch.int64), ((2,), torch.float32)], CPU)
+    copies, made = Copies(monkeypatch), []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, y, non_blocking=False: made.append((x, y, non_blocking)) or copy(x, y))
+    tensors = [torch.arange(3), torch.rand(2)]
+    static.overwrite(tensors)
+    copied = [(x, y, non_blocking) for x, y, non_blocking in made if x is static.buffer]
+    assert len(copied) == 1 and copied[0][1] is copies.pinned[0] and copied[0][2]
+    assert all(torch.equal(view, tensor) for view, tensor in zip(static.views, tensors, strict=True))

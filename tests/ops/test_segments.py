@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keye_kernels.segments import Segments, cumulative_lengths, tile_schedule
+from keye_kernels.segments import PaddedSegments, Segments, cumulative_lengths, tile_schedule
 
 CPU = torch.device("cpu")
 
@@ -77,3 +77,25 @@ def test_lengths_and_the_number_of_tokens():
     assert Segments.from_lengths([], CPU).num_tokens == 0
     with torch.device("meta"):  # the default device does not matter
         assert cumulative_lengths([2]).device == CPU and tile_schedule(segments.cu_seqlens, 16, True).device == CPU
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded_segments_keep_their_tensors(causal):
+    segments = PaddedSegments(4, 100, 64, CPU)
+    cu_seqlens, schedule = segments.cu_seqlens, segments.schedule(16, causal)
+    assert cu_seqlens.tolist() == [0] * 5 and schedule.tolist() == [[0, 0, 0]] * (100 // 16 + 4)
+    for lengths in ([50, 3, 40], [64], [], [25, 25, 25, 25]):
+        segments.update(lengths)
+        expected = Segments.from_lengths([*lengths, *[0] * (4 - len(lengths))], CPU)
+        assert torch.equal(cu_seqlens, expected.cu_seqlens) and segments.lengths == expected.lengths
+        entries = expected.schedule(16, causal)
+        assert torch.equal(schedule[: len(entries)], entries) and not schedule[len(entries) :].any()
+        assert segments.cu_seqlens is cu_seqlens and segments.schedule(16, causal) is schedule
+        assert (segments.num_tokens, segments.max_seqlen) == (100, 64)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 5, [64, 37], [65]], ids=str)
+def test_segments_that_do_not_fit_are_refused(lengths):
+    segments = PaddedSegments(4, 100, 64, CPU)
+    with pytest.raises(ValueError, match=r"must be at most 4 segments of up to 64 tokens, 100 in all, got \["):
+        segments.update(lengths)

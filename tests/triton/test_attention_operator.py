@@ -11,7 +11,7 @@ from keye_kernels import segments as segments_module
 from keye_kernels.ops import attention_libraries, implementation
 from keye_kernels.ops.attention_libraries import torch_attention, why_not_flash
 from keye_kernels.reference.varlen_attention import varlen_attention as reference
-from keye_kernels.segments import Segments, tile_schedule
+from keye_kernels.segments import PaddedSegments, Segments, tile_schedule
 from keye_kernels.tools.bench.traffic import count_traffic
 from keye_kernels.triton import varlen_attention as launcher
 from tests.helpers.packed import assert_same_bits, offsets, packed
@@ -47,6 +47,21 @@ def test_a_schedule_keeps_offsets_that_do_not_start_at_0(causal):
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
 def test_a_schedule_of_no_tokens_is_empty(lengths):
     assert tile_schedule(offsets(lengths), 64, False).shape == (0, 3)
+
+
+@MASKS
+def test_padded_segments_give_the_same_bits(causal):
+    """The rows of no segment have NaN: no other row reads them."""
+    segments = PaddedSegments(8, 224, 128, CPU)
+    for lengths in ([70, 20, 1], [128, 40]):
+        q, k, v, cu_seqlens = packed(lengths, extra=224 - sum(lengths), head_dim=24)
+        for x in (q, k, v):
+            x[sum(lengths) :] = torch.nan
+        expected = attend(q, k, v, cu_seqlens, 128, causal=causal)
+        segments.update(lengths)
+        out, lse = attend(q, k, v, segments, None, causal=causal)
+        count = sum(lengths)
+        assert_same_bits((out[:count], lse[:, :count]), (expected[0][:count], expected[1][:, :count]))
 
 
 def test_segments_from_lengths():

@@ -3,6 +3,7 @@
 from ..fault import Fault
 
 CACHE, GENERATION, KEYE = (f"keye_kernels/model/{name}.py" for name in ("cache", "generation", "keye"))
+CAPTURE = "keye_kernels/model/graphs.py"
 GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
 CALLS, TESTS = "tests/model/test_calls.py", "tests/model/test_generation.py"
 TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
@@ -80,20 +81,20 @@ FAULTS = [
     Fault(GRAPH, "m._forward_hooks or m._forward_pre_hooks", "m._forward_hooks", GRAPHS),
     Fault(GRAPH, 'and not torch.is_autocast_enabled("cuda")', "", GRAPHS),
     Fault(GRAPH, "            _failed.add(self.model)\n", "", GRAPHS),
-    Fault(GRAPH, "                stream.wait_stream(current)\n", "", GRAPHS),
-    Fault(GRAPH, "        current.wait_stream(stream)\n", "", GRAPHS),
-    Fault(GRAPH, 'capture_error_mode="thread_local"', 'capture_error_mode="global"', GRAPHS),
+    Fault(CAPTURE, "        stream.wait_stream(current)\n", "", GRAPHS),
+    Fault(CAPTURE, "    current.wait_stream(stream)\n", "", GRAPHS),
+    Fault(CAPTURE, 'capture_error_mode="thread_local"', 'capture_error_mode="global"', GRAPHS),
     # Warm-up and the small model
     Fault(WARM_UP, "layers=module.layers[:1]", "layers=module.layers", SIZES),
     Fault(WARM_UP, "replace(model.config, num_hidden_layers=1)", "model.config", SIZES),
     Fault(WARM_UP, "        reduced(ids[:, -1:], cache=cache)\n", "", SIZES),
     Fault(WARM_UP, "cache=cache, logits_to_keep=1)", "cache=cache)", SIZES),
-    Fault(WARM_UP, "torch.zeros(shape, dtype=model.dtype,", "torch.zeros(shape, dtype=torch.float32,", SIZES),
+    Fault(WARM_UP, "else model.dtype\n    if note", "else torch.float32\n    if note", SIZES),
     Fault(WARM_UP, "not 1 <= length < max_tokens", "not 1 <= length <= max_tokens", SIZES),
     Fault(WARM_UP, " or isinstance(length, bool)", "", SIZES),
     Fault(WARM_UP, "        for step in steps:\n            step()\n", "", SIZES),
     Fault(WARM_UP, "disable=not progress", "disable=progress", SIZES),
-    Fault(WARM_UP, "WarmupReport(compiled, cached, round", "WarmupReport(cached, compiled, round", SIZES),
+    Fault(WARM_UP, "WarmupReport(compiled, cached, seconds", "WarmupReport(cached, compiled, seconds", SIZES),
     Fault(WARM_UP, 'if os.environ.get("TRITON_INTERPRET") == "1":', "if False:", WARMUPS + " -k interpreter"),
     Fault(SMALL, "return Keye.from_pretrained(SMALL, **options)", "return Keye.from_pretrained(SMALL)", OPTIONS),
     Fault(SMALL, "KeyeProcessor.from_pretrained(SMALL, **options)", "KeyeProcessor.from_pretrained(SMALL)", OPTIONS),

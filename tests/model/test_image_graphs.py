@@ -1,0 +1,402 @@
+"""Images encoded with CUDA graphs: the same features, for every batch of a bucket, and only where a replay does what a call does.
+
+The CPU plays the GPU (`tests/helpers/fake_graphs.py`); tests/gpu has the tests on a real one.
+"""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import keye_kernels as kk
+from keye_kernels.model import graphs, image_graphs
+from keye_kernels.model.image_graphs import Bucket, ImageGraphs
+from tests.helpers.fake_graphs import FakeGpu
+from tests.helpers.tiny import tiny_model
+
+EDITIONS = ["Keye", "KeyeVL1_5"]
+ROUNDING = {"atol": 2e-5, "rtol": 2e-5}
+GRIDS = [(1, 8, 6), (2, 4, 4), (1, 2, 10)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(image_graphs, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    monkeypatch.setattr(image_graphs, "PATCH_BUCKETS", (64, 128, 256))
+    return FakeGpu(monkeypatch)
+
+
+def inputs(*grids, seed=0, dtype=torch.float32):
+    grid_thw = torch.tensor(grids)
+    shape = int(grid_thw.prod(1).sum()), 3, 14, 14
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=dtype), grid_thw
+    return torch.randn(shape, generator=generator).to(dtype), grid_thw
+
+
+@torch.no_grad()
+def eager(model, pixels, grid_thw):
+    used, model.cuda_graphs = model.cuda_graphs, False
+    features = model.get_image_features(pixels, grid_thw)
+    model.cuda_graphs = used
+    return features
+
+
+@torch.no_grad()
+def encode(model, *grids, times=1, **options):
+    pixels, grid_thw = inputs(*grids, **options)
+    for _ in range(times):
+        features = model.get_image_features(pixels, grid_thw)
+    return features
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_batches_of_one_bucket_share_a_graph(gpu, edition, dtype):
+    model = tiny_model(model_type=edition)
+    batches = [GRIDS, [(1, 6, 8), (1, 8, 4), (1, 4, 2), (1, 2, 2)], [(1, 2, 4)] * 3 + [(1, 6, 8)]]
+    for seed, grids in enumerate(batches * 2):
+        found = encode(model, *grids, seed=seed, dtype=dtype)
+        torch.testing.assert_close(found, eager(model, *inputs(*grids, seed=seed, dtype=dtype)), **ROUNDING)
+    assert [graph.replays for graph in gpu.captured] == [5]
+    assert not found.requires_grad and not found.is_inference()
+
+
+def test_features_are_those_of_the_same_padded_batch_bit_for_bit(gpu):
+    """The first batch runs without a graph, on the same padded tensors as later ones."""
+    model = tiny_model()
+    first, second, third = (encode(model, *GRIDS) for _ in range(3))
+    assert gpu.captured[0].replays == 2
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_features_are_not_overwritten_by_the_next_batch(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS)
+    found = encode(model, *GRIDS)
+    before = found.clone()
+    encode(model, *GRIDS, seed=1)
+    assert gpu.captured[0].replays == 2 and torch.equal(found, before)
+
+
+def test_the_caller_may_change_its_pixels_and_grids(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    pixels, grid_thw = inputs(*GRIDS)
+    expected = eager(model, pixels, grid_thw)
+    with torch.no_grad():
+        found = model.get_image_features(pixels, grid_thw)
+    pixels.zero_()
+    grid_thw.zero_()
+    torch.testing.assert_close(found, expected, **ROUNDING)
+
+
+def test_a_smaller_batch_leaves_nothing_of_a_larger_one(gpu):
+    """NaN in the rows that pad a batch reaches no feature."""
+    model = tiny_model(model_type="KeyeVL1_5")
+    pixels, grid_thw = inputs((1, 8, 4), (1, 8, 4))
+    pixels[32:] = torch.nan
+    with torch.no_grad():
+        for _ in range(3):
+            assert model.get_image_features(pixels, grid_thw)[8:].isnan().all()
+    small = [(1, 8, 4), (1, 2, 2)]
+    torch.testing.assert_close(encode(model, *small), eager(model, *inputs(*small)), **ROUNDING)
+    assert len(gpu.captured) == 1 and gpu.captured[0].replays == 3
+
+
+def test_buckets():
+    of = lambda *lengths: Bucket.of(lengths, torch.uint8)  # noqa: E731
+    assert of(1024)[:3] == (1024, 1, 1024)
+    assert of(1020, 8)[:3] == (1280, 2, 1024)
+    assert of(100, 40, 30)[:3] == (256, 4, 128)
+    assert of(4096)[:3] == (4096, 1, 4096) and of(4096, 4) is None and of() is None
+    assert of(600)[:3] == (768, 1, 768), "not the next power of two: a segment is at most the batch"
+    with kk.use_impl("torch"):
+        assert of(8) != Bucket.of([8], torch.float32) and of(8).default_impl == "torch"
+    assert of(8).default_impl == "auto"
+
+
+def test_large_and_empty_batches_run_without_a_graph(gpu):
+    model = tiny_model()
+    encode(model, (1, 16, 18), times=3)
+    assert gpu.captured == []
+    found = encode(model, (1, 16, 16), times=3)
+    torch.testing.assert_close(found, eager(model, *inputs((1, 16, 16))), **ROUNDING)
+    assert len(gpu.captured) == 1
+    with torch.no_grad():
+        empty = model.get_image_features(torch.empty(0, 3, 14, 14), torch.empty(0, 3, dtype=torch.int64))
+    assert empty.shape == (0, 64)
+
+
+def test_wrong_grids_are_named(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    pixels, grid_thw = inputs(*GRIDS)
+    for wrong, message in ((grid_thw[:2], "describes 80 patches, but 100 patches"), (grid_thw + 1, "must hold positive sizes")):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model.get_image_features(pixels, wrong)
+    torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
+
+
+def replaced(model):
+    model.visual.layers[1].mlp.fc1.weight = nn.Parameter(torch.randn_like(model.visual.layers[1].mlp.fc1.weight))
+
+
+def new_memory(model):
+    model.mlp_AR.linear_2.bias.data = torch.randn_like(model.mlp_AR.linear_2.bias)
+
+
+def moved(model):
+    model.visual.to(torch.float64)
+    model.mlp_AR.to(torch.float64)
+
+
+def loaded(model):
+    state = {name: torch.randn_like(x) for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def patched(model):
+    model.visual.layers[0].self_attn.forward = lambda x, *_: x * 0
+
+
+def other_module(model):
+    model.visual.layers[0].layer_norm1 = nn.LayerNorm(48, eps=0.5)
+
+
+def other_eps(model):
+    model.visual.post_layernorm.eps = 1.0
+
+
+def other_norm(model):
+    model.visual.pixel_norm = model.visual.pixel_norm._replace(image_mean=(0.1, 0.2, 0.3))
+
+
+def fewer_layers(model):
+    model.visual.layers = model.visual.layers[:1]
+
+
+CHANGES = [replaced, new_memory, moved, loaded, patched, other_module, other_eps, other_norm, fewer_layers]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("batches_before", [1, 2, 3])
+def test_a_changed_model_drops_its_graphs(gpu, change, batches_before):
+    model = tiny_model()
+    dtype = torch.uint8 if change is other_norm else torch.float32
+    before = encode(model, *GRIDS, times=batches_before, dtype=dtype)
+    num_captured = len(gpu.captured)
+    change(model)
+    # As many batches again: without a graph, with a new one and with its replay
+    for _ in range(3):
+        found = encode(model, *GRIDS, dtype=dtype)
+        torch.testing.assert_close(found, eager(model, *inputs(*GRIDS, dtype=dtype)), **ROUNDING)
+    assert not torch.allclose(found.float(), before)
+    assert len(gpu.captured) == num_captured + 1
+
+
+def test_values_that_change_in_place_need_no_new_graph(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
+    assert len(gpu.captured) == 1 and gpu.captured[0].replays == 2
+
+
+def test_moving_the_tower_frees_the_memory_of_its_graphs_at_once(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    assert model.visual.graphs.memory().captured == 1
+    model.visual.to("cpu")
+    assert model.visual.graphs.memory() == (0, 0)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 3])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_run_once_per_batch(gpu, register, when):
+    model, calls = tiny_model(), []
+    for _ in range(when):
+        encode(model, *GRIDS)
+    getattr(model.visual.layers[1].mlp.fc2, register)(lambda module, *_: calls.append(module))
+    if when > 1:  # a fake graph runs the modules, a real one does not
+        gpu.captured[0].run = lambda: gpu.captured[0].result
+    for number in (1, 2, 3):
+        encode(model, *GRIDS)
+        assert len(calls) == number
+    assert model.visual.graphs.memory().captured == 0
+
+
+def test_global_hooks_are_not_skipped(gpu):
+    model, calls = tiny_model(), []
+    encode(model, *GRIDS, times=2)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        gpu.captured[0].run = lambda: gpu.captured[0].result
+        encode(model, *GRIDS)
+    finally:
+        handle.remove()
+    assert model.visual.layers[0] in calls
+
+
+class Logging(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **(options or {}))
+
+
+def test_what_needs_more_than_the_result_runs_without_a_graph(gpu, monkeypatch):
+    model = tiny_model()
+    pixels, grid_thw = inputs(*GRIDS)
+    contexts = [
+        torch.enable_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Logging(),
+        kk.use_impl("reference"),
+    ]
+    # In place of the check of every module
+    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: image_graphs.default_impl() != "reference")
+    for context in contexts:
+        with torch.no_grad(), context:
+            features = [model.get_image_features(pixels, grid_thw) for _ in range(3)]
+        assert gpu.captured == [] and features[0].requires_grad == (context is contexts[0])
+    model.visual.impl = "reference"
+    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    encode(model, *GRIDS, times=3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model.visual.impl = "auto"
+    encode(model, *GRIDS, times=3)
+    assert gpu.captured == []
+
+
+def test_another_default_implementation_gets_another_graph(gpu, monkeypatch):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    monkeypatch.setattr(image_graphs, "default_impl", lambda: "triton")
+    encode(model, *GRIDS, times=2)
+    assert len(gpu.captured) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("other", [torch.no_grad, torch.inference_mode])
+def test_graphs_serve_no_grad_and_inference_mode(gpu, mode, other):
+    model = tiny_model()
+    pixels, grid_thw = inputs(*GRIDS)
+    for context in (mode, mode, other, mode):
+        with context():
+            found = model.get_image_features(pixels, grid_thw)
+    torch.testing.assert_close(found, eager(model, pixels, grid_thw), **ROUNDING)
+    assert len(gpu.captured) == 1
+
+
+def test_cuda_graphs_can_be_turned_off_at_any_time(gpu):
+    with pytest.raises(TypeError, match="cuda_graphs must be True or False, got 1"):
+        kk.Keye(tiny_model().config, cuda_graphs=1)
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    model.cuda_graphs = False
+    encode(model, *GRIDS)
+    assert gpu.captured[0].replays == 1
+    assert not kk.Keye(model.config, cuda_graphs=False).cuda_graphs
+
+
+def test_a_failed_capture_is_logged_once_and_not_tried_again(gpu, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    model = tiny_model()
+    found = [encode(model, *GRIDS) for _ in range(4)]
+    for features in found:
+        torch.testing.assert_close(features, eager(model, *inputs(*GRIDS)), **ROUNDING)
+    assert caplog.text.count("images are encoded without CUDA graphs") == 1 and "operation not permitted" in caplog.text
+    assert model.visual.graphs.memory() == (0, 0)
+
+
+def test_errors_of_the_model_are_not_failures_of_a_capture(gpu, monkeypatch):
+    model = tiny_model()
+
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(type(model.mlp_AR), "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encode(model, *GRIDS)
+    encode(model, *GRIDS, times=3)
+    assert len(gpu.captured) == 1
+
+
+def test_the_least_recently_used_graph_is_freed(gpu, monkeypatch):
+    monkeypatch.setattr(image_graphs, "MAX_GRAPHS", 2)
+    model = tiny_model()
+    first, second, third = [(1, 2, 2)], [(1, 8, 10)], [(1, 16, 16)]
+    for grids in (first, second):
+        encode(model, *grids, times=2)
+    encode(model, *first)
+    encode(model, *third, times=2)
+    assert model.visual.graphs.memory().captured == 2 and len(gpu.captured) == 3
+    encode(model, *first)
+    assert len(gpu.captured) == 3
+    encode(model, *second, times=2)
+    assert len(gpu.captured) == 4
+
+
+def test_all_graphs_share_one_pool_and_report_their_memory(gpu):
+    model = tiny_model()
+    for grids in ([(1, 2, 2)], [(1, 8, 10)]):
+        encode(model, *grids, times=2)
+    assert len(gpu.pools) == 2 and gpu.pools[0] is gpu.pools[1] is not None
+    pixel_bytes = (64 + 128) * 588 * 4
+    assert model.visual.graphs.memory() == (2, 2000 + pixel_bytes)
+
+
+def test_a_batch_on_another_stream_waits_for_the_last_one(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=3)
+    assert gpu.stream.events == ["record", "wait", "record", "wait", "record"]
+
+
+def test_copies_of_a_model_have_graphs_of_their_own(gpu):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other.visual.graphs, ImageGraphs) and other.visual.graphs.memory().captured == 0
+        torch.testing.assert_close(encode(other, *GRIDS, times=2), encode(model, *GRIDS), **ROUNDING)
+
+
+def test_threads_take_turns(gpu):
+    model, wrong = tiny_model(), []
+    batches = [[(1, 8, 6)], [(1, 6, 8)], [(1, 4, 12)]]
+    expected = [eager(model, *inputs(*grids, seed=seed)) for seed, grids in enumerate(batches)]
+
+    def work(seed):
+        for _ in range(20):
+            found = encode(model, *batches[seed], seed=seed)
+            wrong.extend([] if torch.allclose(found, expected[seed], atol=2e-5) else [seed])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(gpu.captured) == 1
+
+
+def test_a_prompt_with_an_image_uses_the_graphs(gpu):
+    from tests.helpers.tiny import prompt
+
+    model = tiny_model()
+    batch = prompt([(1, 4, 6)])
+    with torch.no_grad():
+        logits = [model(**batch).logits for _ in range(3)]
+        model.cuda_graphs = False
+        expected = model(**batch).logits
+    assert gpu.captured[0].replays == 2
+    torch.testing.assert_close(logits[2], expected, atol=1e-4, rtol=1e-4)

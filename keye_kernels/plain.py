@@ -1,16 +1,25 @@
 """Checks whether an operator may read a layer's weights instead of calling the layer."""
 
-from torch import nn
+from torch import Tensor, nn
+
+PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)  # subclasses are DTensor, quantized weights and others
 
 
 def is_plain(*modules: nn.Module) -> bool:
     """Whether calling each of these modules is the same as applying its weights.
 
-    False for the layers of adapters (LoRA), and for modules with hooks (offloading, tensor parallelism).
+    False for the layers of adapters (LoRA), for modules with hooks (offloading, tensor parallelism), and for weights that are
+    tensor subclasses (DTensor, torchao's quantization).
     """
-    return all(type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm) and calls_forward(module) for module in modules)
+    types = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+    return all(type(module) in types and calls_forward(module) and has_plain_weights(module) for module in modules)
 
 
 def calls_forward(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class and nothing else."""
     return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def has_plain_weights(module: nn.Module) -> bool:
+    """Whether the module's own parameters are ordinary tensors."""
+    return all(weight is None or type(weight) in PLAIN_TENSORS for weight in module._parameters.values())

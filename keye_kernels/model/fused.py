@@ -1,7 +1,7 @@
 """What a layer computes between its matmuls, in fewer launches where Triton kernels run and no gradient is needed.
 
 Elsewhere each function calls the modules: `torch.compile` fuses elementwise work without help, and a CPU gains nothing.
-Symbols: T tokens or patches, C channels.
+Symbols: T tokens or patches (or several axes, such as sequences and their tokens), C channels.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.ops.implementation import impl_for, resolve
-from keye_kernels.plain import calls_forward
+from keye_kernels.plain import PLAIN_TENSORS, calls_forward, has_plain_weights
 
 from .linear import Linear
 
@@ -23,60 +23,84 @@ FUSED_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear)
 def norm(x: Tensor, module: nn.Module, impl: str = "auto") -> Tensor:
     """The LayerNorm or RMSNorm `module` of x [T, C]."""
     if _fuses(x, impl, module):
-        return ops.add_norm(x, None, **_norm_options(module), impl="triton")[1]
+        return _shaped(ops.add_norm(_rows(x), None, **_norm_options(module), impl="triton")[1], x)
     return module(x)
 
 
 def add_norm(x: Tensor, residual: Tensor, module: nn.Module, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """residual + x and its norm, [T, C]."""
-    if _fuses(x, impl, module):
-        return ops.add_norm(x, residual, **_norm_options(module), impl="triton")
+    if _matches(residual, x) and _fuses(x, impl, module):
+        total, normed = ops.add_norm(_rows(x), _rows(residual), **_norm_options(module), impl="triton")
+        return _shaped(total, x), _shaped(normed, x)
     total = residual + x
     return total, module(total)
 
 
 def silu_mul(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
     """silu(gate) * up. `gate` is overwritten when no gradient is needed: this is the largest activation of the decoder."""
-    if _fuses(gate, impl):
-        return ops.silu_mul(gate, up, impl="triton")
+    if _matches(up, gate) and _fuses(gate, impl):
+        return _shaped(ops.silu_mul(_rows(gate), _rows(up), impl="triton"), gate)
     return F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
 
 
 def add_linear(x: Tensor, residual: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     """residual + module(x), for a linear layer without a bias. `residual` is overwritten where the matmul adds to it."""
-    if module.bias is None and _fuses(x, impl, module) and x.dtype == residual.dtype == module.weight.dtype:
-        return residual.addmm_(x, module.weight.t())
+    is_simple = module.bias is None and (residual.ndim == 2 or residual.is_contiguous())
+    if is_simple and _fuses(x, impl, module) and x.dtype == residual.dtype == module.weight.dtype:
+        _rows(residual).addmm_(_rows(x), module.weight.t())
+        return residual
     return residual + module(x)
 
 
 def linear_gelu(x: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     """GELU, in its tanh form, of module(x)."""
-    if _fuses(x, impl, module) and has_gelu_epilogue(x, module.weight, impl):
+    if _fuses(x, impl, module) and _has_epilogue(x, module.weight):
         return matmul_gelu(x, module.weight, module.bias)
-    # In place when no gradient is needed: this is the largest activation of the tower
-    return (F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_)(module(x), approximate="tanh")
+    # In place when no gradient is needed and no hook may keep it: this is the largest activation of the tower
+    in_place = not torch.is_grad_enabled() and calls_forward(module)
+    return (torch.ops.aten.gelu_ if in_place else F.gelu)(module(x), approximate="tanh")
 
 
 def has_gelu_epilogue(x: Tensor, weight: Tensor, impl: str = "auto") -> bool:
     """Whether `matmul_gelu` computes GELU in its tanh form, in one launch."""
-    return _fuses(x, impl) and x.is_cuda and x.dtype == weight.dtype and _epilogue_is_tanh(x.device)
+    return _fuses(x, impl) and _has_epilogue(x, weight)
 
 
 def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of x @ weightᵀ + bias, in the epilogue of the matmul."""
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return _shaped(torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True), x)
 
 
 def _fuses(x: Tensor, impl: str, *modules: nn.Module) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    if not all(type(module) in FUSED_TYPES and calls_forward(module) for module in modules):
+    if not all(type(module) in FUSED_TYPES and calls_forward(module) and has_plain_weights(module) for module in modules):
+        return False
+    if type(x) not in PLAIN_TENSORS or x.stride(-1) != 1:
         return False
     return x.dtype != torch.float64 and resolve(impl_for("add_norm", impl), "add_norm", x.device, x.dtype) == "triton"
 
 
+def _matches(other: Tensor, x: Tensor) -> bool:
+    """Whether a kernel takes `other` together with x; modules of other code may return any layout and dtype."""
+    return other.dtype == x.dtype and other.stride(-1) == 1 and type(other) in PLAIN_TENSORS
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows [T, ...] with the leading axes of x."""
+    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], -1)
+
+
 def _norm_options(module: nn.Module) -> dict[str, Any]:
     return {"weight": module.weight, "bias": getattr(module, "bias", None), "eps": module.eps}  # an RMSNorm has no bias
+
+
+def _has_epilogue(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and x.dtype == weight.dtype and _epilogue_is_tanh(x.device)
 
 
 @cache

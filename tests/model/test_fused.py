@@ -90,13 +90,37 @@ def test_the_epilogue_is_used_only_where_it_is_the_tanh_form(form, monkeypatch):
     fused._epilogue_is_tanh.cache_clear()
 
 
-@pytest.mark.parametrize("condition", ["gradients", "autocast", "hook", "subclass", "float64", "reference"])
+def test_several_leading_axes():
+    x, residual, other = (torch.randn(2, 3, 32) for _ in range(3))
+    norm, layer, fc1 = norms()[1], nn.Linear(32, 16, bias=False), nn.Linear(32, 48)
+    with torch.no_grad():
+        total = residual + x
+        torch.testing.assert_close(fused.norm(x, norm, "triton"), norm(x), **FP32)
+        torch.testing.assert_close(fused.add_norm(x, residual, norm, "triton"), (total, norm(total)), **FP32)
+        torch.testing.assert_close(fused.silu_mul(x, other, "triton"), F.silu(x) * other, **FP32)
+        torch.testing.assert_close(fused.linear_gelu(x, fc1, "triton"), F.gelu(fc1(x), approximate="tanh"), **FP32)
+        for narrow in (total[..., :16].contiguous(), total[..., :16]):
+            expected = narrow + layer(x)
+            torch.testing.assert_close(fused.add_linear(x, narrow, layer, "triton"), expected, **FP32)
+
+
+def test_an_output_that_a_hook_keeps_is_not_overwritten():
+    layer, kept = nn.Linear(32, 32), []
+    layer.register_forward_hook(lambda module, args, out: kept.append(out))
+    with torch.no_grad():
+        fused.linear_gelu(X, layer)
+        assert torch.equal(kept[0], F.linear(X, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("condition", ["gradients", "autocast", "hook", "subclass", "weight", "float64", "reference"])
 def test_otherwise_the_module_is_called(condition, launched):
     module, x, impl = norms()[0], X, "triton"
     if condition == "hook":
         module.register_forward_hook(lambda *_: None)
     if condition == "subclass":
         module = type("Norm", (nn.LayerNorm,), {})(32)
+    if condition == "weight":
+        module.weight = nn.Parameter(module.weight.detach().as_subclass(type("Weight", (torch.Tensor,), {})))
     if condition == "float64":
         module, x = module.double(), X.double()
     if condition == "reference":

@@ -13,14 +13,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels import ops
+from keye_kernels.model import fused
 from keye_kernels.model.checks import has_inner_padding
 from keye_kernels.model.decoder import prompt_segments
 from keye_kernels.model.positions import inverse_frequencies
-from keye_kernels.plain import is_plain
+from keye_kernels.plain import calls_forward, is_plain
 
 from .attention import NAME, eager_attention
 from .config import KeyeConfig
-from .pretrained import KeyePreTrainedModel
+from .pretrained import KeyePreTrainedModel, fused_impl
 
 # transformers 4 takes the positions of the new tokens in the cache as an argument
 MASK_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(create_causal_mask).parameters
@@ -80,7 +81,13 @@ class TextMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of `down_proj`."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # `fused.silu_mul` may overwrite the gate, which a hook could keep
+        return fused.silu_mul(gate, up) if is_plain(self.gate_proj) else F.silu(gate) * up
 
 
 class TextLayer(GradientCheckpointingLayer):
@@ -92,9 +99,13 @@ class TextLayer(GradientCheckpointingLayer):
         self.mlp = TextMLP(config)
 
     def forward(self, x: Tensor, **batch: Any) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(x), **batch)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), weights
+        impl = fused_impl(self)
+        attended, weights = self.self_attn(fused.norm(x, self.input_layernorm, impl), **batch)
+        x, normed = fused.add_norm(attended, x, self.post_attention_layernorm, impl)
+        # A hook could keep the sum, to which `add_linear` may add in place
+        if type(self.mlp) is TextMLP and calls_forward(self.mlp) and calls_forward(self.post_attention_layernorm):
+            return fused.add_linear(self.mlp.hidden(normed), x, self.mlp.down_proj, impl), weights
+        return x + self.mlp(normed), weights
 
 
 class KeyeTextModel(KeyePreTrainedModel):
@@ -151,7 +162,7 @@ class KeyeTextModel(KeyePreTrainedModel):
             x, weights = layer(x, **batch, **kwargs)
             if output_attentions:
                 attentions.append(weights)
-        x = self.norm(x)
+        x = fused.norm(x, self.norm)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,

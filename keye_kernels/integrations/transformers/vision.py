@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_kernels.geometry import VisionBatch
-from keye_kernels.model import vision
+from keye_kernels.model import fused, vision
 from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
 from keye_kernels.plain import is_plain
 
 from .attention import VISION_IMPLEMENTATIONS
 from .config import KeyeVisionConfig
-from .pretrained import KeyePreTrainedModel
+from .pretrained import KeyePreTrainedModel, fused_impl
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -55,8 +55,10 @@ class VisionLayer(GradientCheckpointingLayer):
         self.mlp = vision.VisionMLP(config)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), batch, inv_freq)
-        return x + self.mlp(self.layer_norm2(x))
+        impl = fused_impl(self)
+        attended = self.self_attn(fused.norm(x, self.layer_norm1, impl), batch, inv_freq)
+        x, normed = fused.add_norm(attended, x, self.layer_norm2, impl)
+        return x + self.mlp(normed)
 
 
 class KeyeVisionEmbeddings(nn.Module):

@@ -33,6 +33,9 @@ FAULTS = [
     Fault(ELEMENTWISE, 'call_key("add_norm", impl, (eps,), *tensors)', 'call_key("add_norm", impl, (), *tensors)', CALLS),
     Fault(FUSED, "torch.is_grad_enabled() or torch.is_autocast", "torch.is_autocast", LAYERS),
     Fault(FUSED, "type(module) in FUSED_TYPES and calls_forward(module)", "type(module) in FUSED_TYPES", LAYERS),
-    Fault(FUSED, "module.bias is None and _fuses", "_fuses", LAYERS),
+    Fault(FUSED, "is_simple = module.bias is None and (", "is_simple = (", LAYERS),
+    Fault(FUSED, "and has_plain_weights(module)", "", LAYERS),
+    Fault(FUSED, "not torch.is_grad_enabled() and calls_forward(module)", "not torch.is_grad_enabled()", LAYERS),
+    Fault(FUSED, "residual.ndim == 2 or residual.is_contiguous()", "True", LAYERS),
     Fault(FUSED, "bool(errors[0] < errors[1])", "bool(errors[1] < errors[0])", LAYERS),
 ]  # fmt: skip

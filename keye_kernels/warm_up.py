@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .geometry import Grid, check_grid_thw
 from .model import Keye
 from .model.decoder import Decoder
-from .model.image_graphs import BATCHES_TO_CAPTURE
+from .model.graphs import CALLS_TO_CAPTURE
 from .model.vision import VisionTower
 from .ops.implementation import IMPLEMENTATIONS, impl_for, resolve
 
@@ -137,7 +137,7 @@ def _nothing_to_compile(model: Keye) -> str | None:
 
 def _capture_graphs(model: Keye, grids: Sequence[Tensor], dtype: torch.dtype) -> None:
     for grid_thw in grids:
-        for _ in range(BATCHES_TO_CAPTURE):
+        for _ in range(CALLS_TO_CAPTURE):
             model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
 
 

@@ -1,24 +1,39 @@
-"""Capturing parts of a model as CUDA graphs, and whether a replay still does what a call would do."""
+"""CUDA graphs of parts of a model: capturing, buckets of input sizes, and whether a replay still does what a call would do.
+
+A graph of a bucket serves all inputs up to a size, which are copied into tensors of that size.
+"""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from keye_kernels.ops.implementation import impl_for, resolve
 from keye_kernels.pixel_norm import PixelNorm
 
 T = TypeVar("T")
 SETTINGS = frozenset((int, float, str, bool, PixelNorm))  # types of attributes that a forward may depend on
+CALLS_TO_CAPTURE = 2  # the first call of a bucket compiles kernels and initializes libraries
+MAX_GRAPHS = 16  # of one part of a model; the least recently used one is freed
+DEVICE_TYPES = ("cuda",)
 logger = logging.getLogger(__name__)
 _capture_lock = threading.Lock()  # torch captures one graph at a time
+
+
+class GraphMemory(NamedTuple):
+    """Attributes: `captured`, the number of graphs; `bytes`, GPU memory that they hold, with their inputs and outputs."""
+
+    captured: int
+    bytes: int
 
 
 def capture(run: Callable[[], T], device: torch.device, pool: object = None) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -52,6 +67,137 @@ def runs_triton(model: nn.Module, device: torch.device) -> bool:
     """Whether Triton kernels run all operators that can: the reference creates tensors on the CPU, which cannot be captured."""
     impls = {impl_for("rope_3d", getattr(module, "impl", "auto")) for module in model.modules()}
     return all(resolve(impl, "rope_3d", device) == "triton" for impl in impls)
+
+
+class Entry:
+    """One bucket: tensors for the inputs and, from the second call on, a graph. Subclasses add the inputs, and `forward`."""
+
+    def __init__(self, modules: Sequence[nn.Module], state: "ModuleState", device: torch.device):
+        self.modules, self.state, self.device = modules, state, device
+        # A graph may run once more after a parameter was replaced
+        self.kept = [x.detach() for module in modules for x in module.parameters()]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.bytes = 0
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def is_valid(self, modules: Sequence[nn.Module]) -> bool:
+        return self.state == ModuleState(*modules)
+
+    def run(self) -> Tensor:
+        """The output of the bucket's size, which the next replay overwrites."""
+        if self.graph is None:
+            return self.forward()
+        self.graph.replay()
+        return self.output
+
+    def capture(self, pool: object) -> None:
+        before = torch.cuda.memory_reserved(self.device)
+        self.graph, self.output = capture(self.forward, self.device, pool)
+        self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class GraphCache:
+    """The graphs of one part of a model: captured at the second call of their bucket, dropped if a module changes."""
+
+    doing = "a part of the model runs"  # for the log
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._has_failed = False
+        self._pool: object = None
+        self._last_use: torch.cuda.Event | None = None
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # a copy of the model captures its own graphs
+
+    def clear(self) -> None:
+        """Frees the graphs and their memory. They are captured again when they are needed."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._entries.clear()
+        self._pool = None
+
+    def memory(self) -> GraphMemory:
+        """What the captured graphs hold."""
+        with self._lock:
+            captured = [entry.bytes for entry in self._entries.values() if entry.graph is not None]
+        return GraphMemory(len(captured), sum(captured))
+
+    def may_run(self, device: torch.device) -> bool:
+        """Whether nothing but the result of a call is wanted: no gradients, no cast weights, no trace."""
+        if self._has_failed or device.type not in DEVICE_TYPES or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled(device.type) or torch._C._len_torch_function_stack():
+            return False
+        return _get_current_dispatch_mode() is None and not torch.cuda.is_current_stream_capturing()
+
+    def run(
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        bucket: Hashable,
+        make: Callable[["ModuleState"], E],
+        set_inputs: Callable[[E], object],
+        take: Callable[[E, Tensor], T],
+    ) -> T | None:
+        """Runs the forward of a bucket, through its graph if there is one. None if it has to run without a graph.
+
+        `make` makes the entry of a new bucket. `take` copies what is needed out of the output of the bucket's size. `modules` run
+        in the forward, and nothing else that may change does.
+        """
+        with self._lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            entry = self._entry(modules, device, bucket, make)
+            if entry is None:
+                return None
+            stream = torch.cuda.current_stream(device)
+            if self._last_use is not None:  # on another stream, an earlier input may still be read
+                stream.wait_event(self._last_use)
+            set_inputs(entry)
+            output = entry.run()
+            # Checked while the GPU runs the graph
+            is_valid = entry.is_valid(modules)
+            result = take(entry, output) if is_valid else None
+            self._last_use = torch.cuda.Event()
+            self._last_use.record(stream)
+            if not is_valid:
+                self._clear()
+            return result
+
+    def _entry(
+        self, modules: Sequence[nn.Module], device: torch.device, bucket: Hashable, make: Callable[["ModuleState"], E]
+    ) -> E | None:
+        """The entry of a bucket, ready to run; None if the modules cannot be captured."""
+        entry = self._entries.get(bucket)
+        if entry is not None and entry.graph is None and not entry.is_valid(modules):
+            self._clear()
+            entry = None
+        if entry is None:
+            state = ModuleState(*modules)
+            if not state.is_plain or not all(runs_triton(module, device) for module in modules):
+                return None
+            entry = self._entries[bucket] = make(state)
+            while len(self._entries) > MAX_GRAPHS:
+                self._entries.popitem(last=False)
+        elif entry.graph is None:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                entry.capture(self._pool)
+            except RuntimeError as error:
+                self._has_failed = True
+                self._clear()
+                logger.warning("%s without CUDA graphs, because a graph could not be captured: %s", self.doing, error)
+                return None
+        self._entries.move_to_end(bucket)
+        return entry
 
 
 class ModuleState:

@@ -25,8 +25,8 @@ GRIDS = [(1, 8, 6), (2, 4, 4), (1, 2, 10)]
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(image_graphs, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    monkeypatch.setattr(graphs, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
     monkeypatch.setattr(image_graphs, "PATCH_BUCKETS", (64, 128, 256))
     return FakeGpu(monkeypatch)
 
@@ -261,13 +261,13 @@ def test_what_needs_more_than_the_result_runs_without_a_graph(gpu, monkeypatch):
         kk.use_impl("reference"),
     ]
     # In place of the check of every module
-    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: image_graphs.default_impl() != "reference")
+    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: image_graphs.default_impl() != "reference")
     for context in contexts:
         with torch.no_grad(), context:
             features = [model.get_image_features(pixels, grid_thw) for _ in range(3)]
         assert gpu.captured == [] and features[0].requires_grad == (context is contexts[0])
     model.visual.impl = "reference"
-    monkeypatch.setattr(image_graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
     encode(model, *GRIDS, times=3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model.visual.impl = "auto"
@@ -334,7 +334,7 @@ def test_errors_of_the_model_are_not_failures_of_a_capture(gpu, monkeypatch):
 
 
 def test_the_least_recently_used_graph_is_freed(gpu, monkeypatch):
-    monkeypatch.setattr(image_graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     model = tiny_model()
     first, second, third = [(1, 2, 2)], [(1, 8, 10)], [(1, 16, 16)]
     for grids in (first, second):
@@ -353,8 +353,8 @@ def test_all_graphs_share_one_pool_and_report_their_memory(gpu):
     for grids in ([(1, 2, 2)], [(1, 8, 10)]):
         encode(model, *grids, times=2)
     assert len(gpu.pools) == 2 and gpu.pools[0] is gpu.pools[1] is not None
-    pixel_bytes = (64 + 128) * 588 * 4
-    assert model.visual.graphs.memory() == (2, 2000 + pixel_bytes)
+    input_bytes = (64 + 128) * (588 * 4 + 48)
+    assert model.visual.graphs.memory() == (2, 2000 + input_bytes)
 
 
 def test_a_batch_on_another_stream_waits_for_the_last_one(gpu):

@@ -5,7 +5,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels import warm_up
-from keye_kernels.model import image_graphs
+from keye_kernels.model import graphs
 from tests.helpers.fake_graphs import FakeGpu
 from tests.helpers.recorded_calls import operator_calls  # noqa: F401  a fixture
 from tests.helpers.tiny import tiny_model
@@ -76,8 +76,8 @@ def test_lengths_that_are_no_token_counts_are_refused(length):
 @pytest.mark.parametrize(("pixel_dtype", "dtype"), [("float32", torch.bfloat16), ("uint8", torch.uint8)])
 def test_graphs_are_captured_for_the_whole_model(compiled, monkeypatch, pixel_dtype, dtype):
     gpu = FakeGpu(monkeypatch)
-    monkeypatch.setattr(image_graphs, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(image_graphs, "runs_triton", lambda *_: True)
+    monkeypatch.setattr(graphs, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(graphs, "runs_triton", lambda *_: True)
     model = tiny_model().bfloat16()
     grids = [(1, 4, 4), [(2, 2, 2), (1, 2, 6)], (1, 16, 18)]
     report = kk.warmup(model, grids, pixel_dtype=pixel_dtype)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def load_image(
         return _to_rgb(Image.fromarray(to_channels_last(source)), blend_alpha, name)
     encoded = read_source(source, timeout=timeout, max_bytes=max_bytes)
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = _open(encoded)
     except Image.DecompressionBombError as error:
         raise _bomb_error(name, error) from error
     except Exception as error:  # Pillow's plugins raise many types for a broken header
@@ -85,6 +86,27 @@ def fetch_image(
     return image.resize((width, height))
 
 
+def decode_repeated(sources: Iterable[Any]) -> None:
+    """Decodes the PIL images that occur several times or share a file: two threads cannot decode them at the same time.
+
+    A source may also be a message part with `image`.
+    """
+    from PIL import Image as PIL
+
+    by_file: dict[int, list[Image]] = {}
+    for source in sources:
+        source = source.get("image") if isinstance(source, Mapping) else source
+        if isinstance(source, PIL.Image):
+            file = getattr(source, "fp", None)
+            by_file.setdefault(id(source if file is None else file), []).append(source)
+    for images in by_file.values():
+        if len(images) > 1:
+            for image in images:
+                # load_image reports the error
+                with suppress(Exception):
+                    image.load()
+
+
 def size_from_options(
     part: Mapping[str, Any], height: int, width: int, *, edition: EditionName, pixel_limits: tuple[float, float] | None = None
 ) -> tuple[int, int]:
@@ -113,6 +135,17 @@ def check_pixel_limits(part: Mapping[str, Any]) -> None:
     low, high = part.get("min_pixels"), part.get("max_pixels")
     if low is not None and high is not None and low > high:
         raise ValueError(f"min_pixels={low} must not exceed max_pixels={high}")
+
+
+def _open(encoded: bytes) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        # Pillow loads its plugins on demand, and overlooks those that another thread loads at the same time
+        Image.init()
+        return Image.open(io.BytesIO(encoded))
 
 
 def _to_rgb(image: Image, blend_alpha: bool, name: str) -> Image:

@@ -19,6 +19,7 @@ from keye_kernels.editions import V1_5
 
 from .arguments import align_timestamps, frame_size, per_video
 from .patches import PatchConfig
+from .sampling import Size
 from .slow_fast import FAST, SLOW
 from .tokenizer import FAST_END, FAST_START, FRAME, VIDEO_PAD
 
@@ -28,9 +29,10 @@ PER_FRAME_KWARGS = ("timestamps", "frame_types")
 
 @dataclass(frozen=True)
 class PackedVideo:
-    """One video as the model's input."""
+    """One video: how its frames become the model's input."""
 
-    patches: torch.Tensor  # uint8 [P, 3, 14, 14], frame by frame in time order
+    frames: list[tuple[torch.Tensor, Size]]  # uint8 [3, H, W], and (height, width) to which it is resized
+    lengths: list[int]  # patches of each frame
     grid_thw: list[tuple[int, int, int]]  # (frames, h, w) for each run of consecutive frames of equal size
     tokens: list[int]  # [N], vision tokens per frame
     prompt: str  # replaces <|video_pad|>; has one placeholder per frame
@@ -72,7 +74,7 @@ def pack_video(
     frame_types: Sequence[int] | None = None,
     timestamps: Sequence[float] | None = None,
 ) -> PackedVideo:
-    """Resizes the N frames of one video, uint8 `[3, H, W]`, and packs their patches.
+    """Checks the arguments for the N frames of one video, uint8 `[3, H, W]`, and computes its grids and its prompt.
 
     The sizes are `(height, width)` in pixels, multiples of 28; default: the size to which the image processor resizes the first
     frame. `frame_types` are 0 for slow and 1 for fast (default: all slow), `timestamps` the seconds written into the prompt
@@ -94,17 +96,23 @@ def pack_video(
     sizes = {SLOW: slow_size or default_size, FAST: fast_size or default_size}
     grids = [config.grid(*sizes[frame_type]) for frame_type in frame_types]
 
-    lengths = [rows * columns for rows, columns in grids]
-    patches = torch.empty(sum(lengths), 3, config.patch_size, config.patch_size, dtype=torch.uint8)
-    targets = patches.split(lengths)
-    for frame, frame_type, target in zip(frames, frame_types, targets, strict=True):
-        # Resizing uint8 rounds to whole pixel values, as the official processor does.
-        resized = torch.nn.functional.interpolate(frame[None], sizes[frame_type], mode="bilinear", antialias=True)[0]
-        target.copy_(config.patchify(resized))
-
     grid_thw = [(len(list(run)), *grid) for grid, run in groupby(grids)]
+    lengths = [rows * columns for rows, columns in grids]
     tokens = [length // config.merge_size**2 for length in lengths]
-    return PackedVideo(patches, grid_thw, tokens, video_prompt(frame_types, times))
+    sized = [(frame, sizes[frame_type]) for frame, frame_type in zip(frames, frame_types, strict=True)]
+    return PackedVideo(sized, lengths, grid_thw, tokens, video_prompt(frame_types, times))
+
+
+def packed_patches(videos: Sequence[PackedVideo], config: PatchConfig, pixel_dtype: str) -> torch.Tensor:
+    """Resizes the frames of all videos; returns their patches `[P, 3, 14, 14]`, frame by frame in time order."""
+
+    def read(frame: tuple[torch.Tensor, Size]) -> np.ndarray:
+        # Resizing uint8 rounds to whole pixel values, as the official processor does.
+        resized = torch.nn.functional.interpolate(frame[0][None], frame[1], mode="bilinear", antialias=True)[0]
+        return resized.permute(1, 2, 0).numpy()
+
+    frames = [frame for video in videos for frame in video.frames]
+    return config.pack(frames, [length for video in videos for length in video.lengths], read, pixel_dtype)
 
 
 def _list_numbers(name: str, values: Any) -> list[float]:

@@ -1,13 +1,14 @@
-"""The image processor's arithmetic: 8-bit images to 14 x 14 patches, and their normalization.
+"""The image processor: images and videos to 14 x 14 patches, 8-bit or normalized, in threads.
 
 Symbols: P patches, T frames, h and w rows and columns of patches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,16 @@ import torch
 from keye_kernels.editions import PREVIEW, EditionName, edition_named
 from keye_kernels.pixel_norm import PixelNorm
 
-from .images import load_image
+from .images import decode_repeated, load_image
 from .pixels import is_pixels, to_uint8
 from .resize import smart_resize_processor
+from .threads import map_in_threads
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Frame = TypeVar("Frame")
+Grid = tuple[int, int, int]
 
 # Steps that preprocessor_config.json can turn off; the model was trained with all of them.
 STEPS = ("do_resize", "do_rescale", "do_normalize")
@@ -93,47 +101,92 @@ class PatchConfig:
             raise ValueError(f"height and width of resized frames must be multiples of {self.factor}, got {height}x{width}")
         return height // self.patch_size, width // self.patch_size
 
-    def patchify(self, frame: torch.Tensor) -> torch.Tensor:
-        """Splits a resized image, uint8 `[3, H, W]`, into patches, uint8 `[h * w, 3, 14, 14]`, row by row."""
-        rows, columns = self.grid(*frame.shape[-2:])
-        blocks = frame.reshape(3, rows, self.patch_size, columns, self.patch_size)
-        return blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, self.patch_size, self.patch_size)
+    def images_to_patches(
+        self, images: Sequence[Any], edition: EditionName, pixel_dtype: str = "uint8"
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Loads images (anything that `load_image` takes), resizes them and splits them into patches.
 
-    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """Applies `norm` to patches, uint8 `[P, 3, 14, 14]`; returns float32."""
-        mean = torch.tensor(self.norm.image_mean).view(3, 1, 1)
-        std = torch.tensor(self.norm.image_std).view(3, 1, 1)
-        return patches.float().mul_(self.norm.rescale_factor).sub_(mean).div_(std)
+        Returns `(patches, grids)` as `videos_to_patches`, with the grid (1, h, w) of each image.
+        """
 
-    def concatenate_as(self, pixel_dtype: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-        """Returns the function that concatenates uint8 patches and converts them to `pixel_dtype`."""
-        name = str(pixel_dtype).removeprefix("torch.")
-        if name not in ("float32", "uint8"):
-            raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
-        if name == "uint8":
-            return torch.cat
-        return lambda patches: self.normalize(torch.cat(patches))
+        def read(source: Any) -> np.ndarray:
+            image = load_image(source, edition=edition)
+            return self._resize(image, self.resized_size(image.height, image.width))
 
-    def frames_to_patches(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Resizes one image, or the T frames of one Preview video, and splits them into patches.
+        decode_repeated(images)
+        resized = map_in_threads(read, images)
+        grids = [(1, *self.grid(*pixels.shape[:2])) for pixels in resized]
+        return self.pack(resized, [math.prod(grid) for grid in grids], lambda pixels: pixels, pixel_dtype), grids
 
-        Takes uint8 RGB arrays `[H, W, 3]`; the first one determines the size of all. Returns `(patches, (T, h, w))` with patches
-        uint8 `[T * h * w, 3, 14, 14]`, frame by frame and row by row.
+    def videos_to_patches(
+        self, videos: Sequence[Any], edition: EditionName, pixel_dtype: str = "uint8"
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Resizes Preview videos (anything that `to_frame_tensors` takes) and splits them into patches.
+
+        The first frame of a video determines the size of all. Returns `(patches, grids)` with patches `[P, 3, 14, 14]` of
+        `pixel_dtype`, frame by frame and row by row, and the grid (T, h, w) of each video.
         """
         from PIL import Image
 
-        height, width = self.resized_size(*frames[0].shape[:2])
-        rows, columns = self.grid(height, width)
-        patches = torch.empty(len(frames) * rows * columns, 3, self.patch_size, self.patch_size, dtype=torch.uint8)
-        for frame, target in zip(frames, patches.split(rows * columns), strict=True):
-            resized = Image.fromarray(frame).resize((width, height), resample=self.resample)
-            target.copy_(self.patchify(torch.from_numpy(np.array(resized)).permute(2, 0, 1)))
-        return patches, (len(frames), rows, columns)
+        frames: list[tuple[torch.Tensor, tuple[int, int]]] = []
+        lengths: list[int] = []
+        grids: list[Grid] = []
+        for video in videos:
+            tensors = to_frame_tensors(video, edition)
+            size = self.resized_size(*tensors[0].shape[-2:])
+            frames += [(frame, size) for frame in tensors]
+            rows, columns = self.grid(*size)
+            lengths += [rows * columns] * len(tensors)
+            grids.append((len(tensors), rows, columns))
+
+        def read(frame: tuple[torch.Tensor, tuple[int, int]]) -> np.ndarray:
+            pixels, size = frame
+            return self._resize(Image.fromarray(to_frame_array(pixels)), size)
+
+        return self.pack(frames, lengths, read, pixel_dtype), grids
+
+    def pack(
+        self, frames: Sequence[Frame], lengths: Sequence[int], read: Callable[[Frame], np.ndarray], pixel_dtype: str
+    ) -> torch.Tensor:
+        """The patches `[P, 3, 14, 14]` of all frames, in order, in one tensor.
+
+        `read` returns a resized frame, uint8 `[H, W, 3]`, and runs in threads. `lengths` are the patches of each frame.
+        """
+        # numpy: in a helper thread, torch would start threads of its own, and it cannot write to tensors of inference mode
+        patches = np.empty((sum(lengths), 3, self.patch_size, self.patch_size), check_pixel_dtype(pixel_dtype))
+        targets = np.split(patches, np.cumsum(lengths)[:-1])
+        map_in_threads(lambda job: self._cut(read(job[0]), job[1]), zip(frames, targets, strict=True))
+        return torch.from_numpy(patches)
+
+    def _resize(self, image: Image, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        return np.asarray(image if image.size == (width, height) else image.resize((width, height), resample=self.resample))
+
+    def _cut(self, pixels: np.ndarray, patches: np.ndarray) -> None:
+        """Writes the patches of a resized frame, uint8 `[H, W, 3]`, row by row to `patches`, uint8 or normalized float32."""
+        side = self.patch_size
+        rows, columns = self.grid(*pixels.shape[:2])
+        source = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+        target = patches.reshape(rows, columns, 3, side, side)
+        if patches.dtype == np.uint8:
+            target[...] = source
+            return
+        factor = np.float32(self.norm.rescale_factor)
+        mean, std = (np.array(values, np.float32).repeat(side**2).reshape(3, side, side) for values in self.norm[:2])
+        # One row of patches at a time, which stays in the cache
+        for target_row, source_row in zip(target, source, strict=True):
+            target_row[...] = source_row
+            target_row *= factor
+            target_row -= mean
+            target_row /= std
 
 
-def to_frame_array(image: Any, edition: EditionName) -> np.ndarray:
-    """Converts anything that `load_image` takes to a uint8 RGB array `[H, W, 3]`."""
-    return np.asarray(load_image(image, edition=edition))
+def check_pixel_dtype(pixel_dtype: Any) -> str:
+    """Returns the name of the dtype. Raises ValueError for dtypes that the processor does not make."""
+    name = str(pixel_dtype).removeprefix("torch.")
+    if name not in ("float32", "uint8"):
+        raise ValueError(f"pixel_dtype must be 'float32' or 'uint8', got {pixel_dtype!r}")
+    return name
 
 
 def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
@@ -151,15 +204,19 @@ def to_frame_tensors(video: Any, edition: EditionName) -> list[torch.Tensor]:
             "a video must be a tensor [T, 3, H, W], a uint8 array [T, H, W, 3] or a list of images, "
             f"got {type(video).__name__}; read files with process_vision_info first"
         )
-    frames = [_to_frame_tensor(frame, edition) for frame in video]
+    if isinstance(video, torch.Tensor):
+        frames = [_to_frame_tensor(frame, edition) for frame in video]
+    else:
+        decode_repeated(video)
+        frames = map_in_threads(lambda frame: _to_frame_tensor(frame, edition), video)
     if not frames:
         raise ValueError("a video must have at least one frame, got none")
     return frames
 
 
-def to_frame_arrays(video: Any, edition: EditionName) -> list[np.ndarray]:
-    """The frames of `to_frame_tensors` as arrays `[H, W, 3]`."""
-    return [frame.permute(1, 2, 0).contiguous().numpy() for frame in to_frame_tensors(video, edition)]
+def to_frame_array(frame: torch.Tensor) -> np.ndarray:
+    """Converts a frame `[3, H, W]` to an array `[H, W, 3]`."""
+    return np.ascontiguousarray(frame.numpy().transpose(1, 2, 0))
 
 
 def _to_frame_tensor(frame: Any, edition: EditionName) -> torch.Tensor:

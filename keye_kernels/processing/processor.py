@@ -23,8 +23,8 @@ from .arguments import (
 )
 from .batch import BatchFeature, check_padding, pad_sequences
 from .edition_marks import check_edition, is_marked
-from .packing import PackedVideo, pack_videos
-from .patches import PatchConfig, to_frame_array, to_frame_arrays, to_frame_tensors
+from .packing import PackedVideo, pack_videos, packed_patches
+from .patches import PatchConfig, check_pixel_dtype, to_frame_tensors
 from .prompts import load_chat_template, render_chat_template
 from .tokenizer import FAST_END, FAST_START, FRAME, IMAGE_PAD, VIDEO_PAD, KeyeTokenizer, SafePrompt, read_json
 from .vision_info import Messages, process_vision_info, split_conversations
@@ -238,7 +238,7 @@ class KeyeProcessor:
                 f"{edition.video_kwargs}; call process_vision_info with edition={self.edition!r}"
             )
         check_padding(padding, padding_side)
-        concatenate = self.patch_config.concatenate_as(pixel_dtype)
+        pixel_dtype = check_pixel_dtype(pixel_dtype)
         outputs = BatchFeature(input_ids=None, attention_mask=None)
         merged_patches = self.patch_config.merge_size**2
         # Number of tokens of each placeholder in the prompts
@@ -247,25 +247,23 @@ class KeyeProcessor:
 
         check_placeholders("image", IMAGE_PAD, prompts, len(images))
         if images:
-            packed = [self.patch_config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
-            outputs["pixel_values"] = concatenate([patches for patches, _ in packed])
-            outputs["image_grid_thw"] = torch.tensor([grid for _, grid in packed])
-            image_tokens = [math.prod(grid) // merged_patches for _, grid in packed]
+            outputs["pixel_values"], grids = self.patch_config.images_to_patches(images, self.edition, pixel_dtype)
+            outputs["image_grid_thw"] = torch.tensor(grids)
+            image_tokens = [math.prod(grid) // merged_patches for grid in grids]
 
         check_placeholders("video", VIDEO_PAD, prompts, len(videos))
         if videos and edition.slow_fast_frames:
             packed_videos = self._pack_slow_fast_videos(videos, video_kwargs)
-            outputs["pixel_values_videos"] = concatenate([video.patches for video in packed_videos])
+            outputs["pixel_values_videos"] = packed_patches(packed_videos, self.patch_config, pixel_dtype)
             outputs["video_grid_thw"] = torch.tensor([grid for video in packed_videos for grid in video.grid_thw])
             outputs["num_frames"] = torch.tensor([len(video.tokens) for video in packed_videos])
             prompts = replace_placeholders(prompts, VIDEO_PAD, [video.prompt for video in packed_videos])
             video_tokens = [tokens for video in packed_videos for tokens in video.tokens]
         elif videos:
-            packed = [self.patch_config.frames_to_patches(to_frame_arrays(video, self.edition)) for video in videos]
-            outputs["pixel_values_videos"] = concatenate([patches for patches, _ in packed])
-            outputs["video_grid_thw"] = torch.tensor([grid for _, grid in packed])
+            outputs["pixel_values_videos"], grids = self.patch_config.videos_to_patches(videos, self.edition, pixel_dtype)
+            outputs["video_grid_thw"] = torch.tensor(grids)
             outputs["second_per_grid_ts"] = seconds_per_grid(video_kwargs.get("fps"), len(videos))
-            video_tokens = [math.prod(grid) // merged_patches for _, grid in packed]
+            video_tokens = [math.prod(grid) // merged_patches for grid in grids]
 
         repeats = {self.image_token_id: iter(image_tokens), self.video_token_id: iter(video_tokens)}
         sequences = [repeat_ids(self.tokenizer.encode(prompt), repeats) for prompt in prompts]

@@ -19,11 +19,12 @@ from keye_kernels.editions import Edition, EditionName, edition_named
 
 from . import sampling
 from .frame_buffer import FrameBuffer, shrink
-from .images import fetch_image
-from .patches import to_frame_arrays
+from .images import decode_repeated, fetch_image
+from .patches import to_frame_array, to_frame_tensors
 from .sampling import DEFAULT_FPS, FRAME_FACTOR, Options, Size
 from .slow_fast import SlowFastClassifier
 from .sources import describe_source, has_scheme, is_bytes, open_source
+from .threads import map_in_threads
 from .video_reader import VideoReader
 
 VIDEO_TIMEOUT_SECONDS = 300.0
@@ -79,7 +80,7 @@ def fetch_video(
         header, *encoded_images = source.split(",")
         source = [f"{header},{encoded}" for encoded in encoded_images]
     if isinstance(source, (torch.Tensor, np.ndarray)):
-        source = to_frame_arrays(source, edition)
+        source = [to_frame_array(frame) for frame in to_frame_tensors(source, edition)]
     if isinstance(source, (list, tuple)):
         if not source:
             raise ValueError("a video must have at least one frame, got an empty list")
@@ -149,11 +150,14 @@ def _fetch_image_list(images: Sequence[Any], options: Options, edition: Edition,
         indices = sampling.sample_indices(0, len(images) - 1, max(1, min(len(images), sampling.slow_fast_frame_limit(options))))
     shared = {name: value for name, value in options.items() if name not in ("type", "video", "video_url")}
     pixel_limits = sampling.FRAME_PIXEL_LIMITS if edition.slow_fast_frames else None
-    resized = []
-    for index in indices:
-        image = images[index]
+
+    def fetch(image: Any) -> Any:
         part = image if isinstance(image, Mapping) else {**shared, "image": image}
-        resized.append(fetch_image(part, edition=edition.name, pixel_limits=pixel_limits, **limits))
+        return fetch_image(part, edition=edition.name, pixel_limits=pixel_limits, **limits)
+
+    sampled = [images[index] for index in indices]
+    decode_repeated(sampled)
+    resized = map_in_threads(fetch, sampled)
     seconds = torch.tensor([(1 / fps) * index for index in indices], dtype=torch.float32) if fps else None
     if not edition.slow_fast_frames:
         if len(resized) % FRAME_FACTOR:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from keye_kernels.editions import EditionName, edition_named
 
 from .edition_marks import mark_edition
-from .images import fetch_image
+from .images import decode_repeated, fetch_image
+from .threads import map_in_threads
 from .videos import SampledVideo, fetch_video
 
 Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
@@ -58,7 +60,7 @@ def process_vision_info(
     *,
     edition: EditionName = "preview",
     original_size: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     progress: bool = False,
     timeout: float | None = None,
     max_bytes: int | None = None,
@@ -74,7 +76,8 @@ def process_vision_info(
         edition: "preview" or "1.5"; pass `KeyeProcessor.edition` of the checkpoint.
         original_size: for "1.5", keep the frames of video files at their original size, as the official package does. With
             `KeyeProcessor` the inputs are the same, and resized frames take less memory.
-        workers: number of images and videos loaded in parallel.
+        workers: number of images and videos loaded in parallel. Default: images in up to `torch.get_num_threads()` threads, one
+            video at a time.
         progress: show a progress bar.
         timeout: time limit of each download in seconds. Default: 30 for an image, 300 for a video.
         max_bytes: size limit of each download. Default: 256 MiB for an image, 4 GiB for a video.
@@ -96,17 +99,29 @@ def process_vision_info(
         TypeError: a source has an unsupported type.
     """
     slow_fast_frames = edition_named(edition).slow_fast_frames
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be a positive integer, got {workers!r}")
     limits: dict[str, Any] = {"timeout": timeout, "max_bytes": max_bytes}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
 
+    # Decoders of videos have threads of their own
+    one_video = threading.Lock() if workers is None else nullcontext()
+
     def fetch(part: Mapping[str, Any]) -> Any:
         if modality(part) == "image":
             return fetch_image(part, edition=edition, **limits)
-        return fetch_video(part, edition=edition, original_size=original_size, **limits)
+        with one_video:
+            return fetch_video(part, edition=edition, original_size=original_size, **limits)
 
-    fetched = _map(fetch, _vision_parts(messages), workers, progress)
+    parts = _vision_parts(messages)
+    decode_repeated(image for part in parts for image in _listed(part))
+    if progress:
+        from tqdm import tqdm
+
+        with tqdm(total=len(parts), unit="file") as bar:
+            fetched = map_in_threads(fetch, parts, workers, bar.update)
+    else:
+        fetched = map_in_threads(fetch, parts, workers)
     sampled = [item for item in fetched if isinstance(item, SampledVideo)]
     images = [mark_edition(item, edition) for item in fetched if not isinstance(item, SampledVideo)] or None
     videos = [mark_edition(video.frames, edition) for video in sampled] or None
@@ -125,24 +140,6 @@ def process_vision_info(
     return images, videos
 
 
-def _map(function: Callable[[Any], Any], items: Sequence[Any], workers: int, progress: bool) -> list[Any]:
-    """Applies `function` to each item, in parallel, and returns the results in order. Stops at the first error."""
-    if not progress and (workers == 1 or len(items) < 2):
-        return [function(item) for item in items]
-    from tqdm import tqdm
-
-    # Decoding and resizing release the GIL, so threads run in parallel.
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), disable=not progress, unit="file"):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
-
-
 def _vision_parts(messages: Messages) -> list[Mapping[str, Any]]:
     return [
         part
@@ -152,6 +149,13 @@ def _vision_parts(messages: Messages) -> list[Mapping[str, Any]]:
         for part in turn["content"]
         if modality(part)
     ]
+
+
+def _listed(part: Mapping[str, Any]) -> Sequence[Any]:
+    """The image of a part, or the images of a video that is a list."""
+    kind = modality(part)
+    source = part.get(f"{kind}", part.get(f"{kind}_url"))
+    return source if isinstance(source, (list, tuple)) else [source]
 
 
 def _check_content(content: Any) -> None:

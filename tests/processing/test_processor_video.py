@@ -12,6 +12,7 @@ from keye_kernels.editions import EDITIONS
 from keye_kernels.processing import process_vision_info
 from tests.helpers.golden import golden, load_golden
 from tests.helpers.messages import VIDEO, random_image, text_part, user, user_videos
+from tests.helpers.patches import normalize
 from tests.helpers.video_clips import decode_clip, encode_clip
 
 # The golden pixels are float32; x * (1 / 255) and x / 255 differ by one rounding.
@@ -192,7 +193,7 @@ def test_uint8_pixels_normalized_with_patch_config_equal_the_float_pixels(proces
     for name in ("pixel_values", "pixel_values_videos"):
         assert inputs[name].dtype == torch.uint8
         assert inputs[name].shape[1:] == (3, 14, 14)
-        assert torch.equal(processor.patch_config.normalize(inputs[name]), float_inputs[name])
+        assert torch.equal(normalize(inputs[name], processor.patch_config.norm), float_inputs[name])
     with pytest.raises(ValueError, match="pixel_dtype must be"):
         processor(text, images=image, videos=videos, pixel_dtype="int8", **kwargs)
 

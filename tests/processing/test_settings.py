@@ -16,6 +16,7 @@ from keye_kernels.processing.prompts import render_chat_template
 from keye_kernels.processing.tokenizer import KeyeTokenizer, build_byte_tokenizer
 from tests.helpers.golden import golden
 from tests.helpers.messages import IMAGE, VIDEO, random_image, text_part, user
+from tests.helpers.patches import cut_patches
 from tests.helpers.small_tokenizer import write_processor_files
 
 FRAMES = torch.randint(0, 256, (4, 3, 56, 84), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -33,8 +34,9 @@ def test_missing_settings_have_the_defaults_of_the_official_image_processor():
     for edition in EDITIONS:
         config = PatchConfig.from_dict({}, edition)
         assert (config.min_pixels, config.max_pixels, config.patch_size, config.merge_size) == (3136, 1003520, 14, 2)
-        black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 14, 14)
-        assert config.normalize(black_and_white)[:, :, 0, 0].tolist() == [[-1.0] * 3, [1.0] * 3]
+        black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 56, 56)
+        patches, _ = config.images_to_patches(list(black_and_white), edition, "float32")
+        assert patches[[0, -1], :, 0, 0].tolist() == [[-1.0] * 3, [1.0] * 3]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,8 @@ def test_the_limits_of_the_area_have_three_places(limits):
 
 def test_the_rescale_factor_is_read_from_the_file():
     config = PatchConfig.from_dict({"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, "preview")
-    pixels = torch.full((1, 3, 14, 14), 255, dtype=torch.uint8)
-    torch.testing.assert_close(config.normalize(pixels), torch.ones(1, 3, 14, 14))
+    patches, _ = config.images_to_patches([torch.full((3, 56, 56), 255, dtype=torch.uint8)], "preview", "float32")
+    torch.testing.assert_close(patches, torch.ones(16, 3, 14, 14))
 
 
 @pytest.mark.parametrize(("patch_size", "merge_size"), [(14, 1), (14, 4), (7, 2)])
@@ -82,7 +84,7 @@ def test_images_and_preview_videos_are_resized_with_the_filter_of_the_file(tmp_p
     inputs = processor(IMAGE + VIDEO, images=image, videos=[[image]], pixel_dtype=torch.uint8)
     expected = torch.from_numpy(np.array(image.resize((84, 56), resample))).permute(2, 0, 1)
     for name in ("pixel_values", "pixel_values_videos"):
-        assert torch.equal(inputs[name], processor.patch_config.patchify(expected))
+        assert torch.equal(inputs[name], cut_patches(expected))
 
 
 def test_min_pixels_of_from_pretrained_enlarges_images(tmp_path):

@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from keye_kernels.editions import PREVIEW, V1_5, EditionName
 from keye_kernels.processing.arguments import list_images
 from keye_kernels.processing.edition_marks import check_edition
-from keye_kernels.processing.patches import STEPS, PatchConfig, to_frame_array
+from keye_kernels.processing.patches import STEPS, PatchConfig
 
 SETTINGS = (
     *("min_pixels", "max_pixels", "size", "patch_size", "merge_size", "temporal_patch_size"),
@@ -105,11 +105,10 @@ class SiglipImageProcessor(BaseImageProcessor):
         config = self.patch_config({name: overrides[name] for name in SETTINGS if name in overrides})
         images = list_images(images)
         check_edition(self.edition, images=images)
-        packed = [config.frames_to_patches([to_frame_array(image, self.edition)]) for image in images]
-        if not packed:
+        if not images:
             raise ValueError("images must contain at least one image, got none")
-        pixels = config.normalize(torch.cat([patches for patches, _ in packed]))
-        return BatchFeature({"pixel_values": pixels, "image_grid_thw": torch.tensor([grid for _, grid in packed])})
+        pixels, grids = config.images_to_patches(images, self.edition, "float32")
+        return BatchFeature({"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)})
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, **kwargs)

@@ -1,0 +1,40 @@
+"""Faults in the threads that read images, and in copies from pinned memory."""
+
+from ..fault import Fault
+
+PROCESSING = "keye_kernels/processing/"
+IMAGES, PATCHES, THREADS, VISION_INFO = (f"{PROCESSING}{name}.py" for name in ("images", "patches", "threads", "vision_info"))
+HOST_COPY = "keye_kernels/host_copy.py"
+
+READING = "tests/processing/test_threads.py"
+COPIES = "tests/ops/test_host_copy.py"
+
+FAULTS = [
+    # Threads
+    Fault(THREADS, "min(len(run.items), threads or torch.get_num_threads()) - 1", "min(len(run.items), threads or torch.get_num_threads())", READING),
+    Fault(THREADS, "or self._errors:\n", "or False:\n", READING),
+    Fault(THREADS, "(isinstance(self._errors[index], Exception), index)", "index", READING),
+    Fault(THREADS, "self._errors[min(self._errors, key=", "self._errors[max(self._errors, key=", READING),
+    Fault(THREADS, "            helper.join()\n", "            pass\n", READING),
+    Fault(THREADS, "            if permit is not None:\n                permit.release()\n\n", "            pass\n\n", READING),
+    Fault(THREADS, "                if permit is not None:\n                    permit.release()\n                break", "                break", READING),
+    Fault(THREADS, "permit = None if threads else _free_helpers", "permit = None", READING),
+    Fault(THREADS, "permit = None if threads else _free_helpers", "permit = _free_helpers", READING),
+    Fault(THREADS, "target=contextvars.copy_context().run, args=(run.work, permit)", "target=run.work, args=(permit,)", READING),
+    Fault(THREADS, "os.register_at_fork(after_in_child=_free_all_helpers)", "pass", READING),
+    # Images
+    Fault(IMAGES, "        Image.init()\n        return Image.open(io.BytesIO(encoded))", "        raise", READING),
+    Fault(IMAGES, "if len(images) > 1:", "if len(images) > 2:", READING),
+    Fault(IMAGES, "id(source if file is None else file)", "id(source)", READING),
+    Fault(PATCHES, "target_row -= mean", "target_row -= mean[0]", READING),
+    Fault(VISION_INFO, "threading.Lock() if workers is None else nullcontext()", "nullcontext()", READING),
+    # Copies to a GPU
+    Fault(HOST_COPY, "-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES", "tensor.nbytes", COPIES),
+    Fault(HOST_COPY, "pinned.copy_(tensor).to(device, non_blocking=True)", "pinned.copy_(tensor).to(device)", COPIES),
+    Fault(HOST_COPY, "buffer = pinned.to(device, non_blocking=True)", "buffer = pinned.to(device)", COPIES),
+    Fault(HOST_COPY, "tensor.dtype if dtype is None else dtype)", "tensor.dtype)", COPIES),
+    Fault(HOST_COPY, 'tensor.device.type != "cpu" or not', "not", COPIES),
+    Fault(HOST_COPY, "torch.compiler.is_compiling() or ", "", COPIES),
+    Fault(HOST_COPY, "or not torch.cuda.is_available()", "", COPIES),
+    Fault(HOST_COPY, "return _get_current_dispatch_mode() is None", "return True", COPIES),
+]  # fmt: skip

@@ -14,7 +14,6 @@ case compares keye_kernels with the strongest peer.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from keye_kernels.tools.timing import stages
-from keye_kernels.tools.timing.measuring import gpu_info, relative_error, versions, with_peak_memory
+from keye_kernels.tools.timing.measuring import machine_info, relative_error, versions, with_peak_memory
 from keye_kernels.tools.timing.models import build_model, make_config, saved_checkpoint
 from keye_kernels.tools.timing.peers import Unavailable
 from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS
@@ -152,17 +151,11 @@ def measure_memory(case: BenchmarkCase) -> dict[str, Any]:
     }
 
 
-def machine_info() -> dict[str, Any]:
-    """CPU, threads, load, GPU and versions."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+def machine() -> dict[str, Any]:
+    """CPU, GPU, threads, load and versions."""
+    return machine_info() | {
         "threads": torch.get_num_threads(),
         "load_at_start": os.getloadavg()[0],
-        "gpu": gpu_info(),
         "versions": versions(),
     }
 
@@ -211,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds must be at least 2 to compute a spread, got {options.rounds}")
-    found: dict[str, Any] = {"machine": machine_info(), "rounds": options.rounds, "small": options.small, "stages": {}}
+    found: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "small": options.small, "stages": {}}
     for stage in STAGES if options.stage == "all" else [options.stage]:
         found["stages"][stage] = {}
         for name, case in cases(stage, options.small):

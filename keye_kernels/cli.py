@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("autotune", help="find the fastest launch configs on this GPU")
     autotune.add_arguments(tune)
 
-    measure = commands.add_parser("bench", help="count memory traffic, plot benchmark results, or measure serving load")
+    measure = commands.add_parser("bench", help="time a GPU, count memory traffic, plot results, or measure serving load")
     bench.add_arguments(measure)
     return parser
 

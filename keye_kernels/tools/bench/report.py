@@ -55,6 +55,8 @@ def to_html(results: Sequence[BenchmarkResult], counted_work: dict[str, Any] | N
     if len(results) == 2:
         text = f"Median time in {results[1].file} / median time in {first.file}; below 1 is faster."
         parts.append("<h2>Comparison</h2>" + _plot("comparison", plot_comparison(*results), text))
+    if busy := _busy(first):
+        parts.append("<h2>GPU busy and share of the floor</h2>" + busy)
     parts.append("<h2>Share of the roofline</h2>" + _roofline(first))
     parts.append("<h2>Peak memory by number of tokens</h2>" + _memory(first))
     parts.append("<h2>Counted work</h2>" + _counted(counted_work))
@@ -71,6 +73,7 @@ def warnings(results: Sequence[BenchmarkResult]) -> list[str]:
         if result.interpreted:
             number = len(result.interpreted)
             texts.append(f"{number} cases of {result.file} ran in Triton's interpreter; their times are not reported")
+        texts += [f"{result.file}: {text}" for text in result.missing]
     return texts
 
 
@@ -104,6 +107,33 @@ def plot_comparison(one: BenchmarkResult, other: BenchmarkResult) -> "Figure":
         if timing.key in before
     ]
     return _bars(one, rows, f"time in {other.file} / time in {one.file}", "no case is in both files")
+
+
+def _busy(result: BenchmarkResult) -> str:
+    """Empty if no case has the GPU's busy time."""
+    busy, floor = (
+        [
+            (f"{timing.shape} {timing.dtype}  {timing.impl}", timing.group, value)
+            for timing in result.timings
+            if (value := share(timing)) is not None
+        ]
+        for share in (_busy_share, lambda timing: timing.extra.get("share_of_floor"))
+    )
+    if not busy:
+        return ""
+    texts = (
+        "Time in which the GPU works, from torch's profiler / median time. Below 1, the GPU waits for the CPU.",
+        "Time of the floor (the same matmuls by torch alone; in decode, reading the weights and the cache) / median time.",
+    )
+    shown = [("busy", _bars(result, busy, "GPU busy / wall time", ""), texts[0])]
+    if floor:
+        shown.append(("floor", _bars(result, floor, "share of the floor", ""), texts[1]))
+    return "".join(_plot(*plot) for plot in shown)
+
+
+def _busy_share(timing: Timing) -> float | None:
+    busy = timing.extra.get("gpu_busy_seconds")
+    return None if busy is None else busy / timing.seconds
 
 
 def _roofline(result: BenchmarkResult) -> str:
@@ -228,14 +258,32 @@ def _environment(results: Sequence[BenchmarkResult]) -> str:
 def _timings(results: Sequence[BenchmarkResult]) -> str:
     def cells(result: BenchmarkResult, timing: Timing) -> tuple[str, ...]:
         low, high = timing.quartiles
-        rates = (timing.extra.get(name) for name in ("gb_per_s", "tflop_per_s"))
         names = result.file, timing.group, timing.shape, timing.dtype, timing.impl
         times = f"{1e3 * timing.seconds:.3f}", f"{1e3 * low:.3f} to {1e3 * high:.3f}"
-        shown_rates = ("-" if rate is None else f"{rate:.3g}" for rate in rates)
-        return (*names, *times, *shown_rates, str(timing.extra.get("config_source") or "-"))
+        shown = (_number(timing.extra.get(name), factor, spec) for name, factor, spec in columns.values())
+        return (*names, *times, *shown, str(timing.extra.get("config_source") or "-"))
 
-    head = ("file", "group", "shape", "dtype", "impl", "median, ms", "quartiles", "GB/s", "TFLOP/s", "launch config")
-    return _table(head, [cells(result, timing) for result in results for timing in result.timings])
+    columns = {
+        "GPU busy, ms": ("gpu_busy_seconds", 1e3, ".3f"),
+        "CPU, ms": ("cpu_seconds", 1e3, ".3f"),
+        "kernels": ("kernels", 1, ".0f"),
+        "launches": ("launches", 1, ".0f"),
+        "share of floor": ("share_of_floor", 1, ".2f"),
+        "GB/s": ("gb_per_s", 1, ".3g"),
+        "TFLOP/s": ("tflop_per_s", 1, ".3g"),
+    }
+    timings = [(result, timing) for result in results for timing in result.timings]
+    columns = {
+        title: column
+        for title, column in columns.items()
+        if title in ("GB/s", "TFLOP/s") or any(timing.extra.get(column[0]) is not None for _, timing in timings)
+    }
+    head = ("file", "group", "shape", "dtype", "impl", "median, ms", "quartiles", *columns, "launch config")
+    return _table(head, [cells(*pair) for pair in timings])
+
+
+def _number(value: float | None, factor: float, spec: str) -> str:
+    return "-" if value is None else format(factor * value, spec)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

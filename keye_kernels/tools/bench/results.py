@@ -1,4 +1,4 @@
-"""Reads result files of `pytest benchmarks/` and of `bench --counted`. docs/benchmarks.md describes the fields."""
+"""Reads result files of `bench --gpu`, `pytest benchmarks/` and `bench --counted`. docs/benchmarks.md describes the fields."""
 
 import json
 import math
@@ -12,8 +12,14 @@ from keye_kernels.tools.running import summary
 from . import counted
 
 JSON_TYPES = {dict: "an object", list: "a list of objects", str: "a string", float: "a positive number"}
-NUMBERS = ("tokens", "gb_per_s", "tflop_per_s", "roofline_share", "peak_memory_bytes")  # fields of extra_info
-BASELINES = ("official (eager)", "reference")  # speedups are relative to the first one that was timed
+# Fields of extra_info
+NUMBERS = (
+    "tokens", "gb_per_s", "tflop_per_s", "roofline_share", "peak_memory_bytes", "cpu_seconds", "gpu_busy_seconds", "kernels",
+    "launches", "share_of_floor",
+)  # fmt: skip
+# Speedups are relative to the first one that was timed
+BASELINES = ("official (eager)", "reference", "transformers + SDPA", "stock + SDPA", "torch FlashAttention")
+COMMANDS = "`keye-kernels bench --gpu`, `pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
 Key = tuple[str, str, str, str]  # group, shape, dtype, impl
 
 
@@ -36,7 +42,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One result file. `interpreted` are the names of cases that ran in Triton's interpreter; their times are dropped."""
+    """One result file.
+
+    `interpreted` are the names of cases that ran in Triton's interpreter; their times are dropped. `missing` are sentences about
+    cases that were not timed.
+    """
 
     file: str
     timings: list[Timing]
@@ -44,6 +54,7 @@ class BenchmarkResult:
     versions: dict[str, str]
     has_gpu: bool
     interpreted: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     def baseline(self, timing: Timing) -> Timing | None:
         """The timing of the baseline for the same group, shape and dtype."""
@@ -62,8 +73,8 @@ def read_results(files: Sequence[str], select: str | None = None) -> tuple[list[
     timed = [(file, content) for file, content in contents if "traffic" not in content]
     if not 1 <= len(timed) <= 2 or len(counted_work) > 1:
         raise ValueError(
-            "a report takes one or two files of `pytest benchmarks/ --benchmark-json FILE` and at most one of "
-            f"`keye-kernels bench --counted --json`, got {len(timed)} and {len(counted_work)}"
+            "a report takes one or two files of `keye-kernels bench --gpu` or `pytest benchmarks/ --benchmark-json FILE`, and "
+            f"at most one of `keye-kernels bench --counted --json`, got {len(timed)} and {len(counted_work)}"
         )
     return [_result(file, content, select) for file, content in timed], counted_work[0] if counted_work else None
 
@@ -88,8 +99,7 @@ def _read(file: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not ({"benchmarks", "traffic"} & content.keys()):
-        commands = "`pytest benchmarks/ --benchmark-json` or `keye-kernels bench --counted --json`"
-        raise ValueError(f"{file} is not a result of {commands}")
+        raise ValueError(f"{file} is not a result of {COMMANDS}")
     if "traffic" in content:
         try:
             counted.to_text(content)
@@ -122,7 +132,8 @@ def _check_case(case: Any, where: str) -> None:
 
 def _result(file: str, content: dict[str, Any], select: str | None) -> BenchmarkResult:
     _check(content, file, list, "benchmarks")
-    _check(content, file, dict, "machine_info", optional=True)
+    _check(content, file, dict, "machine_info", "failed", optional=True)
+    _check(content, file, list, "left_out", optional=True)
     cases, machine = content["benchmarks"], content.get("machine_info") or {}
     _check(machine, f"{file}: machine_info", dict, "gpu", "cpu", optional=True)
     for index, case in enumerate(cases):
@@ -156,4 +167,6 @@ def _result(file: str, content: dict[str, Any], select: str | None) -> Benchmark
         timings.append(Timing(str(case["group"]), impl, shape, dtype, stats["median"], (stats["q1"], stats["q3"]), extra))
     if not timings:
         raise ValueError(f"{file} contains only times of Triton's interpreter, which are not reported")
-    return BenchmarkResult(Path(file).name, timings, shown, versions, bool(gpu), interpreted)
+    missing = [f"{name} failed: {reason}" for name, reason in (content.get("failed") or {}).items()]
+    missing += [f"{name} was left out, to keep the limit of time" for name in content.get("left_out") or []]
+    return BenchmarkResult(Path(file).name, timings, shown, versions, bool(gpu), interpreted, missing)

@@ -1,5 +1,6 @@
 """The matmuls of a stage: their FLOPs, and a call that runs nothing else. Its time is the floor of the stage."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,6 +8,10 @@ import torch
 from torch import Tensor
 
 from keye_kernels.model import Keye
+
+from .clock import recorded
+
+PEAK_SIZE, MAX_PEAK_COLUMNS = 4096, 8192  # of a matmul that keeps a GPU at its peak rate
 
 
 class Attention(NamedTuple):
@@ -26,26 +31,55 @@ class Matmuls(NamedTuple):
 
     @property
     def flops(self) -> int:
-        linear = sum(2 * rows * weight.numel() for rows, weight in self.linear)
-        return linear + sum(4 * a.heads * a.head_dim * a.queries * a.keys for a in self.attention)
+        return sum(2 * rows * weight.numel() for rows, weight in self.linear) + self.attention_flops
+
+    @property
+    def attention_flops(self) -> int:
+        return sum(4 * a.heads * a.head_dim * a.queries * a.keys for a in self.attention)
 
     def only(self) -> Callable[[], Tensor]:
-        """A call that runs these matmuls by `torch.mm` and `torch.bmm`, and nothing else."""
+        """A call that runs these matmuls by torch, and nothing else.
+
+        On a GPU, the FLOPs of attention run as matmuls at the peak rate, because `torch.bmm` would write the scores to memory,
+        which no implementation does. Everything is one CUDA graph.
+        """
         like = self.linear[0][1]
         inputs = {(rows, w.shape[1]): torch.randn(rows, w.shape[1]).to(like) for rows, w in self.linear}
-        qkv = {
-            a: tuple(torch.randn(a.heads, n, a.head_dim).to(like) for n in (a.queries, a.keys, a.keys)) for a in self.attention
-        }
+        attend = at_peak(self.attention_flops, like) if like.is_cuda else self._attention_only(like)
 
         def call() -> Tensor:
             for rows, w in self.linear:
                 out = torch.mm(inputs[rows, w.shape[1]], w.t())
+            attend()
+            return out
+
+        return recorded(call) if like.is_cuda else call
+
+    def _attention_only(self, like: Tensor) -> Callable[[], None]:
+        qkv = {
+            a: tuple(torch.randn(a.heads, n, a.head_dim).to(like) for n in (a.queries, a.keys, a.keys)) for a in self.attention
+        }
+
+        def call() -> None:
             for a in self.attention:
                 q, k, v = qkv[a]
                 torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
-            return out
 
         return call
+
+
+def at_peak(flops: int, like: Tensor) -> Callable[[], None]:
+    """A call of `torch.mm` that computes about this many FLOPs, in large matmuls."""
+    columns = math.ceil(flops / (2 * PEAK_SIZE**2))
+    count = math.ceil(columns / MAX_PEAK_COLUMNS)
+    left = torch.randn(PEAK_SIZE, PEAK_SIZE, device=like.device).to(like)
+    right = torch.randn(PEAK_SIZE, math.ceil(columns / max(count, 1)), device=like.device).to(like)
+
+    def call() -> None:
+        for _ in range(count):
+            torch.mm(left, right)
+
+    return call
 
 
 def vision_weights(model: Keye) -> dict[str, Tensor]:

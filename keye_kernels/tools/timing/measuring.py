@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +147,15 @@ def gpu_info() -> dict[str, Any] | None:
         "peak_gb_per_s": gb_per_s,
         "peak_tflop_per_s": tflop_per_s,
     }
+
+
+def machine_info() -> dict[str, Any]:
+    """System, CPU and GPU, under the names that pytest-benchmark uses."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = {"brand_raw": names[0] if names else platform.processor() or "unknown", "count": os.cpu_count()}
+    return {"system": platform.system(), "release": platform.release(), "cpu": cpu, "gpu": gpu_info()}
 
 
 def rates(work: RequiredWork, seconds: float, dtype: str, gpu: dict[str, Any] | None) -> dict[str, float | None]:

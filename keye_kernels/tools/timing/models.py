@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import save_file
@@ -74,12 +75,17 @@ def build_model(config: KeyeConfig, dtype: torch.dtype, device: torch.device) ->
     return model.eval()
 
 
+_transformers_models: WeakKeyDictionary = WeakKeyDictionary()
+
+
 def transformers_model(model: Keye) -> torch.nn.Module:
-    """The transformers model of keye_kernels with SDPA. It shares the weights of `model`.
+    """The transformers model of keye_kernels with SDPA, made once for each model. It shares the weights of `model`.
 
     Raises:
         Unavailable: transformers cannot be imported.
     """
+    if model in _transformers_models:
+        return _transformers_models[model]
     try:
         from keye_kernels.integrations.transformers.config import KeyeConfig as TransformersConfig
         from keye_kernels.integrations.transformers.modeling import KeyeForConditionalGeneration
@@ -90,7 +96,8 @@ def transformers_model(model: Keye) -> torch.nn.Module:
             TransformersConfig(**config_json(model.config)), attn_implementation="sdpa"
         )
     other.load_state_dict(Baseline(model).weights, assign=True)
-    return other.eval()
+    _transformers_models[model] = other.eval()
+    return other
 
 
 def config_json(config: KeyeConfig) -> dict:

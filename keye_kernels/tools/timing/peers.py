@@ -5,9 +5,12 @@
 | `official (eager)` | the arithmetic of the official code in eager PyTorch (`baseline.py`) |
 | `torch.compile` | `torch.compile` of the official arithmetic |
 | `transformers + SDPA` | the transformers model of `keye_kernels.auto` with SDPA attention |
+| `transformers + torch.compile` | `torch.compile` of the vision tower and the projector of that model |
+| `stock + SDPA`, `patched` | PaddleOCR-VL of transformers before and after `kk.apply_keye_kernels` |
 | `SDPA` | `torch.nn.functional.scaled_dot_product_attention`, one call per segment |
 | `torch FlashAttention` | the varlen FlashAttention kernel that is part of torch |
-| `flash-attn` | the flash-attn package |
+| `cuDNN` | cuDNN's attention through torch's SDPA, for segments of one length |
+| `flash-attn`, `FlashAttention-4` | the flash-attn package, the flash-attn-4 package |
 | `Liger-Kernel` | the liger-kernel package |
 | `reference`, `triton`, `auto` | the operators of keye_kernels with this `impl` |
 
@@ -23,18 +26,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keye_kernels.ops.implementation import resolve
 
 OFFICIAL = "official (eager)"
 COMPILED = "torch.compile"
 TRANSFORMERS = "transformers + SDPA"
+COMPILED_TOWER = "transformers + torch.compile"
 SDPA = "SDPA"
+CUDNN = "cuDNN"
 TORCH_FLASH = "torch FlashAttention"
 FLASH_ATTN = "flash-attn"
+FLASH_ATTN_4 = "FlashAttention-4"
 LIGER = "Liger-Kernel"
 OURS = ("reference", "triton", "auto")
+STOCK, PATCHED = "stock + SDPA", "patched"  # a tower of transformers before and after `kk.apply_keye_kernels`
 MAX_UNROLLED_ITERATIONS = 16
+MAX_SCORE_BYTES = 16 << 30
 
 
 class Unavailable(Exception):
@@ -54,6 +63,12 @@ def check_ours(impl: str, device: torch.device) -> None:
         resolve(impl, "rope_3d", device)  # every operator has these implementations
     except ValueError as error:
         raise Unavailable(f"{impl}: {error}") from error
+
+
+def check_scores(heads: int, length: int) -> None:
+    """Raises `Unavailable` if the official arithmetic would need too much memory for the attention scores of one segment."""
+    if (size := heads * length**2 * (2 + 4)) > MAX_SCORE_BYTES:  # in half precision, and in float32 for the softmax
+        raise Unavailable(f"{OFFICIAL}: attention scores of {length} tokens need {size / 2**30:.0f} GiB")
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, is_timed: bool, loop_iterations: int = 1) -> Callable[[], Any]:
@@ -125,6 +140,37 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
     with _imports(FLASH_ATTN, "flash-attn"):
         from flash_attn import flash_attn_varlen_func
     return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
+
+
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Callable[[], Tensor]:
+    """`flash_attn_varlen_func` of the flash-attn-4 package."""
+    _require_cuda(FLASH_ATTN_4, q)
+    with _imports(FLASH_ATTN_4, "flash-attn-4"):
+        from flash_attn.cute.interface import flash_attn_varlen_func
+    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+
+    def call() -> Tensor:
+        found = flash_attn_varlen_func(q, k, v, **lengths, causal=causal)
+        return found[0] if isinstance(found, tuple) else found
+
+    return call
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], causal: bool) -> Callable[[], Tensor]:
+    """torch's SDPA with cuDNN: one batch of segments, which must have one length."""
+    _require_cuda(CUDNN, q)
+    lengths = {end - start for start, end in pairwise(offsets)}
+    if len(lengths) > 1:
+        raise Unavailable(f"{CUDNN}: needs segments of one length, got {min(lengths)} to {max(lengths)}")
+    batch = [x.unflatten(0, (-1, *lengths)).transpose(1, 2) for x in (q, k, v)]
+    is_grouped = q.shape[1] != k.shape[1]
+
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*batch, is_causal=causal, enable_gqa=is_grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return call
 
 
 def torch_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Callable[[], Tensor]:

@@ -14,6 +14,7 @@ IMAGE_GRIDS: dict[str, list[Grid]] = {
 SMALL_IMAGE_GRIDS: dict[str, list[Grid]] = {
     "1_image_64": [(1, 8, 8)],
     "4_images_mixed": [(1, 6, 4), (1, 2, 8), (2, 4, 4)],
+    "2_frames_16": [(2, 4, 4)],
 }
 
 # (batch size, prompt tokens)

@@ -16,10 +16,11 @@ from keye_kernels.model import Keye
 from keye_kernels.model.step_graph import decoding_step
 
 from .baseline import Baseline
+from .clock import recorded
 from .floors import Attention, Matmuls, decoder_weights, vision_weights
 from .measuring import RequiredWork, nbytes
 from .models import transformers_model
-from .peers import OFFICIAL, TRANSFORMERS, Unavailable
+from .peers import COMPILED_TOWER, OFFICIAL, TRANSFORMERS, Unavailable, check_scores, compiled
 from .shapes import Grid, num_patches
 
 KEYE_KERNELS = "keye_kernels"
@@ -36,11 +37,13 @@ class BenchmarkCase:
         work: the minimum that every implementation must do.
         make: by implementation, a function that returns the call or raises `Unavailable`. All calls return the same tensor.
         floor: a function that returns a call with the least possible time, None if there is no such call.
+        expected: a function that returns the right result. None: the result of the first implementation is right.
     """
 
     work: RequiredWork
     make: dict[str, Callable[[], Call]]
     floor: Callable[[], Call] | None = None
+    expected: Callable[[], Tensor] | None = None
 
 
 def vision(model: Keye, grids: list[Grid]) -> BenchmarkCase:
@@ -50,17 +53,28 @@ def vision(model: Keye, grids: list[Grid]) -> BenchmarkCase:
     pixels = torch.randn(tokens, 3, 14, 14, generator=generator).to(model.device, model.dtype)
     grid_thw = torch.tensor(grids)
 
+    lengths = segment_lengths(grids, model.visual.segment_by_frame)
+
+    def official() -> Call:
+        check_scores(config.num_attention_heads, max(lengths))
+        return lambda: Baseline(model).get_image_features(pixels, grid_thw)
+
     def transformers() -> Call:
         other = transformers_model(model)
         return lambda: other.get_image_features(pixels, grid_thw)
 
+    def compiled_tower() -> Call:
+        if model.device.type != "cuda":
+            raise Unavailable(f"{COMPILED_TOWER}: compared on a GPU only; compilation for a CPU takes many minutes")
+        return compiled(transformers_model(model).get_image_features, pixels, grid_thw, is_timed=True)
+
     make = {
-        OFFICIAL: lambda: lambda: Baseline(model).get_image_features(pixels, grid_thw),
+        OFFICIAL: official,
         TRANSFORMERS: transformers,
         KEYE_KERNELS: lambda: lambda: model.get_image_features(pixels, grid_thw),
+        COMPILED_TOWER: compiled_tower,
     }
     weights = vision_weights(model)
-    lengths = segment_lengths(grids, model.visual.segment_by_frame)
     matmuls = Matmuls(
         [(tokens // 4 if name.startswith("mlp_AR") else tokens, w) for name, w in weights.items()],
         [Attention(config.num_attention_heads, config.head_dim, n, n) for n in lengths] * config.num_hidden_layers,
@@ -100,8 +114,12 @@ def _prompt(model: Keye, inputs: dict[str, Tensor]) -> BenchmarkCase:
         other = transformers_model(model)
         return lambda: other(**inputs, logits_to_keep=1).logits
 
+    def official() -> Call:
+        check_scores(batch_size * model.config.num_attention_heads, length)
+        return lambda: Baseline(model).forward(**inputs)[0][:, -1:]
+
     make = {
-        OFFICIAL: lambda: lambda: Baseline(model).forward(**inputs)[0][:, -1:],
+        OFFICIAL: official,
         TRANSFORMERS: transformers,
         KEYE_KERNELS: lambda: lambda: model(**inputs, logits_to_keep=1).logits,
     }
@@ -123,10 +141,10 @@ def decode(model: Keye, batch_size: int, cached: int) -> BenchmarkCase:
     """
     config, device = model.config, model.device
     token = torch.arange(batch_size, device=device)[:, None]
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(device).manual_seed(4)
     shape = (batch_size, config.num_key_value_heads, cached, config.head_dim)
     past = [
-        tuple(torch.randn(shape, generator=generator).to(device, model.dtype) for _ in range(2))
+        tuple(torch.randn(shape, generator=generator, device=device).to(model.dtype) for _ in range(2))
         for _ in range(config.num_hidden_layers)
     ]
 
@@ -168,10 +186,17 @@ def decode(model: Keye, batch_size: int, cached: int) -> BenchmarkCase:
     must_read = [*weights, *(x for pair in past for x in pair)]
     attention = Attention(config.num_attention_heads, config.head_dim, 1, cached)
     matmuls = Matmuls([(batch_size, w) for w in weights], [attention] * batch_size * config.num_hidden_layers)
+
+    def read_all() -> Call:
+        def call() -> Tensor:
+            return torch.stack([x.sum() for x in must_read])
+
+        return recorded(call) if device.type == "cuda" else call
+
     return BenchmarkCase(
         RequiredWork(batch_size, nbytes(*must_read), matmuls.flops),
         {OFFICIAL: official, TRANSFORMERS: transformers, KEYE_KERNELS: keye_kernels},
-        lambda: lambda: torch.stack([x.sum() for x in must_read]),
+        read_all,
     )
 
 

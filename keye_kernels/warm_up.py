@@ -21,6 +21,7 @@ from .geometry import Grid, check_grid_thw
 from .model import Keye
 from .model.decoder import Decoder
 from .model.graphs import CALLS_TO_CAPTURE
+from .model.prompt_graphs import Bucket
 from .model.vision import VisionTower
 from .ops.implementation import IMPLEMENTATIONS, impl_for, resolve
 
@@ -94,10 +95,11 @@ def warmup(
         for step in steps:
             step()
         if model.cuda_graphs:
-            _capture_graphs(model, checked_grids, dtype)
+            _capture_graphs(model, checked_grids, lengths, dtype)
     torch.cuda.synchronize(model.device)
     seconds, note = round(time.perf_counter() - start, 2), f"{len(steps)} sizes on {model.device}"
-    return WarmupReport(compiled, cached, seconds, note, *model.visual.graphs.memory())
+    held = [part.graphs.memory() for part in (model.visual, model.model)]
+    return WarmupReport(compiled, cached, seconds, note, sum(m.captured for m in held), sum(m.bytes for m in held))
 
 
 def _check_grids(grids: Sequence[Grid | Sequence[Grid]], merge_size: int) -> list[Tensor]:
@@ -135,10 +137,12 @@ def _nothing_to_compile(model: Keye) -> str | None:
     return None
 
 
-def _capture_graphs(model: Keye, grids: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for grid_thw in grids:
-        for _ in range(CALLS_TO_CAPTURE):
-            model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
+def _capture_graphs(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int], dtype: torch.dtype) -> None:
+    for grid_thw in list(grids) * CALLS_TO_CAPTURE:
+        model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
+    if model.model.graphs.may_run(model.device):
+        for length in [length for length in lengths if Bucket.of(1, length)] * CALLS_TO_CAPTURE:
+            model(torch.zeros(1, length, dtype=torch.int64, device=model.device), logits_to_keep=1)
 
 
 def _blank_patches(model: Keye, grid_thw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,10 +27,14 @@ class KVCache:
         is_empty: True until the first tokens are added.
     """
 
-    def __init__(self, config: KeyeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (batch_size, max_length, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+    def __init__(
+        self, config: KeyeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device,
+        storage: Tensor | None = None,
+    ):  # fmt: skip
+        """`storage` holds keys and values, of `cache_shape`. Default: zeros."""
+        if storage is None:
+            storage = torch.zeros(cache_shape(config, batch_size, max_length), dtype=dtype, device=device)
+        self.keys, self.values = (list(x.unbind()) for x in storage.unbind())
         self.valid = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.rope_deltas = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
@@ -61,11 +65,22 @@ class KVCache:
             # Under autocast, projections have another dtype than the parameters
             stored.index_copy_(1, slots, new.detach().to(stored.dtype))
 
+    def clear(self) -> None:
+        """Makes the cache empty again."""
+        self.valid.zero_()
+        self.length.zero_()
+        self.is_empty = True
+
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
         """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""
         self.valid.index_copy_(1, slots, attention_mask.bool())
         self.length.add_(slots.shape[0])
         self.is_empty = False
+
+
+def cache_shape(config: KeyeConfig, batch_size: int, max_length: int) -> tuple[int, ...]:
+    """[keys and values, layers, B, M, Hk, D]."""
+    return 2, config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim
 
 
 class KeyeOutput(NamedTuple):

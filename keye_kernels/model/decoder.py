@@ -4,6 +4,7 @@ Symbols: B sequences, S tokens per sequence, T = B·S, D head dim, Hk key heads,
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .cache import KVCache
 from .config import KeyeConfig
 from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
+from .prompt_graphs import PromptGraphs
 
 
 @dataclass
@@ -135,9 +137,14 @@ class Decoder(nn.Module):
     def __init__(self, config: KeyeConfig, impl: str):
         super().__init__()
         self.config = config
+        self.graphs = PromptGraphs()
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, i, impl) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Decoder":
+        self.graphs.clear()  # they keep the parameters that are about to be moved or cast
+        return super()._apply(*arguments, **options)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None) -> Tensor:
         """Maps embeddings [B, S, hidden] at positions [3, B, S] to hidden states; `attention_mask` [B, S] masks these tokens."""

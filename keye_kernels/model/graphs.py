@@ -20,8 +20,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from keye_kernels.ops.implementation import impl_for, resolve
 from keye_kernels.pixel_norm import PixelNorm
 
+from .config import KeyeConfig, VisionConfig
+
 T = TypeVar("T")
-SETTINGS = frozenset((int, float, str, bool, PixelNorm))  # types of attributes that a forward may depend on
+# Types of attributes that a forward may depend on
+SETTINGS = frozenset((int, float, str, bool, tuple, PixelNorm, KeyeConfig, VisionConfig))
 CALLS_TO_CAPTURE = 2  # the first call of a bucket compiles kernels and initializes libraries
 MAX_GRAPHS = 16  # of one part of a model; the least recently used one is freed
 DEVICE_TYPES = ("cuda",)
@@ -153,6 +156,7 @@ class GraphCache:
         `make` makes the entry of a new bucket. `take` copies what is needed out of the output of the bucket's size. `modules` run
         in the forward, and nothing else that may change does.
         """
+        mode = torch.is_inference_mode_enabled()
         with self._lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             entry = self._entry(modules, device, bucket, make)
             if entry is None:
@@ -164,7 +168,8 @@ class GraphCache:
             output = entry.run()
             # Checked while the GPU runs the graph
             is_valid = entry.is_valid(modules)
-            result = take(entry, output) if is_valid else None
+            with torch.inference_mode(mode), torch.no_grad():
+                result = take(entry, output) if is_valid else None
             self._last_use = torch.cuda.Event()
             self._last_use.record(stream)
             if not is_valid:
@@ -221,6 +226,8 @@ class ModuleState:
             for value in attributes.values():
                 if type(value) in SETTINGS:
                     add_value(value)
+                elif type(value) is list:
+                    add_value(tuple(value))
             for tensors in (attributes["_parameters"], attributes["_buffers"]):
                 for x in tensors.values():
                     add_object(x)

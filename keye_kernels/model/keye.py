@@ -86,7 +86,8 @@ class Keye(nn.Module):
             dtype: dtype of the parameters. Default, also "auto": the one in config.json, else that of the stored weights.
             device: device of the parameters. Default: torch's default device.
             impl: "auto", "reference", "triton", "torch" or "flash_attn". Operators without this implementation use "auto".
-            cuda_graphs: on a GPU, capture CUDA graphs of what is short: small batches of images and decoding steps. The results
+            cuda_graphs: on a GPU, capture CUDA graphs of what is short: small batches of images, short prompts
+                and decoding steps. The results
                 are the same, within rounding. Also an attribute of the model, which may be changed at any time.
             progress: show a progress bar.
             torch_dtype: same as `dtype`, as in the official scripts.
@@ -249,7 +250,12 @@ class Keye(nn.Module):
             if pixels is not None and grid_thw is not None:
                 features = self.get_image_features(pixels, grid_thw).to(embeds.dtype)
                 embeds = embeds.masked_scatter((input_ids == token)[..., None], features)
-        hidden = self.model(embeds, computed if position_ids is None else position_ids, mask, cache)
+        inputs = embeds, computed if position_ids is None else position_ids, mask, cache
+        hidden = None
+        if self.cuda_graphs and cache.is_empty and not torch.compiler.is_compiling():
+            hidden = self.model.graphs.prefill(self.model, *inputs)
+        if hidden is None:
+            hidden = self.model(*inputs)
         cache.rope_deltas = deltas
         return KeyeOutput(self.lm_head(hidden[:, -logits_to_keep:]), cache, cache.rope_deltas)
 

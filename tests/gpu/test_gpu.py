@@ -11,7 +11,6 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels import reference
-from keye_kernels.model import step_graph
 from keye_kernels.model.cache import KVCache
 from keye_kernels.tools.autotune.candidates import candidates
 from keye_kernels.tools.autotune.checking import Checker
@@ -123,10 +122,11 @@ def test_recorded_and_launched_steps_give_the_same_tokens(monkeypatch, dtype, sa
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     recorded = [model.generate(**inputs, **options) for _ in range(2)]
-    assert len(replays) == 2 * 38  # token 1 comes from the prompt, token 2 from a launched step
-    monkeypatch.setattr(step_graph, "MIN_STEPS_TO_RECORD", 1000)
+    # Token 1 comes from the prompt, which is captured the second time, token 2 from a launched step
+    assert len(replays) == 2 * 38 + 1
+    model.cuda_graphs = False
     expected = model.generate(**inputs, **options)
-    assert len(replays) == 2 * 38 and all(torch.equal(found, expected) for found in recorded)
+    assert len(replays) == 2 * 38 + 1 and all(torch.equal(found, expected) for found in recorded)
 
 
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
@@ -175,6 +175,25 @@ def test_a_replay_reads_the_current_values_and_a_moved_model_has_no_graph():
         model.cpu()
         torch.cuda.empty_cache()
         torch.testing.assert_close(model.get_image_features(pixels.cpu(), grid_thw), expected.cpu(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_with_cuda_graphs_have_the_same_logits_and_tokens(dtype):
+    model = tiny_model().to(CUDA, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for seed in range(4):
+        inputs = on_gpu(prompt([(1, 4, 6)], seed=seed))
+        model.cuda_graphs = True
+        with torch.no_grad():
+            found = model(**inputs)
+        tokens = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
+        model.cuda_graphs = False
+        with torch.no_grad():
+            expected = model(**inputs)
+        torch.testing.assert_close(found.logits, expected.logits, atol=tolerance, rtol=tolerance)
+        if dtype == torch.float32:
+            assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=12, eos_token_id=()))
+    assert model.model.graphs.memory().captured == 1 and model.visual.graphs.memory().captured == 1
 
 
 def test_images_that_cannot_be_captured_are_encoded_without_a_graph(monkeypatch, caplog):

@@ -26,7 +26,7 @@ GRIDS = [(1, 8, 6), (2, 4, 4), (1, 2, 10)]
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(graphs, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    monkeypatch.setattr(graphs, "runs_triton", lambda module, device: getattr(module, "impl", "auto") != "reference")
     monkeypatch.setattr(image_graphs, "PATCH_BUCKETS", (64, 128, 256))
     return FakeGpu(monkeypatch)
 
@@ -267,7 +267,7 @@ def test_what_needs_more_than_the_result_runs_without_a_graph(gpu, monkeypatch):
             features = [model.get_image_features(pixels, grid_thw) for _ in range(3)]
         assert gpu.captured == [] and features[0].requires_grad == (context is contexts[0])
     model.visual.impl = "reference"
-    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: tower.impl != "reference")
+    monkeypatch.setattr(graphs, "runs_triton", lambda module, device: getattr(module, "impl", "auto") != "reference")
     encode(model, *GRIDS, times=3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model.visual.impl = "auto"

@@ -80,14 +80,14 @@ def test_graphs_are_captured_for_the_whole_model(compiled, monkeypatch, pixel_dt
     monkeypatch.setattr(graphs, "runs_triton", lambda *_: True)
     model = tiny_model().bfloat16()
     grids = [(1, 4, 4), [(2, 2, 2), (1, 2, 6)], (1, 16, 18)]
-    report = kk.warmup(model, grids, pixel_dtype=pixel_dtype)
-    # 20 and 36 patches in one and three segments: buckets of their own
-    assert report.graphs == len(gpu.captured) == 3 and report.graph_bytes > 3000
+    report = kk.warmup(model, grids, [9, 600], pixel_dtype=pixel_dtype)
+    # 16, 14 and 288 patches: one segment, three segments, another number of patches. A prompt of 9 tokens, none of 600
+    assert report.graphs == len(gpu.captured) == 4 and report.graph_bytes > 4000
     with torch.no_grad():
         pixels = torch.zeros(16, 3, 14, 14, dtype=torch.uint8 if pixel_dtype == "uint8" else torch.float32)
         model.get_image_features(pixels, torch.tensor([(1, 4, 4)]))
-    assert len(gpu.captured) == 3 and gpu.captured[0].replays == 2
+    assert len(gpu.captured) == 4 and gpu.captured[0].replays == 2
     assert {entry.pixels.dtype for entry in model.visual.graphs._entries.values()} == {dtype}
     model = tiny_model()
     model.cuda_graphs = False
-    assert kk.warmup(model, grids).graphs == 0 and len(gpu.captured) == 3
+    assert kk.warmup(model, grids, [9]).graphs == 0 and len(gpu.captured) == 4

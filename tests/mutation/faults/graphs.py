@@ -5,6 +5,7 @@ from ..fault import Fault
 GRAPHS, IMAGES, SEGMENTS = "keye_kernels/model/graphs.py", "keye_kernels/model/image_graphs.py", "keye_kernels/segments.py"
 COPIES, KEYE, VISION = "keye_kernels/host_copy.py", "keye_kernels/model/keye.py", "keye_kernels/model/vision.py"
 WARM_UP, WARM_UP_TESTS = "keye_kernels/warm_up.py", "tests/model/test_warmup_sizes.py"
+PROMPTS, PROMPT_TESTS = "keye_kernels/model/prompt_graphs.py", "tests/model/test_prompt_graphs.py"
 TESTS, SCHEDULES, COPY_TESTS = "tests/model/test_image_graphs.py", "tests/ops/test_segments.py", "tests/ops/test_host_copy.py"
 
 FAULTS = [
@@ -42,8 +43,22 @@ FAULTS = [
     Fault(GRAPHS, "(x.data_ptr(), x.shape, x.dtype)", "(x.shape, x.dtype)", TESTS),
     Fault(GRAPHS, "                    add_object(x)\n", "", TESTS),
     Fault(GRAPHS, "                    add_value(value)\n", "                    pass\n", TESTS),
-    Fault(GRAPHS, "str, bool, PixelNorm", "str, bool", TESTS),
+    Fault(GRAPHS, "tuple, PixelNorm, ", "tuple, ", TESTS),
     Fault(GRAPHS, "self.is_plain = not (torch_module._global_forward_hooks or", "self.is_plain = not (", TESTS),
+    Fault(GRAPHS, "                    add_value(tuple(value))\n", "                    pass\n", PROMPT_TESTS),
+    Fault(GRAPHS, "KeyeConfig, VisionConfig))", "VisionConfig))", PROMPT_TESTS),
+    Fault(GRAPHS, "with torch.inference_mode(mode), ", "with ", PROMPT_TESTS),
+    Fault(PROMPTS, "        self.mask[:, length:] = False", "        pass", PROMPT_TESTS),
+    Fault(PROMPTS, "        self.mask[:, :length].copy_(attention_mask != 0)\n", "", PROMPT_TESTS),
+    Fault(PROMPTS, "        self.cache.clear()\n", "", PROMPT_TESTS),
+    Fault(PROMPTS, "            cache.advance(cache.slots(length), attention_mask)\n", "", PROMPT_TESTS),
+    Fault(PROMPTS, "for x in to], [x[:, :length] for x in of])", "for x in to], [x[:, -length:] for x in of])", PROMPT_TESTS),
+    Fault(PROMPTS, "length <= size and", "length < size and", PROMPT_TESTS),
+    Fault(PROMPTS, "batch_size * size <= TOKEN", "size <= TOKEN", PROMPT_TESTS),
+    Fault(PROMPTS, "cls(batch_size, tokens, default_impl())", "cls(1, tokens, default_impl())", PROMPT_TESTS),
+    Fault(PROMPTS, "hidden[:, :length].clone()", "hidden[:, :length]", PROMPT_TESTS),
+    Fault(PROMPTS, "        self._storage = None\n\n    def memory", "\n    def memory", PROMPT_TESTS),
+    Fault(KEYE, "self.cuda_graphs and cache.is_empty and", "self.cuda_graphs and", PROMPT_TESTS),
     Fault(VISION, "        self.graphs.clear()", "        pass", TESTS),
     Fault(KEYE, "if self.cuda_graphs and not torch.compiler", "if not torch.compiler", TESTS),
     Fault(WARM_UP, "        if model.cuda_graphs:\n", "        if True:\n", WARM_UP_TESTS),

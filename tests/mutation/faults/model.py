@@ -86,8 +86,8 @@ FAULTS = [
     Fault(KEYE, "computed = computed + cache.length + cache.rope_deltas", "computed = computed + cache.length", TURNS),
     Fault(
         KEYE,
-        "self.model(embeds, computed if position_ids is None else position_ids, mask, cache)",
-        "self.model(embeds, computed, mask, cache)",
+        "inputs = embeds, computed if position_ids is None else position_ids, mask, cache",
+        "inputs = embeds, computed, mask, cache",
         CALLS,
     ),
     Fault(KEYE, "hidden[:, -logits_to_keep:]", "hidden[:, -max(logits_to_keep, 1) :]", GENERATION),

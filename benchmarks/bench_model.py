@@ -19,8 +19,6 @@ SMALL_DECODE = {"batch_1_after_16": (1, 16), "batch_2_after_16": (2, 16)}
 # (grids, text tokens)
 FIRST_TOKEN = {"1_image_1024_text_256": ([(1, 32, 32)], 256), "64_frames_448_text_64": ([(64, 16, 28)], 64)}
 SMALL_FIRST_TOKEN = {"2_images_text_8": ([(1, 4, 4), (1, 2, 6)], 8)}
-# In half precision, rounding differences accumulate over the layers
-HALF_TOLERANCE = 0.05
 
 
 @pytest.fixture
@@ -53,8 +51,7 @@ def measure_stage(measure, model, impl, device, is_timed):
 
         with torch.inference_mode():
             expected = reference()()
-        tolerance = stages.TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
-        measure(make, expected, case.work, tolerance)
+        measure(make, expected, case.work, stages.TOLERANCES[model.dtype], case.floor)
 
     return run
 

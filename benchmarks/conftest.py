@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from keye_kernels.tools.timing import clock
 from keye_kernels.tools.timing.measuring import (
     TOLERANCES,
     RequiredWork,
@@ -26,6 +27,7 @@ from keye_kernels.tools.timing.measuring import (
     with_peak_memory,
 )
 from keye_kernels.tools.timing.peers import Unavailable, is_interpreting
+from keye_kernels.tools.timing.profiling import GpuActivity, profiled
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS, WARMUP_ROUNDS = 20, 2
@@ -107,15 +109,30 @@ def size(request: pytest.FixtureRequest, shape: str) -> Any:
     return sizes(request.node)[shape]
 
 
+@pytest.fixture(scope="session")
+def floors() -> dict[tuple[str, str], float]:
+    """Seconds of the floor by test and shape: it is the same for all implementations."""
+    return {}
+
+
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, is_timed: bool, device: torch.device, dtype: str) -> Callable[..., None]:
-    """A function `measure(make, expected, work, tolerance=None)` that checks a call and, in a timed run, times it.
+def measure(
+    request: pytest.FixtureRequest, is_timed: bool, device: torch.device, dtype: str, floors: dict[tuple[str, str], float]
+) -> Callable[..., None]:
+    """A function `measure(make, expected, work, tolerance=None, floor=None)` that checks a call and, in a timed run, times it.
 
     `make()` returns the call. If `make` raises `Unavailable`, the case is skipped. If the relative error of `call()` exceeds
-    the tolerance, the case fails and no time is recorded.
+    the tolerance, the case fails and no time is recorded. On a GPU, the call is also profiled, and `floor()` returns the call
+    whose time is the floor.
     """
 
-    def check(make: Callable[[], Callable[[], Any]], expected: Any, work: RequiredWork, tolerance: float | None = None) -> None:
+    def check(
+        make: Callable[[], Callable[[], Any]],
+        expected: Any,
+        work: RequiredWork,
+        tolerance: float | None = None,
+        floor: Callable[[], Callable[[], Any]] | None = None,
+    ) -> None:
         tolerance = TOLERANCES[getattr(torch, dtype)] if tolerance is None else tolerance
         with torch.inference_mode():
             try:
@@ -133,6 +150,12 @@ def measure(request: pytest.FixtureRequest, is_timed: bool, device: torch.device
             _, peak = with_peak_memory(call, device)
             setup = flush_l2(device) if device.type == "cuda" else None
             benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+            on_device = {}
+            if device.type == "cuda":
+                key = (request.node.originalname, request.node.callspec.params["shape"])
+                if floor is not None and key not in floors:
+                    floors[key] = clock.measure(floor(), device).median
+                on_device = gpu_fields(profiled(call, device), floors.get(key), benchmark.stats.stats.median)
         benchmark.extra_info |= {
             "tokens": work.tokens,
             "bytes": work.bytes,
@@ -143,9 +166,35 @@ def measure(request: pytest.FixtureRequest, is_timed: bool, device: torch.device
             "tolerance": tolerance,
             "config_source": ", ".join(sorted(set(sources.values()))) or None,
             "versions": versions(),
+            **on_device,
         }
 
     return check
+
+
+def gpu_fields(activity: GpuActivity, floor_seconds: float | None, median: float) -> dict[str, Any]:
+    """What the GPU did during the call, and the share of the floor."""
+    return {
+        "gpu_busy_seconds": activity.busy_seconds,
+        "kernels": activity.kernels,
+        "launches": activity.launches,
+        "share_of_floor": None if floor_seconds is None else floor_seconds / median,
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A line per case with the work of the GPU, which pytest-benchmark's table does not have."""
+    session = getattr(config, "_benchmarksession", None)
+    found = [one for one in getattr(session, "benchmarks", ()) if one.extra_info.get("gpu_busy_seconds") is not None]
+    if not found:
+        return
+    terminalreporter.section("GPU: wall time, GPU busy, kernels, launches by the CPU, share of the floor")
+    for one in found:
+        extra, share = one.extra_info, one.extra_info["share_of_floor"]
+        times = f"{one.stats.median * 1e3:10.3f} ms {extra['gpu_busy_seconds'] * 1e3:10.3f} ms"
+        floor = "" if share is None else f" {share:8.1%}"
+        terminalreporter.write_line(f"{one.name:80} {times} {extra['kernels']:6} {extra['launches']:6}{floor}")
 
 
 def _choose_rounds(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:

@@ -5,15 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import compare
+from benchmarks import conftest as suite_of_benchmarks
 from keye_kernels.tools.timing import peers, stages
 from keye_kernels.tools.timing.baseline import Baseline
 from keye_kernels.tools.timing.measuring import RequiredWork
+from keye_kernels.tools.timing.profiling import GpuActivity
 from tests.helpers.tiny import prompt, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +202,8 @@ def test_implementations_alternate_within_each_round():
         return lambda: call
 
     case = stages.BenchmarkCase(RequiredWork(1, 1), {name: implementation(name) for name in "AB"}, implementation("floor"))
-    seconds = compare.time_case(case, rounds=3)
+    seconds, activities = compare.time_case(case, rounds=3)
+    assert activities == {}
     assert order == ["A", "B", "floor"] * 4  # the first round is a check and a warm-up
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"A": 3, "B": 3, "floor": 3}
 
@@ -218,6 +223,71 @@ def test_speedups_are_medians_of_the_ratios_of_single_rounds():
     assert results["strongest_peer"] == peers.TRANSFORMERS
     last_line = compare.times_to_text(results).splitlines()[-1]
     assert last_line.startswith("  strongest peer: transformers + SDPA; speedup of keye_kernels over it: 2.00x")
+
+
+ACTIVITY = GpuActivity(0.0015, 318, 41, [("gemm", 0.001, 108)])
+
+
+def test_on_a_gpu_the_table_has_busy_time_kernels_and_launches():
+    seconds = {peers.OFFICIAL: [0.008] * 3, stages.KEYE_KERNELS: [0.002] * 3, "floor": [0.001] * 3}
+    results = compare.summarize(seconds, dict.fromkeys(seconds, ACTIVITY))
+    assert results["implementations"][stages.KEYE_KERNELS]["gpu"] == asdict(ACTIVITY)
+    head, _, ours, *_ = compare.times_to_text(results).splitlines()
+    assert [name in head for name in ("GPU busy", "kernels", "launches", "share of floor")] == [True] * 4
+    assert ours.split() == ["keye_kernels", "2.00", "ms", "0.0%", "1.50", "ms", "318", "41", "4.00x", "50.0%"]
+    assert "GPU" not in compare.times_to_text(compare.summarize(seconds))
+
+
+def test_calls_on_a_gpu_are_warmed_up_profiled_and_timed_by_the_clock_of_the_gpu(monkeypatch):
+    calls, device = [], torch.device("cuda")
+    monkeypatch.setattr(compare, "timed_call", lambda call, where: (0.5 if where == device else 0.0, 0.1))
+    monkeypatch.setattr(compare, "profiled", lambda call, where: (call(), ACTIVITY)[1])
+    case = stages.BenchmarkCase(RequiredWork(1, 1), {"A": lambda: lambda: calls.append(1) or torch.ones(1)})
+    assert compare.time_case(case, 2, device=device) == ({"A": [0.5, 0.5]}, {"A": ACTIVITY})
+    assert len(calls) == 1 + compare.WARM_UP_CALLS + 1
+
+
+def test_half_precision_on_a_gpu_has_its_own_tolerance():
+    make = {peers.OFFICIAL: lambda: lambda: torch.ones(1), "close": lambda: lambda: torch.full((1,), 1.04)}
+    case = stages.BenchmarkCase(RequiredWork(1, 1), make)
+    assert compare.checked_calls(case, torch.device("cuda")).keys() == make.keys()
+    with pytest.raises(SystemExit):
+        compare.checked_calls(case)
+
+
+def test_stages_of_a_gpu_have_the_real_sizes(monkeypatch):
+    built = []
+    monkeypatch.setattr(compare, "build_model", lambda config, dtype, device: built.append((config, dtype, device.type)))
+    for name in ("vision", "prefill", "decode", "first_token"):
+        monkeypatch.setattr(stages, name, lambda *arguments: None)
+    on_gpu = [name for stage in ("vision", "prefill", "decode") for name, _ in compare.cases(stage, False, torch.device("cuda"))]
+    vision = ["1_image_1024", "16_images_mixed", "64_frames_448"]
+    assert on_gpu == [*vision, "1024_tokens", "8192_tokens", "batch_1_after_1024", "batch_8_after_1024"]
+    assert {(config.num_hidden_layers, *rest) for config, *rest in built[3:]} == {(36, torch.bfloat16, "cuda")}
+    on_cpu = [name for stage in ("vision", "prefill", "decode") for name, _ in compare.cases(stage, False)]
+    assert set(on_cpu) == set(on_gpu) - {"64_frames_448", "8192_tokens"}
+    assert {(config.num_hidden_layers, *rest) for config, *rest in built[-2:]} == {(2, torch.float32, "cpu")}
+
+
+def test_the_work_of_the_gpu_is_printed_after_the_tables_of_pytest_benchmark():
+    lines = []
+    extra = suite_of_benchmarks.gpu_fields(ACTIVITY, 0.001, 0.002)
+    assert extra == {"gpu_busy_seconds": 0.0015, "kernels": 318, "launches": 41, "share_of_floor": 0.5}
+    cases = [
+        SimpleNamespace(name="test_vision[auto]", extra_info=extra, stats=SimpleNamespace(median=0.002)),
+        SimpleNamespace(name="test_rope", extra_info={**extra, "share_of_floor": None}, stats=SimpleNamespace(median=0.002)),
+        SimpleNamespace(name="on a CPU", extra_info={}, stats=SimpleNamespace(median=0.002)),
+    ]
+    reporter = SimpleNamespace(section=lambda text: lines.append(text), write_line=lines.append)
+    for benchmarks in ([], cases[2:], cases):
+        config = SimpleNamespace(_benchmarksession=SimpleNamespace(benchmarks=benchmarks))
+        suite_of_benchmarks.pytest_terminal_summary(reporter, config)
+    assert [line.split() for line in lines[1:]] == [
+        ["test_vision[auto]", "2.000", "ms", "1.500", "ms", "318", "41", "50.0%"],
+        ["test_rope", "2.000", "ms", "1.500", "ms", "318", "41"],
+    ]
+    suite_of_benchmarks.pytest_terminal_summary(reporter, SimpleNamespace())  # without pytest-benchmark
+    assert len(lines) == 3
 
 
 def test_memory_is_compared_with_the_peer_that_needs_least():

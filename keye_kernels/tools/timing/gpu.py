@@ -24,11 +24,9 @@ from .clock import Measurement, measure
 from .measuring import RequiredWork, machine_info, rates, relative_error, versions
 from .peers import Unavailable, is_interpreting
 from .rows import Row
-from .stages import BenchmarkCase
+from .stages import TOLERANCES, BenchmarkCase
 
 FLOOR = "floor"
-# In half precision, rounding differences accumulate over the layers of a stage
-TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-4}
 
 
 @dataclass
@@ -171,7 +169,7 @@ def to_entry(
         "cpu_seconds": statistics.median(found.cpu_seconds),
         "share_of_floor": None if floor is None else floor / median,
         "error": error,
-        "tolerance": TOLERANCE[dtype],
+        "tolerance": TOLERANCES[dtype],
         "versions": versions(),
     }
     if activity is not None:

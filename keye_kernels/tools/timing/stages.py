@@ -25,8 +25,9 @@ from .shapes import Grid, num_patches
 
 KEYE_KERNELS = "keye_kernels"
 Call = Callable[[], Tensor]
-# Relative error of float32 logits and features. The golden data of the official code has the same tolerance.
-TOLERANCE = 1e-4
+# Relative error of logits and features. float32: as in the golden data of the official code. In half precision, rounding
+# differences accumulate over the layers
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 @dataclass

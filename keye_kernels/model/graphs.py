@@ -216,7 +216,7 @@ class ModuleState:
         self.objects: list[object] = []
         self.values: list[object] = []
         self.is_plain = not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-        add_object, add_value = self.objects.append, self.values.append
+        add_value = self.values.append
         modules = list(roots)
         for module in modules:  # grows
             attributes = module.__dict__
@@ -230,14 +230,14 @@ class ModuleState:
                     add_value(tuple(value))
             for tensors in (attributes["_parameters"], attributes["_buffers"]):
                 for x in tensors.values():
-                    add_object(x)
                     if x is None:
+                        add_value(None)
                         continue
                     if type(x) not in (Tensor, Parameter):
                         self.is_plain = False
                         return
                     # `x.data = ...` replaces the memory of a parameter
-                    add_value((x.data_ptr(), x.shape, x.dtype))
+                    add_value((x.data_ptr(), x.shape, x.stride(), x.dtype))
             modules += [child for child in attributes["_modules"].values() if child is not None]
 
     def __eq__(self, other: object) -> bool:

@@ -201,6 +201,14 @@ def test_a_changed_model_drops_its_graphs(gpu, change, batches_before):
     assert len(gpu.captured) == num_captured + 1
 
 
+def test_a_replaced_forward_of_a_class_drops_the_graphs(gpu, monkeypatch):
+    model = tiny_model()
+    encode(model, *GRIDS, times=2)
+    gpu.captured[0].run = lambda: gpu.captured[0].result
+    monkeypatch.setattr(type(model.visual.layers[0].self_attn), "forward", lambda module, x, *_: x * 0)
+    torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
+
+
 def test_values_that_change_in_place_need_no_new_graph(gpu):
     model = tiny_model()
     encode(model, *GRIDS, times=2)

@@ -29,9 +29,9 @@ FAULTS = [
     Fault(PATCHES, "target_row -= mean", "target_row -= mean[0]", READING),
     Fault(VISION_INFO, "threading.Lock() if workers is None else nullcontext()", "nullcontext()", READING),
     # Copies to a GPU
-    Fault(HOST_COPY, "-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES", "tensor.nbytes", COPIES),
+    Fault(HOST_COPY, "-(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES", "end", COPIES),
     Fault(HOST_COPY, "pinned.copy_(tensor).to(device, non_blocking=True)", "pinned.copy_(tensor).to(device)", COPIES),
-    Fault(HOST_COPY, "buffer = pinned.to(device, non_blocking=True)", "buffer = pinned.to(device)", COPIES),
+    Fault(HOST_COPY, "layout.views(pinned.to(device, non_blocking=True))", "layout.views(pinned.to(device))", COPIES),
     Fault(HOST_COPY, "tensor.dtype if dtype is None else dtype)", "tensor.dtype)", COPIES),
     Fault(HOST_COPY, 'tensor.device.type != "cpu" or not', "not", COPIES),
     Fault(HOST_COPY, "torch.compiler.is_compiling() or ", "", COPIES),

@@ -74,17 +74,28 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, batch: TextBatch, cache: KVCache | None) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
+        rotation = batch.position_ids, batch.inv_freq, self.mrope_section
         norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.q_norm.eps}
-        impl = impl_for("rope_3d", self.impl)
-        q, k = ops.rope_3d(q, k, batch.position_ids, batch.inv_freq, self.mrope_section, **norms, impl=impl)
-        if cache is not None:
-            cache.write(self.layer, batch.slots, *(x.unflatten(0, (batch.batch_size, -1)) for x in (k, v)))
+        if cache is not None and self._writes_with_rope(k, batch, cache):
+            caches = cache.keys[self.layer], cache.values[self.layer]
+            q = ops.rope_3d_to_cache(q, k, v, *rotation, *caches, batch.slots, **norms, impl="triton")
+            # Where a prompt of one sequence is. Views of the cache do not keep the fused projection in memory
+            k, v = (x.flatten(0, 1).narrow(0, 0, q.shape[0]) for x in caches)
+        else:
+            q, k = ops.rope_3d(q, k, *rotation, **norms, impl=impl_for("rope_3d", self.impl))
+            if cache is not None:
+                cache.write(self.layer, batch.slots, *(x.unflatten(0, (batch.batch_size, -1)) for x in (k, v)))
         if batch.cache_mask is None:
             impl = impl_for("varlen_attention", self.impl)
             out = ops.varlen_attention(q, k, v, batch.segments, causal=True, impl=impl)
         else:
             out = self._attend_to_cache(q, batch, cache)
         return self.o_proj(out.flatten(1))
+
+    def _writes_with_rope(self, k: Tensor, batch: TextBatch, cache: KVCache) -> bool:
+        """Whether k and v are needed in the cache only, and one launch can write them."""
+        reads_cache = batch.cache_mask is not None or batch.batch_size == 1
+        return reads_cache and cache.keys[self.layer].dtype == k.dtype and fused.runs_kernels(k, self.impl)
 
     def _attend_to_cache(self, q: Tensor, batch: TextBatch, cache: KVCache) -> Tensor:
         # The query heads of a group become rows of one head: keys are read once and never repeated

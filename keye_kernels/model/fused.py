@@ -72,9 +72,14 @@ def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fuses(x: Tensor, impl: str, *modules: nn.Module) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
     if not all(type(module) in FUSED_TYPES and calls_forward(module) and has_plain_weights(module) for module in modules):
+        return False
+    return runs_kernels(x, impl)
+
+
+def runs_kernels(x: Tensor, impl: str) -> bool:
+    """Whether Triton kernels run on `x`, without gradients, autocast and compilation."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     if type(x) not in PLAIN_TENSORS or x.stride(-1) != 1:
         return False

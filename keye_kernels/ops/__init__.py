@@ -5,6 +5,7 @@ from .implementation import use_impl
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
 from .rope import rope_2d, rope_3d
+from .rope_cache import rope_3d_to_cache
 from .varlen_attention import varlen_attention
 from .vision_batch import build_vision_batch as build_vision_batch
 
@@ -14,6 +15,7 @@ __all__ = [
     "position_embedding_2d",
     "rope_2d",
     "rope_3d",
+    "rope_3d_to_cache",
     "silu_mul",
     "use_impl",
     "varlen_attention",

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "position_embedding_2d": ("reference", "triton"),
     "rope_2d": ("reference", "triton"),
     "rope_3d": ("reference", "triton"),
+    "rope_3d_to_cache": ("reference", "triton"),
     "silu_mul": ("reference", "triton"),
     "varlen_attention": ("reference", "triton", "torch", "flash_attn"),
 }

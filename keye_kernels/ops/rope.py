@@ -56,18 +56,7 @@ def rope_3d(
     if run := find(key):
         return run(*tensors)
     check_impl(impl, "rope_3d")
-    _check(q, k, position_ids, inv_freq, axes=3, channels_per_frequency=2)
-    check_eps(eps)
-    if not isinstance(mrope_section, list | tuple) or any(type(pairs) is not int for pairs in mrope_section):
-        raise TypeError(f"mrope_section must be a list of three integers, got {mrope_section!r}")
-    if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
-        raise ValueError(f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}")
-    if (q_norm_weight is None) != (k_norm_weight is None):
-        missing = "q_norm_weight" if q_norm_weight is None else "k_norm_weight"
-        raise ValueError(f"{missing} must be given when the other norm weight is, got None")
-    if q_norm_weight is not None and k_norm_weight is not None:
-        check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
-        check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
+    check_rope_3d(q, k, position_ids, inv_freq, mrope_section, q_norm_weight, k_norm_weight, eps)
     return _call(key, q, k, position_ids, inv_freq, mrope_section, q_norm_weight, k_norm_weight, eps, impl)
 
 
@@ -108,6 +97,24 @@ def _call(key, q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_wei
 
     run = remember(key, prepare(q, k, position_ids, inv_freq, sections, q_norm_weight is not None, eps))
     return run(q, k, position_ids, inv_freq, q_norm_weight, k_norm_weight)
+
+
+def check_rope_3d(
+    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, mrope_section: list[int] | tuple[int, ...],
+    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    _check(q, k, position_ids, inv_freq, axes=3, channels_per_frequency=2)
+    check_eps(eps)
+    if not isinstance(mrope_section, list | tuple) or any(type(pairs) is not int for pairs in mrope_section):
+        raise TypeError(f"mrope_section must be a list of three integers, got {mrope_section!r}")
+    if len(mrope_section) != 3 or sum(mrope_section) != q.shape[-1] // 2 or min(mrope_section) < 0:
+        raise ValueError(f"mrope_section must be three numbers adding up to D/2 = {q.shape[-1] // 2}, got {list(mrope_section)}")
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        missing = "q_norm_weight" if q_norm_weight is None else "k_norm_weight"
+        raise ValueError(f"{missing} must be given when the other norm weight is, got None")
+    if q_norm_weight is not None and k_norm_weight is not None:
+        check_tensor("q_norm_weight", q_norm_weight, (q.shape[-1],), FLOATS, q)
+        check_tensor("k_norm_weight", k_norm_weight, (q.shape[-1],), FLOATS, q)
 
 
 def _check(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, axes: int, channels_per_frequency: int) -> None:

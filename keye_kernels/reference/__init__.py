@@ -9,7 +9,7 @@ from .elementwise import add_norm, silu_mul
 from .linear import linear
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
-from .rope import compute_dtype, rms_norm, rope, rotate, rotation_tables
+from .rope import compute_dtype, rms_norm, rope, rope_to_cache, rotate, rotation_tables, write_slots
 from .varlen_attention import varlen_attention
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "position_embedding_2d",
     "rms_norm",
     "rope",
+    "rope_to_cache",
     "rotate",
     "rotation_tables",
     "silu_mul",
     "varlen_attention",
+    "write_slots",
 ]

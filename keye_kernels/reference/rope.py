@@ -26,6 +26,23 @@ def rope(
     return q_out, rotate(rms_norm(k, k_norm_weight, eps), cos, sin).to(k.dtype)
 
 
+def rope_to_cache(
+    q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, inv_freq: Tensor, sections: list[int],
+    key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+    q_norm_weight: Tensor | None = None, k_norm_weight: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """`rope`, which writes k and v [B·S, Hk, D] to the slots [S] of the caches [B, M, Hk, D] in place, and returns q."""
+    q_out, k_out = rope(q, k, position_ids, inv_freq, sections, q_norm_weight, k_norm_weight, eps)
+    write_slots(k_out, key_cache, slots)
+    write_slots(v, value_cache, slots)
+    return q_out
+
+
+def write_slots(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Writes x [B·S, Hk, D] to cache[:, slots]."""
+    cache.index_copy_(1, slots, x.unflatten(0, (cache.shape[0], slots.shape[0])))
+
+
 def rotation_tables(
     position_ids: Tensor, inv_freq: Tensor, sections: list[int], dtype: torch.dtype, conjugate: bool
 ) -> tuple[Tensor, Tensor]:

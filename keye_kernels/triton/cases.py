@@ -49,10 +49,11 @@ class VerifyCase:
     """One use of a public operator, with inputs and the error that rounding can explain.
 
     `draw` makes the operator's arguments by name, floating-point ones in float32 on the CPU. `truth` takes them in float64,
-    together with the dtype under test.
+    together with the dtype under test. `written` are arguments that the operator modifies: their new values are further outputs.
     """
 
     operator: str
     label: str
     draw: Callable[[torch.Generator], Arguments]
     truth: Callable[[Arguments, torch.dtype], Truth]
+    written: tuple[str, ...] = ()

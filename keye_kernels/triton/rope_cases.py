@@ -1,4 +1,4 @@
-"""The verify cases of rope_2d and rope_3d."""
+"""The verify cases of rope_2d, rope_3d and rope_3d_to_cache."""
 
 from dataclasses import dataclass
 from math import log2
@@ -10,6 +10,7 @@ from .cases import FP32_ROUNDOFF, Arguments, RunReference, Truth, VerifyCase, ro
 
 # Error of cosine and sine in float32, for angles up to 131,072, with and without fused multiply-add
 COS_SIN_ERROR = 2e-6
+CACHED_SEQUENCES = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,34 @@ def verify_cases(real_sizes: bool, reference: RunReference) -> list[VerifyCase]:
         _verify_case("text", "text", tokens, text, reference, norm=False),
         _verify_case("text", "text, norm", tokens, text, reference, norm=True),
         _verify_case("vision", "vision", tokens, vision, reference, norm=False),
+        _cache_case(tokens, text, reference),
     ]
+
+
+def _cache_case(tokens: int, heads: tuple[int, int], reference: RunReference) -> VerifyCase:
+    """Several sequences. The new tokens are in every second slot of the cache, in reverse order."""
+    case = _verify_case("text", "text, norm", CACHED_SEQUENCES * tokens, heads, reference, norm=True)
+    head_shape = heads[1], SIZES["text"].head_dim
+    slots = torch.arange(2 * tokens - 1, 0, -2)
+
+    def draw(generator: torch.Generator) -> Arguments:
+        cache_shape = CACHED_SEQUENCES, 2 * tokens + 1, *head_shape
+        v, keys, values = (
+            torch.randn(size, generator=generator)
+            for size in ((CACHED_SEQUENCES * tokens, *head_shape), cache_shape, cache_shape)
+        )
+        return case.draw(generator) | {"v": v, "key_cache": keys, "value_cache": values, "slots": slots}
+
+    def truth(arguments: Arguments, dtype: torch.dtype) -> Truth:
+        """That of rope_3d in the slots of k; other slots and v are exact."""
+        v, keys, values, slots = (arguments[name] for name in ("v", "key_cache", "value_cache", "slots"))
+        rotation = {name: x for name, x in arguments.items() if name not in ("v", "key_cache", "value_cache", "slots")}
+        q, (k, k_allowed) = case.truth(rotation, dtype)
+        k, k_allowed, v = (x.unflatten(0, (CACHED_SEQUENCES, tokens)) for x in (k, k_allowed, v))
+        key_error = torch.zeros_like(keys).index_copy(1, slots, k_allowed)
+        return [q, (keys.index_copy(1, slots, k), key_error), (values.index_copy(1, slots, v), torch.zeros_like(values))]
+
+    return VerifyCase("rope_3d_to_cache", case.label, draw, truth, written=("key_cache", "value_cache"))
 
 
 def _verify_case(part: str, label: str, tokens: int, heads: tuple[int, int], reference: RunReference, norm: bool) -> VerifyCase:

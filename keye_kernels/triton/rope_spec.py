@@ -59,11 +59,11 @@ class RopeSpec(spec.KernelSpec):
         return spec.TuningProblem(launch, expect, rows)
 
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
-        # (dtype of the norm weights, backward rotation)
-        kinds = [(None, False), (None, True)]
+        # (dtype of the norm weights, backward rotation, k and v into a cache)
+        kinds = [(None, False, False), (None, True, False)]
         if part == "text":
-            kinds = [(dtype, False), ("fp32", False), *kinds]
-        return [_variant(part, dtype, config, weight, conjugate) for weight, conjugate in dict.fromkeys(kinds)]
+            kinds = [(weight, False, to_cache) for weight in (dtype, "fp32") for to_cache in (True, False)] + kinds
+        return [_variant(part, dtype, config, *kind) for kind in dict.fromkeys(kinds)]
 
     def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
         return [
@@ -77,36 +77,48 @@ class RopeSpec(spec.KernelSpec):
         half, text, vision = torch.float16, SIZES["text"], SIZES["vision"]
         # q and k as views of a fused projection
         heads = (*text.heads, text.heads[1])
-        q, k, _ = torch.randn(COUNTED_TOKENS, sum(heads), text.head_dim, dtype=half).split(heads, dim=1)
+        q, k, v = torch.randn(COUNTED_TOKENS, sum(heads), text.head_dim, dtype=half).split(heads, dim=1)
         positions = torch.randint(0, 4000, (3, COUNTED_TOKENS), dtype=torch.int32)
         norms = {f"{name}_norm_weight": torch.rand(text.head_dim, dtype=half) + 0.5 for name in "qk"}
         rope_3d = {"q": q, "k": k, "position_ids": positions, "inv_freq": inverse_frequencies(text)}
         rope_3d |= {"mrope_section": list(text.sections), **norms}
+        caches = [torch.zeros(2, COUNTED_TOKENS // 2, heads[1], text.head_dim, dtype=half) for _ in range(2)]
+        slots = torch.arange(COUNTED_TOKENS // 2)
+        to_cache = {**rope_3d, "v": v, "key_cache": caches[0], "value_cache": caches[1], "slots": slots}
         q, k, _ = torch.randn(COUNTED_TOKENS, 3, vision.heads[0], vision.head_dim, dtype=half).unbind(1)
         grid = torch.stack((torch.arange(COUNTED_TOKENS) // 32, torch.arange(COUNTED_TOKENS) % 32)).int()
         rope_2d = {"q": q, "k": k, "position_ids": grid, "inv_freq": inverse_frequencies(vision)}
         inputs_3d, inputs_2d = [rope_3d["q"], rope_3d["k"], positions, *norms.values()], [q, k, grid]
+        inputs_to_cache = [*inputs_3d, v, slots]
         limits_3d, limits_2d = {"launches": 1, "requested": 1.07, "unique": 1.02}, {"launches": 1, "requested": 1.05}
         return [
             spec.CountedCase("rope_3d", "norm + rope_3d, 32 + 8 heads x 128", "rope_3d", rope_3d, inputs_3d, limits_3d),
+            spec.CountedCase(
+                "rope_3d_to_cache", "norm + rope_3d, k and v into a cache", "rope_3d_to_cache", to_cache, inputs_to_cache,
+                limits_3d, written=caches,
+            ),
             spec.CountedCase("rope_2d", "rope_2d, 16 + 16 heads x 72", "rope_2d", rope_2d, inputs_2d, limits_2d),
-        ]
+        ]  # fmt: skip
 
 
-def _variant(part: str, dtype: str, config: Config, weight: str | None, conjugate: bool) -> spec.CompileVariant:
+def _variant(
+    part: str, dtype: str, config: Config, weight: str | None, conjugate: bool, to_cache: bool
+) -> spec.CompileVariant:  # fmt: skip
     sizes, data, weights = SIZES[part], f"*{dtype}:16", weight and f"*{weight}:16"
+    values, slots = (data, "*i64:16") if to_cache else (None, None)
     signature = {
-        "q_out_ptr": data, "k_out_ptr": data, "q_ptr": data, "k_ptr": data,
+        "q_out_ptr": data, "k_out_ptr": data, "v_out_ptr": values, "q_ptr": data, "k_ptr": data, "v_ptr": values,
         "q_weight_ptr": weights, "k_weight_ptr": weights, "inv_freq_ptr": "*fp32:16", "position_ptr": "*i64:16",
-        "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
-        "stride_k_token": "i32", "stride_k_head": "i32", "stride_p_axis": "i32", "stride_p_token": "i32",
+        "slot_ptr": slots, "num_tokens": "i32", "eps": "fp32", "stride_q_token": "i32", "stride_q_head": "i32",
+        "stride_k_token": "i32", "stride_k_head": "i32", "stride_v_token": "i32", "stride_v_head": "i32",
+        "stride_p_axis": "i32", "stride_p_token": "i32", "num_slots": "i32", "cache_slots": "i32",
         "Q_HEADS": sizes.heads[0], "K_HEADS": sizes.heads[1], "HEAD_DIM": sizes.head_dim,
         "NUM_FREQUENCIES": sizes.num_frequencies, "SECTIONS": sizes.sections, "CONJUGATE": conjugate,
         "STRIDE_UNIT": 8, "INT64_OFFSETS": False,
         **cover_pairs(sizes.head_dim, weight is not None), "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
     }  # fmt: skip
     norm = "" if weight is None else " norm" if weight == dtype else f" norm with {weight} weights"
-    label = f"{part} {dtype}{norm}{' backward' if conjugate else ''}"
+    label = f"{part} {dtype}{norm}{' backward' if conjugate else ''}{' to cache' if to_cache else ''}"
     in_forward = dtype == "bf16" and not conjugate and (weight == dtype or part == "vision")
     return spec.CompileVariant(rope_kernel, label, signature, config["num_warps"], 3, False, in_forward)
 

@@ -74,8 +74,9 @@ class TuningProblem:
 class CountedCase:
     """One call of a public operator whose memory traffic and FLOPs are counted in Triton's interpreter.
 
-    `inputs` are the tensors that have to be read once. `needed_flops` counts matmuls without padding, 0 where there are none.
-    `intermediate_bytes` are written and read once. `limits` are the budgets that the count must keep.
+    `inputs` are the tensors that have to be read once, `written` those that are modified in place. `needed_flops` counts matmuls
+    without padding, 0 where there are none. `intermediate_bytes` are written and read once. `limits` are the budgets that the
+    count must keep.
     """
 
     name: str
@@ -87,6 +88,7 @@ class CountedCase:
     needed_flops: int = 0
     intermediate_bytes: int = 0
     config: Config | None = None  # replaces the heuristic's launch config
+    written: Sequence[Tensor] = ()
 
 
 class KernelSpec(ABC):

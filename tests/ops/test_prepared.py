@@ -28,7 +28,8 @@ def prepare_on_cpu(monkeypatch):
 def checked(monkeypatch):
     """The operators whose arguments were checked."""
     names = []
-    for module in map(import_module, (f"keye_kernels.ops.{name}" for name in ("elementwise", "rope", "varlen_attention"))):
+    files = "elementwise", "rope", "rope_cache", "varlen_attention"
+    for module in map(import_module, (f"keye_kernels.ops.{name}" for name in files)):
         check = module.check_impl
         monkeypatch.setattr(module, "check_impl", lambda impl, name, check=check: names.append(name) or check(impl, name))
     return names
@@ -68,11 +69,20 @@ def silu_mul(seed=0, impl="triton", **_):
     return (ops.silu_mul(heads(5, 24, seed=seed), heads(5, 24, seed=seed + 1), impl=impl),)
 
 
+def rotate_to_cache(seed=0, cache_slots=5, slots=(4, 0, 2), impl="triton", **_):
+    q, k, v = (heads(6, count, 16, seed=seed + i) for i, count in enumerate((4, 2, 2)))
+    caches = [torch.zeros(2, cache_slots, 2, 16) for _ in range(2)]
+    options = {name: heads(16, seed=seed) for name in ("q_norm_weight", "k_norm_weight")}
+    ids, where = torch.arange(18).view(3, 6) + seed, torch.tensor(slots)
+    return ops.rope_3d_to_cache(q, k, v, ids, torch.linspace(1, 0.1, 8), [2, 2, 4], *caches, where, **options, impl=impl), *caches
+
+
 CALLS = {
     "add_norm": add_norm,
     "silu_mul": silu_mul,
     "rope_2d": lambda **options: rotate_2d(**options)[2],
     "rope_3d": rotate_3d,
+    "rope_3d_to_cache": rotate_to_cache,
     "varlen_attention": attend,
 }
 
@@ -127,6 +137,14 @@ def test_options_of_rope_are_part_of_the_call(change):
     with torch.no_grad():
         rotate_3d()
         for one, other in zip(rotate_3d(**change), rotate_3d(**change, impl="reference"), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [dict(slots=(1, 2, 3)), dict(cache_slots=7)], ids=["slots", "cache"])
+def test_slots_and_caches_of_a_repeated_call_are_used(change):
+    with torch.no_grad():
+        rotate_to_cache()
+        for one, other in zip(rotate_to_cache(**change), rotate_to_cache(**change, impl="reference"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

@@ -30,7 +30,10 @@ PUBLIC = {
     "small_processor": "small",
     "warmup": "warm_up",
 }
-OPERATORS = ["add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "silu_mul", "varlen_attention"]
+OPERATORS = [
+    "add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache", "silu_mul",
+    "varlen_attention",
+]  # fmt: skip
 
 
 def run(code: str) -> str:

@@ -16,7 +16,10 @@ from keye_kernels.tools.doctor.versions import PACKAGES, REQUIRED, Package, vers
 from keye_kernels.triton import device, launch_config, varlen_attention
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
-OPERATORS = ["add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "silu_mul", "varlen_attention"]
+OPERATORS = [
+    "add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache", "silu_mul",
+    "varlen_attention",
+]  # fmt: skip
 
 
 def run_doctor(*missing, path=""):

@@ -18,6 +18,7 @@ SMALLEST_FAULTS = {
     "position_embedding_2d": (1.6e-6, 1.5),
     "rope_2d": (7e-6, 1.5),
     "rope_3d": (1e-5, 1.5),
+    "rope_3d_to_cache": (1e-5, 1.5),
     "patch_merge_projection": (1.2e-5, 9.0),
     "varlen_attention": (1.3e-4, 4.5),
     "sharp": (3.5e-4, 5.0),  # attention with probabilities near 1
@@ -77,6 +78,20 @@ def test_a_wrong_second_output_fails(case, monkeypatch):
     for dtype in DTYPES:
         result = check(monkeypatch, case, dtype, lambda outputs: [outputs[0], outputs[1] * (1 + SMALLEST_LSE_FAULT)])
         assert not result.passed and result.error > result.allowed, dtype
+
+
+@pytest.mark.parametrize("output", [1, 2], ids=["keys", "values"])
+def test_one_wrong_element_of_a_cache_fails(output, monkeypatch):
+    """In a slot that was written and in one that was not; values are copied, so that no error is allowed."""
+    case = next(case for _, case in CASES if case.operator == "rope_3d_to_cache")
+    for slot in (0, 1):
+
+        def change(outputs, slot=slot):
+            outputs[output][1, slot].view(-1)[3] *= 1.01
+            return outputs
+
+        result = check(monkeypatch, case, torch.float32, change)
+        assert not result.passed and result.error > result.allowed, slot
 
 
 @pytest.mark.parametrize("error, passed", [(1.0, True), (1.0001, False), (float("nan"), False)])

@@ -145,6 +145,7 @@ def test_strides_are_passed_in_units_of_8(monkeypatch):
     def heads(width):
         return torch.zeros(9, 3, width)[..., :8]
 
+    cache = torch.zeros(1, 12, 3, 8)
     aligned, odd = heads(72), heads(75)
     for position in range(3):
         tensors = [odd if i == position else aligned for i in range(3)]
@@ -152,14 +153,20 @@ def test_strides_are_passed_in_units_of_8(monkeypatch):
         arguments, constants = found.pop()
         assert constants["STRIDE_UNIT"] == 1 and arguments[-3:] == tuple(x.stride(1) for x in tensors)
         assert [constants[f"STRIDE_{name}"] for name in "QKV"] == [x.stride(0) for x in tensors]
+        strides = tuple(stride for x in tensors for stride in x.stride()[:2])
         if position < 2:
             rope.rope(*tensors[:2], ids, inv_freq, [4])
             arguments, constants = found.pop()
-            assert constants["STRIDE_UNIT"] == 1 and arguments[10:14] == (*tensors[0].stride()[:2], *tensors[1].stride()[:2])
+            assert constants["STRIDE_UNIT"] == 1 and arguments[13:19] == (*strides[:4], 0, 0)
+        rope.rope_to_cache(*tensors, ids, inv_freq, [4], cache, cache, torch.arange(9))
+        arguments, constants = found.pop()
+        assert constants["STRIDE_UNIT"] == 1 and arguments[13:19] == strides and arguments[21:] == (9, 12)
     varlen_attention.varlen_attention(aligned, aligned, aligned, cu_seqlens, 9, 0.1, False, False)
     assert found[-1][1]["STRIDE_UNIT"] == 8 and found.pop()[0][-3:] == (9, 9, 9)
     rope.rope(aligned, aligned, ids, inv_freq, [4])
-    assert found[-1][1]["STRIDE_UNIT"] == 8 and found.pop()[0][10:14] == (27, 9, 27, 9)
+    assert found[-1][1]["STRIDE_UNIT"] == 8 and found.pop()[0][13:19] == (27, 9, 27, 9, 0, 0)
+    rope.rope_to_cache(aligned, aligned, aligned, ids, inv_freq, [4], cache, cache, torch.arange(9))
+    assert found[-1][1]["STRIDE_UNIT"] == 8 and found.pop()[0][13:19] == (27, 9) * 3
     for width, unit in ((80, 8), (84, 1)):
         position_embedding_2d.position_embedding_2d(torch.zeros(9, width)[:, :8], torch.zeros(4, 8), *corners)
         arguments, constants = found.pop()
@@ -170,12 +177,17 @@ def test_rope_uses_64_bit_offsets_where_a_block_reaches_2_31_elements(monkeypatc
     found = []
     monkeypatch.setattr(Kernel, "_launch", lambda *_, **constants: found.append(constants["INT64_OFFSETS"]))
     block, near = {"BLOCK_T": 4, "BLOCK_H": 1, "num_warps": 4}, torch.empty(1, 2, 8, device="meta")
+    slots = torch.zeros(1, dtype=torch.int64)
     # Two heads and a block of four tokens reach twice the head stride and four times the token stride
     for token, head, is_far in ((8, 2**30 - 24, False), (8, 2**30 - 16, True), (2**29 - 8, 8, False), (2**29 - 4, 8, True)):
         far = torch.empty_strided((1, 2, 8), (token, head, 1), device="meta")
         for q, k in ((far, near), (near, far)):
             rope.rope(q, k, torch.zeros(1, 1, dtype=torch.int32), torch.ones(4), [4], config=block)
             assert found.pop() == is_far, (token, head)
+        rope.rope_to_cache(
+            near, near, far, torch.zeros(1, 1, dtype=torch.int32), torch.ones(4), [4], *[near[None]] * 2, slots, config=block
+        )
+        assert found.pop() == is_far, (token, head)
 
 
 def test_small_numbers():

@@ -19,12 +19,18 @@ WORKLOAD = {"images": [[2, 400], [1, 64]], "frames": [[8, 100]], "prompts": [[3,
 TEXT, VISION = (32, 8, 128, [16, 24, 24], 64), (16, 16, 72, [18, 18], 18)  # heads, key heads, head dim, sections, frequencies
 
 
-def launch_rope(part, dtype, config, weight_dtype, conjugate):
+def launch_rope(part, dtype, config, weight_dtype, conjugate, to_cache):
     heads, key_heads, head_dim, sections, frequencies = TEXT if part == "text" else VISION
     q, k = (torch.empty(40, count, head_dim, dtype=dtype, device=META) for count in (heads, key_heads))
     norms = [weight_dtype and torch.empty(head_dim, dtype=weight_dtype, device=META)] * 2
     position_ids = torch.empty(len(sections), 40, dtype=torch.int64, device=META)
-    rope.rope(q, k, position_ids, torch.empty(frequencies, device=META), sections, *norms, conjugate=conjugate, config=config)
+    rotation = position_ids, torch.empty(frequencies, device=META), sections
+    if to_cache:
+        caches = torch.empty(2, 2, 30, key_heads, head_dim, dtype=dtype, device=META).unbind(0)
+        slots = torch.empty(20, dtype=torch.int64, device=META)
+        rope.rope_to_cache(q, k, k, *rotation, *caches, slots, *norms, config=config)
+    else:
+        rope.rope(q, k, *rotation, *norms, conjugate=conjugate, config=config)
 
 
 def launch_attention(part, dtype, config, has_schedule, return_lse):
@@ -59,8 +65,8 @@ def launched(kernel, part, dtype, config):
     """A launch of each variant of `KernelSpec.variants`, in order."""
     torch_dtype = TORCH_DTYPES[dtype]
     if kernel == "rope":
-        kinds = [(torch_dtype, False), (torch.float32, False), (None, False), (None, True)]
-        kinds = list(dict.fromkeys(kinds)) if part == "text" else kinds[2:]
+        kinds = [(weight, False, to_cache) for weight in (torch_dtype, torch.float32) for to_cache in (True, False)]
+        kinds = [*(dict.fromkeys(kinds) if part == "text" else ()), (None, False, False), (None, True, False)]
         return [lambda kind=kind: launch_rope(part, torch_dtype, config, *kind) for kind in kinds]
     if kernel == "varlen_attention":
         kinds = [(True, False), (False, False), (True, True)]
@@ -123,6 +129,7 @@ def test_the_forward_pass_of_preview_in_bf16_is_marked():
     }
     assert found == {
         ("rope_kernel", "text bf16 norm"),
+        ("rope_kernel", "text bf16 norm to cache"),
         ("rope_kernel", "vision bf16"),
         ("varlen_attention_fwd_kernel", "vision bf16"),
         ("linear_kernel", "linear_1 bf16 128x256"),
@@ -143,7 +150,8 @@ def test_every_part_and_dtype_ships(name):
     norms = [f"text {dtype} norm" for dtype in TORCH_DTYPES] + [
         f"text {dtype} norm with fp32 weights" for dtype in ("bf16", "fp16")
     ]
-    assert sorted(labels["rope"]) == sorted([*norms, *parts, *(f"{part} backward" for part in parts)])
+    to_cache = [f"{label} to cache" for label in norms]
+    assert sorted(labels["rope"]) == sorted([*norms, *to_cache, *parts, *(f"{part} backward" for part in parts)])
     orders = [f"{edition} {order}" for edition in ("preview", "1.5") for order in ("block", "raster")]
     assert sorted(labels["patch_merge_norm"]) == sorted(f"{order} {dtype}" for order in orders for dtype in TORCH_DTYPES)
     assert sorted(labels["position_embedding_2d"]) == sorted(TORCH_DTYPES)
@@ -243,6 +251,12 @@ def test_verify_cases_cover_the_options_of_the_operators(real_sizes):
         assert not norms or not torch.equal(*norms)
     assert all(a["q"].shape[1] > a["k"].shape[1] for a in rope_3d)
 
+    (to_cache,) = drawn["rope_3d_to_cache"]
+    sequences, cache_slots = to_cache["key_cache"].shape[:2]
+    tokens, slots = to_cache["q"].shape[0], to_cache["slots"]
+    assert tokens == sequences * len(slots) and tokens % 2 and sequences > 1  # sequences end within a block
+    assert slots.diff().max() < 0 and 0 < len(slots.unique()) == len(slots) < cache_slots and "q_norm_weight" in to_cache
+
     kinds = {(a["causal"], a["return_lse"]) for a in attention}
     assert kinds == {(causal, lse) for causal in (False, True) for lse in (False, True)}
     for arguments in attention:
@@ -266,13 +280,13 @@ def test_counted_cases_have_the_inputs_of_their_arguments():
         return VisionBatch.build(grid, int(grid.prod(1).sum()), table_side=27)
 
     cases = {case.name: case for name in KEYS for case in kernel_spec(name[0]).counted_cases(batch)}
-    assert set(cases) == {"rope_2d", "rope_3d", "attention 1024", "attention ragged, 64 rows", "attention ragged, 128 rows",
-                          "patch_merge_projection", "position_embedding_2d"}  # fmt: skip
+    assert set(cases) == {"rope_2d", "rope_3d", "rope_3d_to_cache", "attention 1024", "attention ragged, 64 rows",
+                          "attention ragged, 128 rows", "patch_merge_projection", "position_embedding_2d"}  # fmt: skip
     for case in cases.values():
         tensors = [x for x in case.arguments.values() if isinstance(x, torch.Tensor)]
         pointers = {x.data_ptr() for x in tensors}
         # The frequencies, the offsets and a batch's tensors are not inputs that every implementation reads
-        given = [x for x in case.inputs if x.data_ptr() in pointers]
+        given = [x for x in (*case.inputs, *case.written) if x.data_ptr() in pointers]
         assert len(given) >= len(tensors) - 1 - (case.operator == "position_embedding_2d"), case.name
         assert case.limits["launches"] == (3 if case.operator == "patch_merge_projection" else 1), case.name
     flops = {name: cases[name].needed_flops for name in cases if "attention" in name}

@@ -45,7 +45,7 @@ def count_case(name: str, by: str = OURS) -> dict[str, Any]:
         outputs = _as_tuple(call())
     if by != OURS:
         _check_peer(by, case, outputs)
-    floor = tensor_bytes(*case.inputs, *outputs) + case.intermediate_bytes
+    floor = tensor_bytes(*case.inputs, *case.written, *outputs) + case.intermediate_bytes
     row = {
         "operator": case.label, "by": by, "launches": len(traffic.launches), "eager_operators": len(traffic.eager_operators),
         "floor_bytes": floor, "requested": traffic.requested / floor, "unique": traffic.unique / floor,

@@ -48,8 +48,13 @@ def run_reference(operator: str, **arguments: Any) -> tuple[Tensor, ...]:
 
 
 def run_case(case: VerifyCase, arguments: Arguments, impl: str) -> tuple[Tensor, ...]:
+    """The outputs, then the arguments that were written. These get their old values back, for the next run."""
+    before = [arguments[name].clone() for name in case.written]
     outputs = getattr(ops, case.operator)(**arguments, impl=impl)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    written = [arguments[name].clone() for name in case.written]
+    for name, old in zip(case.written, before, strict=True):
+        arguments[name].copy_(old)
+    return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *written)
 
 
 def cast(arguments: Arguments, dtype: torch.dtype, device: torch.device) -> Arguments:
@@ -102,7 +107,8 @@ def worst_element(outputs: Sequence[Tensor], truth: Truth) -> tuple[float, float
     for output, (exact, allowed) in zip(outputs, truth, strict=True):
         error = (output.cpu().double() - exact).abs().nan_to_num(nan=torch.inf).flatten()
         if error.numel():
-            at = int((error / allowed.flatten()).argmax())
+            # 0 / 0 is NaN, which argmax would prefer
+            at = int((error / allowed.flatten()).masked_fill(error == 0, 0).argmax())
             found = max(found, (float(error[at]), float(allowed.flatten()[at])), key=_share)
     return found
 
@@ -174,4 +180,4 @@ def _bits(x: Tensor) -> Tensor:
 
 def _share(element: tuple[float, float]) -> float:
     error, allowed = element
-    return error / allowed if allowed else error
+    return error / allowed if allowed else error and torch.inf

@@ -32,7 +32,7 @@ FAULTS = [
     Fault(f"{BENCH}__init__.py", "read_results(options.results, options.select)", "read_results(options.results)", REPORT_TESTS),
     Fault(COUNTING, "if row[key] > limit]", "if row[key] >= limit]", LIMITS),
     Fault(COUNTING, "if row[key] > limit]", "if row[key] > 1.1 * limit]", LIMITS),
-    Fault(COUNTING, "tensor_bytes(*case.inputs, *outputs)", "tensor_bytes(*case.inputs)", COUNTED_TESTS),
+    Fault(COUNTING, "tensor_bytes(*case.inputs, *case.written, *outputs)", "tensor_bytes(*case.inputs, *case.written)", COUNTED_TESTS),
     Fault(COUNTING, " + case.intermediate_bytes", "", COUNTED_TESTS),
     Fault(COUNTING, "case.limits if by == OURS else {}", "case.limits", LIMITS),
     Fault(COUNTING, "traffic.dot_flops / case.needed_flops", "case.needed_flops / traffic.dot_flops", LIMITS),

@@ -68,7 +68,7 @@ FAULTS = [
     Fault(LINEAR, "divisor = width & -width", "divisor = width", LINEARS),
     Fault(ROPE, "    if head_dim >= 128:", "    if head_dim > 128:", SIZES),
     Fault(ROPE, "INT64_OFFSETS=reach >= 2**31", "INT64_OFFSETS=reach > 2**31", SIZES),
-    Fault(ROPE, "reach = max(q_heads * q_head + block * q_token, k_heads", "reach = max(0, k_heads", SIZES),
+    Fault(ROPE, "heads = q_heads, k_heads, k_heads", "heads = 0, k_heads, k_heads", SIZES),
     Fault(ROPE, '"VECTOR": half & -half', '"VECTOR": pairs', SIZES),
     # Kernels
     Fault(ROPE, "tl.program_id(0).to(tl.int64) * BLOCK_T", "tl.program_id(0) * BLOCK_T", FAR),

@@ -13,8 +13,8 @@ from .host_copy import copy_to_device, overwrite
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """How the T tokens of a batch are divided into attention segments. Every token belongs to one: other rows of the output are
-    not initialized on a GPU.
+    """How the T tokens of a batch are divided into attention segments. Every token belongs to one, unless `covers_all_tokens` is
+    False: then the output is 0 for the others. Else their rows are not initialized on a GPU.
 
     Layers share one object: its schedules are built once per batch, and no layer reads the offsets back from the device. A CUDA
     graph keeps the schedules of its capture; to replay it with other offsets, capture it with `PaddedSegments`, or with
@@ -24,6 +24,7 @@ class Segments:
     cu_seqlens: Tensor  # [S+1] int32 offsets on the device, from 0 to T
     max_seqlen: int  # length of the longest segment, or an upper bound
     lengths: tuple[int, ...] | None = None  # on the host; None where only the device knows them
+    covers_all_tokens: bool = True  # False is for segments without lengths
     _schedules: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
     prepared_calls: dict[tuple, Callable] = field(default_factory=dict, init=False, repr=False)  # see ops/prepared.py
 

@@ -111,11 +111,12 @@ def varlen_attention(
         impl, block_m = _choose(impl, q, k, v, offsets, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
     common = q, k, v, offsets, max_seqlen, scale, causal, return_lse
+    covers_all_tokens = segments is not None and segments.covers_all_tokens
     if key is not None and _choose(impl, *common[:-1])[0] == "triton":
         from keye_kernels.triton.varlen_attention import prepare
 
-        remember(key, prepare(*common, schedule, segments is not None), calls)
-    out, lse = call(_attention_op, *common, impl, schedule, block_m, segments is not None)
+        remember(key, prepare(*common, schedule, covers_all_tokens), calls)
+    out, lse = call(_attention_op, *common, impl, schedule, block_m, covers_all_tokens)
     return (out, lse) if return_lse else out
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "small": {"model", "processing"},
     "layers": {"geometry", "ops"},
     "warm_up": {"geometry", "model", "ops", "triton"},
-    "integrations": {"editions", "geometry", "layers", "model", "ops", "plain", "processing", "requirements"},
+    "integrations": {"editions", "geometry", "layers", "model", "ops", "plain", "processing", "requirements", "segments"},
     "auto": {"integrations"},
     "tools": {
         "auto",

@@ -93,6 +93,15 @@ def test_the_output_is_filled_with_zeros_unless_segments_cover_it(first, last, c
     assert calls == [covers]
 
 
+@pytest.mark.parametrize("covers", [True, False])
+def test_segments_say_whether_they_cover_all_tokens(covers, monkeypatch):
+    q, k, v, cu_seqlens = packed([70])
+    calls = []
+    monkeypatch.setattr(operator, "call", lambda _, *call: calls.append(call[-1]) or (q, q))
+    kk.ops.varlen_attention(q, k, v, Segments(cu_seqlens, 70, covers_all_tokens=covers), impl="triton")
+    assert calls == [covers]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_the_fake_operator_has_the_shapes_and_dtypes_of_the_real_one(return_lse, dtype):

@@ -16,13 +16,16 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.models import keye, keye_vl1_5
+from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from keye_kernels.editions import edition_of
-from keye_kernels.geometry import Grid, Order, VisionBatch
+from keye_kernels.geometry import Grid, VisionBatch
 from keye_kernels.model import fused, vision
 from keye_kernels.model.vision import vision_attention, vision_batch, vision_forward
 from keye_kernels.plain import calls_forward
+
+from .encoder_graph import EncoderCudaGraphMixin
 
 # In the released checkpoints, but not used by the model; other checkpoints may not have it
 UNUSED_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
@@ -80,23 +83,20 @@ def _is_matmul_and_tanh_gelu(mlp: nn.Module) -> bool:
 class VisionTransformer(nn.Module):
     """vLLM's tower on one packed [T, C] axis. The modules keep vLLM's names."""
 
-    def __init__(self, vllm_module: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool, order: Order):
+    def __init__(self, vllm_module: keye.KeyeSiglipVisionTransformer, segment_by_frame: bool):
         super().__init__()
-        self.tower_config, self.segment_by_frame, self.order = vllm_module.config.lean(), segment_by_frame, order
+        self.tower_config, self.segment_by_frame = vllm_module.config.lean(), segment_by_frame
         self.embeddings, self.encoder = vllm_module.embeddings, vllm_module.encoder
         self.post_layernorm = vllm_module.post_layernorm
         for index, layer in enumerate(self.encoder.layers):
             self.encoder.layers[index] = VisionLayer(layer)
 
-    def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any) -> tuple[Tensor, VisionBatch] | list[Tensor]:
-        """Encodes patches [T, 3, 14, 14] in raster order. vLLM's other arguments are ignored: the grids determine them.
+    def geometry(self, grid_thw: Tensor, num_patches: int, device: torch.device) -> VisionBatch:
+        return vision_batch(self.tower_config, grid_thw, num_patches, self.segment_by_frame, device)
 
-        For this package's projector, returns the features [T, C] in block order and the geometry of the batch. For vLLM's
-        projector, returns the features of each grid in raster order.
-        """
-        grids, device = torch.tensor(image_grid_thw), pixel_values.device
-        batch = vision_batch(self.tower_config, grids, pixel_values.shape[0], self.segment_by_frame, device, self.order)
-        features = vision_forward(
+    def encode(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
+        """Patches [T, 3, 14, 14] in raster order to features [T, C] in the order of `batch`."""
+        return vision_forward(
             pixel_values,
             batch,
             self.tower_config,
@@ -105,36 +105,62 @@ class VisionTransformer(nn.Module):
             layers=self.encoder.layers,
             post_layernorm=self.post_layernorm,
         )
-        if self.order == "block":
-            return features, batch
-        return list(features.split([t * h * w for t, h, w in image_grid_thw]))
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any) -> tuple[Tensor, VisionBatch]:
+        """Returns what the projector needs. vLLM's other arguments are ignored: the grids determine them."""
+        batch = self.geometry(torch.tensor(image_grid_thw), pixel_values.shape[0], pixel_values.device)
+        return self.encode(pixel_values, batch), batch
+
+
+def _split(embeddings: Tensor, image_grid_thw: Tensor, merge_size: int) -> list[Tensor]:
+    """The embeddings [t·h·w/m², hidden] of each grid."""
+    return list(embeddings.split((image_grid_thw.prod(1) // merge_size**2).tolist()))
 
 
 class Projector(vision.Projector):
     """The lean projector with the arguments of vLLM's. Each rank has all the weights, so that no gather is needed."""
 
+    project = vision.Projector.forward
+
     def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
-        """Maps the output of `VisionTransformer` to the embeddings [t·h·w/4, hidden] of each grid."""
-        merged_patches = image_grid_thw.prod(1) // self.merge_size**2
-        return list(super().forward(*encoded).split(merged_patches.tolist()))
+        """Maps the output of `VisionTransformer` to the embeddings of each grid."""
+        return _split(self.project(*encoded), image_grid_thw, self.merge_size)
 
 
-class KeyeKernelsMixin:
+class VllmProjector(nn.Module):
+    """vLLM's layers of the projector, which may be quantized or have LoRA, on the patches of all images."""
+
+    def __init__(self, vllm_module: nn.Module):
+        super().__init__()
+        self.pre_norm, self.act = vllm_module.pre_norm, vllm_module.act
+        self.linear_1, self.linear_2 = vllm_module.linear_1, vllm_module.linear_2
+
+    def project(self, features: Tensor, batch: VisionBatch) -> Tensor:
+        """Maps features [T, C] in block order to embeddings [T/m², hidden]."""
+        # The merge is a view; LayerNorm is before it (Preview) or after it (1.5)
+        normed = self.pre_norm(features.view(-1, *self.pre_norm.normalized_shape))
+        hidden = self.act(self.linear_1(normed.view(-1, features.shape[1] * batch.merge_size**2))[0])
+        return self.linear_2(hidden)[0]
+
+    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
+        """Maps the output of `VisionTransformer` to the embeddings of each grid."""
+        return _split(self.project(*encoded), image_grid_thw, encoded[1].merge_size)
+
+
+class KeyeKernelsMixin(EncoderCudaGraphMixin):
     """Replaces the modules of vLLM's class of either edition, which must be the next base class."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         lora = vllm_config.lora_config
+        self._has_encoder_lora = bool(lora and lora.enable_tower_connector_lora)
         # Quantized weights and LoRA need vLLM's linear layers
-        self._replaces_projector = vllm_config.quant_config is None and not (lora and lora.enable_tower_connector_lora)
+        self._replaces_projector = vllm_config.quant_config is None and not self._has_encoder_lora
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         replaced = []
         # There is no tower if --limit-mm-per-prompt is zero
         if isinstance(self.visual, keye.KeyeSiglipVisionModel):
-            self.visual.vision_model = VisionTransformer(
-                self.visual.vision_model,
-                edition_of(self.config.model_type).segment_by_frame,
-                order="block" if self._replaces_projector else "raster",
-            )
+            segment_by_frame = edition_of(self.config.model_type).segment_by_frame
+            self.visual.vision_model = VisionTransformer(self.visual.vision_model, segment_by_frame)
             layers = len(self.visual.vision_model.encoder.layers)
             replaced.append(f"position embedding, rope and attention of {layers} vision layers")
         if isinstance(self.mlp_AR, Projector):
@@ -145,7 +171,7 @@ class KeyeKernelsMixin:
     def _build_projector(self, text_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         if self._replaces_projector:
             return Projector(text_config.lean(), impl="auto")
-        return super()._build_projector(text_config, *args, **kwargs)
+        return VllmProjector(super()._build_projector(text_config, *args, **kwargs))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(weights) | {UNUSED_TABLE}
@@ -154,7 +180,7 @@ class KeyeKernelsMixin:
 @MULTIMODAL_REGISTRY.register_processor(
     keye.KeyeMultiModalProcessor, info=keye.KeyeProcessingInfo, dummy_inputs=keye.KeyeDummyInputsBuilder
 )
-class KeyeForConditionalGeneration(KeyeKernelsMixin, keye.KeyeForConditionalGeneration):
+class KeyeForConditionalGeneration(KeyeKernelsMixin, keye.KeyeForConditionalGeneration, SupportsEncoderCudaGraph):
     """Keye-VL-8B-Preview."""
 
 
@@ -163,5 +189,5 @@ class KeyeForConditionalGeneration(KeyeKernelsMixin, keye.KeyeForConditionalGene
     info=keye_vl1_5.KeyeVL1_5ProcessingInfo,
     dummy_inputs=keye_vl1_5.KeyeVL1_5DummyInputsBuilder,
 )
-class KeyeVL1_5ForConditionalGeneration(KeyeKernelsMixin, keye_vl1_5.KeyeVL1_5ForConditionalGeneration):
+class KeyeVL1_5ForConditionalGeneration(KeyeKernelsMixin, keye_vl1_5.KeyeVL1_5ForConditionalGeneration, SupportsEncoderCudaGraph):
     """Keye-VL-1.5-8B."""

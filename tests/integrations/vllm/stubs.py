@@ -1,9 +1,31 @@
 """Stubs in place of vLLM's classes, with the attributes that the plugin relies on."""
 
+import importlib
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import nn
+
+from keye_kernels.integrations import vllm as plugin
+
+SUBMODULES = ("models", "encoder_graph")
+MODELS = f"{plugin.__name__}.models"
+
+
+@contextmanager
+def stubbed_models(monkeypatch):
+    """Imports the module `models` of the plugin with stubs in place of vLLM's classes."""
+    for name, stub in stub_modules().items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    for name in SUBMODULES:
+        monkeypatch.delitem(sys.modules, f"{plugin.__name__}.{name}", raising=False)
+    yield importlib.import_module(MODELS)
+    for name in SUBMODULES:
+        del sys.modules[f"{plugin.__name__}.{name}"]
+        delattr(plugin, name)
 
 
 class Loader:
@@ -11,10 +33,12 @@ class Loader:
 
     def __init__(self, *, vllm_config, prefix=""):
         self.config, self.visual = vllm_config.config, vllm_config.visual
-        self.mlp_AR = self._build_projector(vllm_config.config)
+        self.mlp_AR = self._build_projector(vllm_config.config, lean=vllm_config.lean)
 
-    def _build_projector(self, text_config):
-        return "vLLM's projector"
+    def _build_projector(self, text_config, lean):
+        source = lean.mlp_AR
+        layers = {"linear_1": ReturnsBias(source.linear_1), "linear_2": ReturnsBias(source.linear_2)}
+        return module(pre_norm=source.pre_norm, act=nn.GELU(), **layers)
 
     def load_weights(self, weights):
         return {name for name, _ in weights}
@@ -37,6 +61,29 @@ class ColumnParallelLinear(nn.Linear):
         return super().forward(x), None
 
 
+@dataclass
+class EncoderItemSpec:
+    input_size: int
+    output_tokens: int
+
+
+@dataclass
+class EncoderCudaGraphConfig:
+    modalities: list
+    buffer_keys: list
+    out_hidden_size: int
+    padding_logics: dict
+
+
+@dataclass
+class Buffers:
+    values: dict
+
+
+class SupportsEncoderCudaGraph:
+    pass
+
+
 def stub_modules():
     """Modules with the names that `models` imports."""
 
@@ -48,12 +95,17 @@ def stub_modules():
         return register
 
     names = ["vllm", "vllm.config", "vllm.model_executor", "vllm.multimodal", "vllm.model_executor.layers"]
-    names += ["vllm.model_executor.layers.linear", "vllm.model_executor.layers.utils"]
+    names += ["vllm.model_executor.layers.linear", "vllm.model_executor.layers.utils", "vllm.v1", "vllm.v1.worker"]
+    names += ["vllm.v1.worker.encoder_cudagraph_defs", "vllm.model_executor.models.interfaces"]
     modules = {name: ModuleType(name) for name in names}
     modules["vllm"].envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
     modules["vllm.model_executor.layers.linear"].ColumnParallelLinear = ColumnParallelLinear
     modules["vllm.model_executor.layers.linear"].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules["vllm.model_executor.layers.utils"].default_unquantized_gemm = nn.functional.linear
+    modules["vllm.model_executor.models.interfaces"].SupportsEncoderCudaGraph = SupportsEncoderCudaGraph
+    graphs = modules["vllm.v1.worker.encoder_cudagraph_defs"]
+    graphs.EncoderItemSpec, graphs.EncoderCudaGraphConfig = EncoderItemSpec, EncoderCudaGraphConfig
+    graphs.EncoderCudaGraphCaptureInputs = graphs.EncoderCudaGraphReplayBuffers = Buffers
     modules["vllm.config"].VllmConfig = SimpleNamespace
     modules["vllm.multimodal"].MULTIMODAL_REGISTRY = SimpleNamespace(register_processor=register_processor)
     found = modules["vllm.model_executor.models"] = ModuleType("vllm.model_executor.models")
@@ -81,6 +133,17 @@ class ReturnsBias(nn.Module):
         return self.run(x), None
 
 
+class PatchEmbedding(nn.Module):
+    """A convolution with the weights of the lean tower."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.embed, self.weight = tower._embed_patches, tower.patch_embedding.weight.view(-1, 3, 14, 14)
+
+    def forward(self, patches):
+        return self.embed(patches)[..., None, None]
+
+
 class MLP(nn.Module):
     """vLLM's MLP with the weights of two linear layers."""
 
@@ -94,14 +157,15 @@ class MLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)[0]))[0]
 
 
+def module(**children):
+    made = nn.Module()
+    for name, child in children.items():
+        setattr(made, name, child)
+    return made
+
+
 def vllm_tower(lean):
     """A tower with vLLM's names and the weights of the lean model, which computes nothing itself."""
-
-    def module(**children):
-        made = nn.Module()
-        for name, child in children.items():
-            setattr(made, name, child)
-        return made
 
     def layer(source):
         qkv, out = source.self_attn.qkv_proj, source.self_attn.out_proj
@@ -112,7 +176,7 @@ def vllm_tower(lean):
 
     tower = lean.visual
     embed = module(position_embedding=tower.position_embedding)
-    embed.patch_embedding = lambda patches: tower._embed_patches(patches)[..., None, None]
+    embed.patch_embedding = PatchEmbedding(tower)
     made = module(
         embeddings=embed,
         encoder=module(layers=nn.ModuleList(map(layer, tower.layers))),
@@ -125,8 +189,14 @@ def vllm_tower(lean):
 def vllm_config(models, lean, quant_config=None, lora_config=None, has_tower=True):
     visual = models.keye.KeyeSiglipVisionModel() if has_tower else nn.Identity()
     visual.vision_model = vllm_tower(lean)
-    config = SimpleNamespace(lean=lambda: lean.config, model_type=lean.config.model_type)
-    return SimpleNamespace(config=config, visual=visual, quant_config=quant_config, lora_config=lora_config)
+    config = SimpleNamespace(
+        lean=lambda: lean.config,
+        model_type=lean.config.model_type,
+        hidden_size=lean.config.hidden_size,
+        vision_config=lean.config.vision_config,
+    )
+    options = {"quant_config": quant_config, "lora_config": lora_config}
+    return SimpleNamespace(config=config, visual=visual, lean=lean, **options)
 
 
 def class_of(models, model_type):

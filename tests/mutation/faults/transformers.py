@@ -15,6 +15,7 @@ PROCESSORS, ARGUMENTS = f"{TESTS}test_processor.py", f"{TESTS}test_processor_arg
 REGISTER, PLUGIN = "keye_kernels/integrations/vllm/models.py", "keye_kernels/integrations/vllm/__init__.py"
 MODULES, PLUGINS = "tests/integrations/vllm/test_modules.py", "tests/integrations/vllm/test_plugin.py"
 LAYERS = "tests/integrations/vllm/test_layers.py"
+ENCODER_GRAPH, GRAPHS = "keye_kernels/integrations/vllm/encoder_graph.py", "tests/integrations/vllm/test_encoder_graph.py"
 
 FAULTS = [
     # Attention
@@ -143,31 +144,22 @@ FAULTS = [
     Fault(PROCESSING, "**{**found, **options})", "**{**options, **found})", ARGUMENTS),
     Fault(PROCESSING, "continue_final_message=continue_final_message,\n            thinking", "thinking", PROCESSORS),
     # vLLM
-    Fault(REGISTER, 'order="block" if self._replaces_projector else "raster"', 'order="block"', MODULES),
-    Fault(
-        REGISTER,
-        'order="block" if self._replaces_projector else "raster"',
-        'order="raster" if self._replaces_projector else "block"',
-        MODULES,
-    ),
-    Fault(REGISTER, 'if self.order == "block":', 'if self.order != "raster" or len(image_grid_thw) == 3:', MODULES),
-    Fault(
-        REGISTER,
-        "features.split([t * h * w for t, h, w in image_grid_thw])",
-        "features.split([h * w for t, h, w in image_grid_thw for _ in range(t)])",
-        MODULES,
-    ),
-    Fault(REGISTER, "prod(1) // self.merge_size**2", "prod(1) // self.merge_size", MODULES),
+    Fault(REGISTER, "if self._replaces_projector:", "if not self._replaces_projector:", MODULES),
+    Fault(REGISTER, "prod(1) // merge_size**2", "prod(1) // merge_size", MODULES),
+    Fault(REGISTER, "features.view(-1, *self.pre_norm.normalized_shape)", "features", MODULES),
     Fault(
         REGISTER, "view(x.shape[0], 3, -1, self.head_dim).unbind(1)", "view(x.shape[0], -1, 3, self.head_dim).unbind(2)", MODULES
     ),
-    Fault(REGISTER, "edition_of(self.config.model_type).segment_by_frame,", "False,", MODULES),
+    Fault(REGISTER, "edition_of(self.config.model_type).segment_by_frame\n", "False\n", MODULES),
     Fault(REGISTER, "vllm_config.quant_config is None and not", "not", MODULES),
-    Fault(REGISTER, "not (lora and lora.enable_tower_connector_lora)", "not lora", MODULES),
+    Fault(REGISTER, "bool(lora and lora.enable_tower_connector_lora)", "bool(lora)", MODULES),
     Fault(REGISTER, "load_weights(weights) | {UNUSED_TABLE}", "load_weights(weights)", MODULES),
     Fault(REGISTER, "fused.norm(x, self.layer_norm1)", "fused.norm(x, self.layer_norm2)", LAYERS),
     Fault(REGISTER, "and not envs.VLLM_BATCH_INVARIANT", "", LAYERS),
     Fault(REGISTER, "if isinstance(self.visual, keye.KeyeSiglipVisionModel):", "if self.visual is not None:", MODULES),
+    Fault(ENCODER_GRAPH, "buffer[len(offsets) :] = offsets[-1]", "pass", GRAPHS),
+    Fault(ENCODER_GRAPH, "covers_all_tokens=False", "covers_all_tokens=True", GRAPHS),
+    Fault(ENCODER_GRAPH, "pixels.shape[0], covers", "pixels.shape[0] // 4, covers", GRAPHS),
     Fault(PLUGIN, "for edition in EDITIONS.values():", "for edition in list(EDITIONS.values())[:1]:", MODULES),
     Fault(PLUGIN, 'os.environ.get(ENVIRONMENT_VARIABLE) == "0"', "os.environ.get(ENVIRONMENT_VARIABLE)", MODULES),
     Fault(

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 ALIGNMENT_BYTES = 128
 
 
-def copy_to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def copy_to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> Tensor:
     """`tensor.to(device, dtype)`. From the CPU to a GPU, an asynchronous copy of the values that the tensor has now."""
     if tensor.device.type != "cpu" or not _uses_pinned_memory(device):
-        return tensor.to(device, dtype)
+        return tensor.to(device, dtype, non_blocking=non_blocking)
     pinned = _empty_pinned(tensor.shape, tensor.dtype if dtype is None else dtype)
     return pinned.copy_(tensor).to(device, non_blocking=True)
 

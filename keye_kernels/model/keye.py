@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keye_kernels.editions import edition_of
+from keye_kernels.host_copy import copy_to_device
 from keye_kernels.ops.checks import INTEGERS, check_tensor
 from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
@@ -173,7 +174,7 @@ class Keye(nn.Module):
             ValueError: the shapes are wrong or do not match.
         """
         checks.check_patches(pixel_values, self.config.vision_config.patch_shape)
-        pixel_values = pixel_values.to(self.device)
+        pixel_values = copy_to_device(pixel_values, self.device)
         if self.cuda_graphs and not torch.compiler.is_compiling():
             features = self.visual.graphs.encode(self, pixel_values, grid_thw)
             if features is not None:

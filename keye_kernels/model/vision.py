@@ -7,10 +7,12 @@ Symbols: T patches, H heads, D head dim, C = H·D channels.
 """
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from keye_kernels import ops
 from keye_kernels.editions import edition_of
@@ -127,6 +129,30 @@ class VisionLayer(nn.Module):
         return x + out
 
 
+def pixel_scale_and_shift(norm: PixelNorm, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[3 * pixels] float32 each: normalized = (pixel - PIXEL_ORIGIN) * scale + shift, for patches of `pixels` per channel.
+
+    Made once per device: a copy to the GPU waits, and a CUDA graph cannot capture it.
+    """
+    # Tensors made in a trace or under a dispatch mode (fake tensors, for instance) must not enter the cache
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return _scale_and_shift(norm, pixels, device)
+    return _cached_scale_and_shift(norm, pixels, device)
+
+
+def _scale_and_shift(norm: PixelNorm, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(x, device=device).repeat_interleave(pixels) for x in norm[:2])
+    return norm.rescale_factor / std, (PIXEL_ORIGIN * norm.rescale_factor - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _cached_scale_and_shift(norm: PixelNorm, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Gradients need tensors that are not made in inference mode. The copy has ended before another stream reads it
+    with torch.inference_mode(False):
+        scale, shift = _scale_and_shift(norm, pixels, torch.device("cpu"))
+        return scale.to(device), shift.to(device)
+
+
 class VisionTower(nn.Module):
     """The tower of the lean model. Must agree with `SiglipVisionModel` of the official code."""
 
@@ -167,18 +193,16 @@ class VisionTower(nn.Module):
         """[T, 3, 14, 14] to [T, C]. The normalization of uint8 pixels is folded into the weights."""
         if patches.dtype != torch.uint8:
             return linear(patches.flatten(1), self.patch_embedding.weight, self.patch_embedding.bias)
-        weight, bias = self._fold_normalisation()
+        weight, bias = self._fold_normalization()
         # Pixels minus 128 are exact in every dtype, and their sums stay small
-        return linear((patches.to(weight.dtype) - PIXEL_ORIGIN).flatten(1), weight, bias)
+        return linear(patches.to(weight.dtype).sub_(PIXEL_ORIGIN).flatten(1), weight, bias)
 
-    def _fold_normalisation(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias for inputs `pixel - PIXEL_ORIGIN`, from w·((pixel·rescale - mean)/std) + b."""
-        norm = self.pixel_norm
+    def _fold_normalization(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias for inputs `pixel - PIXEL_ORIGIN`, computed in each call, because the weights may have changed."""
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        mean, std = (torch.tensor(x, device=weight.device).repeat_interleave(self.config.patch_size**2) for x in norm[:2])
-        shift = (PIXEL_ORIGIN * norm.rescale_factor - mean) / std
-        folded = weight.float() * (norm.rescale_factor / std)
-        return folded.to(weight.dtype), (bias.float() + weight.float() @ shift).to(bias.dtype)
+        scale, shift = pixel_scale_and_shift(self.pixel_norm, self.config.patch_size**2, weight.device)
+        wide = weight.float()
+        return (wide * scale).to(weight.dtype), (bias.float() + wide @ shift).to(bias.dtype)
 
 
 class Projector(nn.Module):

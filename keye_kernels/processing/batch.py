@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from keye_kernels.host_copy import copy_to_device
+
+# Sizes and times, which the model reads on the CPU: on a GPU, each request would wait for them
+CPU_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "num_frames")
+
 
 class BatchFeature(dict):
     """Model inputs by name, also readable as attributes. Call the model with `model(**inputs)`."""
@@ -24,16 +29,22 @@ class BatchFeature(dict):
         *,
         non_blocking: bool = False,
     ) -> BatchFeature:
-        """Moves all tensors to a device and casts the floating-point ones, in place. Returns this object.
+        """Moves the tensors to a device and casts the floating-point ones, in place. Returns this object.
 
-        None leaves the device or the dtype as it is. As in transformers, `device` may also be a dtype.
+        None leaves the device or the dtype as it is. As in transformers, `device` may also be a dtype. Unlike there, sizes and
+        times (`image_grid_thw`, `video_grid_thw`, `second_per_grid_ts`, `num_frames`) stay on the CPU, where the model reads
+        them. Copies to a GPU are asynchronous, through pinned memory of their own. `non_blocking` is for other copies.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        target = None if device is None else torch.device(device)
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
                 target_dtype = dtype if value.is_floating_point() else None
-                self[name] = value.to(device=device, dtype=target_dtype, non_blocking=non_blocking)
+                if target is None or (name in CPU_INPUTS and target.type != "cpu"):
+                    self[name] = value.to(target_dtype) if target_dtype else value
+                else:
+                    self[name] = copy_to_device(value, target, target_dtype, non_blocking)
         return self
 
 

@@ -12,6 +12,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels import reference
 from keye_kernels.model.cache import KVCache
+from keye_kernels.processing.batch import BatchFeature
 from keye_kernels.tools.autotune.candidates import candidates
 from keye_kernels.tools.autotune.checking import Checker
 from keye_kernels.tools.autotune.sweep import on_this_gpu, sweep
@@ -95,6 +96,28 @@ def test_synchronizations_of_a_prompt_do_not_grow_with_the_layers(mode):
             torch.cuda.set_sync_debug_mode("default")
     synchronizations = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     assert len(synchronizations) <= 6, synchronizations
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_images_are_copied_and_encoded_without_synchronization(cuda_graphs):
+    model = tiny_model().to(CUDA)
+    model.cuda_graphs = cuda_graphs
+    pixels = torch.randint(0, 256, (56, 3, 14, 14), dtype=torch.uint8)
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
+
+    def encode():
+        batch = BatchFeature(inputs).to(CUDA)
+        return model.get_image_features(batch.pixel_values, batch.image_grid_thw)
+
+    with torch.no_grad():
+        for _ in range(3):
+            expected = encode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = encode()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
 
 
 def test_a_decoding_step_does_not_synchronize():

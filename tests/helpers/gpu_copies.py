@@ -9,11 +9,12 @@ from keye_kernels import host_copy
 
 
 class Copies:
-    """The pinned tensors that were allocated, and the `(tensor, non_blocking)` of each call of `Tensor.to` with a device."""
+    """The pinned tensors, and of each `Tensor.to(device, ...)` the tensor, `non_blocking`, and the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pinned: list[torch.Tensor] = []
         self.copied: list[tuple[torch.Tensor, bool]] = []
+        self.devices: list[torch.device] = []
         original = torch.Tensor.to
 
         def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -21,9 +22,11 @@ class Copies:
             return self.pinned[-1]
 
         def to(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-            if isinstance(kwargs.get("device", args[0] if args else None), torch.device):
+            if args and isinstance(args[0], torch.device):
                 self.copied.append((tensor, bool(kwargs.get("non_blocking"))))
-            return original(tensor, *args, **kwargs).clone()
+                self.devices.append(args[0])
+                return tensor.clone()
+            return original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(host_copy, "_uses_pinned_memory", lambda device: True)
         monkeypatch.setattr(host_copy, "_empty_pinned", empty_pinned)

@@ -15,6 +15,7 @@ from keye_kernels.processing.patches import PatchConfig
 from keye_kernels.processing.prompts import render_chat_template
 from keye_kernels.processing.tokenizer import KeyeTokenizer, build_byte_tokenizer
 from tests.helpers.golden import golden
+from tests.helpers.gpu_copies import Copies
 from tests.helpers.messages import IMAGE, VIDEO, random_image, text_part, user
 from tests.helpers.patches import cut_patches
 from tests.helpers.small_tokenizer import write_processor_files
@@ -209,7 +210,34 @@ def test_missing_sizes_are_those_of_the_first_frame():
 def test_moving_a_batch_passes_non_blocking_on(monkeypatch):
     seen = []
     move = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, **options: seen.append(options) or move(tensor, **options))
+    monkeypatch.setattr(torch.Tensor, "to", lambda *args, **options: seen.append((*args[1:], options)) or move(*args, **options))
     batch = BatchFeature(input_ids=torch.zeros(2, dtype=torch.int64), pixel_values=torch.zeros(2))
     batch.to("cpu", torch.float16, non_blocking=True)
-    assert seen == [{"device": "cpu", "dtype": dtype, "non_blocking": True} for dtype in (None, torch.float16)]
+    assert seen == [(torch.device("cpu"), dtype, {"non_blocking": True}) for dtype in (None, torch.float16)]
+
+
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
+def test_a_batch_is_copied_to_a_gpu_asynchronously_except_for_what_the_cpu_reads(monkeypatch, device):
+    values = {
+        "input_ids": torch.arange(6).view(2, 3),
+        "pixel_values": torch.rand(2, 3, 14, 14),
+        "pixel_values_videos": torch.randint(0, 256, (2, 3, 14, 14), dtype=torch.uint8),
+        "image_grid_thw": torch.tensor([[1, 2, 1]]),
+        "video_grid_thw": torch.tensor([[1, 2, 1]]),
+        "second_per_grid_ts": torch.tensor([0.5]),
+        "num_frames": torch.tensor([1]),
+    }
+    batch = BatchFeature(values, note="x")
+    copies = Copies(monkeypatch)
+    assert batch.to(device, torch.bfloat16) is batch
+    monkeypatch.undo()
+    assert copies.all_asynchronous() and copies.devices == [torch.device(device)] * 3
+    for name, value in values.items():
+        dtype = torch.bfloat16 if value.is_floating_point() else value.dtype
+        assert torch.equal(batch[name], value.to(dtype)) and batch[name].dtype == dtype
+        assert (batch[name] is value) == (name in ("image_grid_thw", "video_grid_thw", "num_frames"))
+    assert batch.note == "x"
+    assert batch.to("meta").input_ids.is_meta and not batch.image_grid_thw.is_meta
+    # A grid on another device comes back
+    with pytest.raises(NotImplementedError, match="meta"):
+        BatchFeature(image_grid_thw=torch.empty(1, 3, device="meta")).to("cpu")

@@ -165,8 +165,8 @@ FAULTS = [
     ),
     Fault(
         VISION,
-        ".repeat_interleave(self.config.patch_size**2)",
-        ".repeat(self.config.patch_size**2)",
+        ".repeat_interleave(pixels)",
+        ".repeat(pixels)",
         "tests/model/test_pixels.py",
     ),
 ]

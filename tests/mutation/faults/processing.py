@@ -32,7 +32,7 @@ FAULTS = [
     Fault(BATCH, 'if padding_side == "left" else', 'if padding_side == "right" else', PROCESSOR_TESTS),
     Fault(BATCH, "max(lengths)), pad_token_id or 0", "max(lengths)), 0", PROCESSOR_TESTS),
     Fault(BATCH, "dtype if value.is_floating_point() else None", "dtype", PROCESSOR_TESTS),
-    Fault(BATCH, "non_blocking=non_blocking)", "non_blocking=False)", SETTINGS),
+    Fault(BATCH, "target, target_dtype, non_blocking)", "target, target_dtype)", SETTINGS),
     Fault(BATCH, "if pad_token_id is None:", "if False:", SETTINGS),
     # Images
     Fault(IMAGES, "image = load_image(source, edition=edition, ", "image = load_image(source, ", SETTINGS),

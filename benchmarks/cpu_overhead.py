@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from keye_kernels import ops
+from keye_kernels.geometry import VisionBatch
 from keye_kernels.ops import implementation, prepared
 from keye_kernels.segments import Segments
 from tests.helpers import compiling_driver
@@ -56,7 +57,13 @@ def operator_calls() -> dict[str, Callable[[], object]]:
     text_q, text_k = torch.randn(TOKENS, 32, 128, dtype=torch.bfloat16), torch.randn(TOKENS, 8, 128, dtype=torch.bfloat16)
     positions, text_freq = torch.zeros(3, TOKENS, dtype=torch.int64), torch.ones(64)
     norms = {"q_norm_weight": torch.ones(128, dtype=torch.bfloat16), "k_norm_weight": torch.ones(128, dtype=torch.bfloat16)}
+    batch = VisionBatch.build(torch.tensor([(1, 2, TOKENS // 2)]), TOKENS, table_side=27)
+    x, table = torch.zeros(TOKENS, 1152, dtype=torch.bfloat16), torch.zeros(27**2, 1152, dtype=torch.bfloat16)
+    residual, weight = x.clone(), torch.ones(1152, dtype=torch.bfloat16)
     return {
+        "position_embedding_2d": lambda: ops.position_embedding_2d(x, table, batch, impl="triton"),
+        "add_norm": lambda: ops.add_norm(x, residual, weight, weight, impl="triton"),
+        "silu_mul": lambda: ops.silu_mul(x, residual, impl="triton"),
         "rope_2d": lambda: ops.rope_2d(q, k, row_column, inv_freq, impl="triton"),
         "rope_3d": lambda: ops.rope_3d(text_q, text_k, positions, text_freq, [16, 24, 24], **norms, impl="triton"),
         "varlen_attention": lambda: ops.varlen_attention(q, k, v, segments, impl="triton"),

@@ -1,5 +1,7 @@
 """The projector as one operator. Symbols: n images, T patches, C channels of a patch, m merge size."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 
 from .checks import FLOATS, INTEGERS, check_eps, check_indices, check_int32_offsets, check_last_axis, check_tensor
 from .implementation import check_impl, is_auto, kernel_inputs, resolve
+from .prepared import call_key, find, remember
 from .registry import call, define_differentiable
 
 
@@ -51,6 +54,14 @@ def patch_merge_projection(
         ValueError: wrong shape, device or layout, or an implementation that cannot run here.
         TypeError: wrong dtype or type.
     """
+    weights = norm_weight, norm_bias, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
+    key = None
+    is_plain = isinstance(features, Tensor) and not torch.is_autocast_enabled(features.device.type)
+    if isinstance(grid_thw, VisionBatch) and is_plain:
+        options = merge_size, eps, grid_thw.merge_size, grid_thw.raster_index.shape
+        key = call_key("patch_merge_projection", impl, options, features, grid_thw.merge_index, *weights)
+        if run := find(key):
+            return run(features, grid_thw.merge_index, *weights)
     check_impl(impl, "patch_merge_projection")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     check_last_axis("features", features)
@@ -83,21 +94,27 @@ def patch_merge_projection(
     else:
         grids = check_grid_thw(grid_thw, features.shape[0], merge_size)
         merge_index = patch_tensors(grids, 1, merge_size, "raster")[-1].to(features.device)
-    weights = norm_weight, norm_bias, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
+    if key is not None and resolve(impl, "patch_merge_projection", features.device, features.dtype) != "reference":
+        remember(key, partial(_run_triton, merge_size=merge_size, eps=eps, impl=impl))
     return call(_projection_op, features, merge_index, *weights, merge_size, eps, impl)
 
 
 def _run(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
-    backend = "auto" if is_auto(impl, "patch_merge_projection") else None
-    impl = resolve(impl, "patch_merge_projection", features.device, features.dtype)
-    if impl == "reference":
+    if resolve(impl, "patch_merge_projection", features.device, features.dtype) == "reference":
         return _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
+    return _run_triton(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl)
+
+
+def _run_triton(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):
+    """LayerNorm and merge as a Triton kernel; `impl` runs the matmuls."""
     from keye_kernels.triton.patch_merge import patch_merge_projection as run
 
+    automatic = is_auto(impl, "patch_merge_projection")
+    backend = "auto" if automatic else resolve(impl, "patch_merge_projection", features.device, features.dtype)
     if merge_index is not None:
         check_indices("merge_index", merge_index, features.shape[0])
     inputs, *weights = kernel_inputs(features, *(weight.contiguous() for weight in (nw, nb, w1, b1, w2, b2)))
-    return run(inputs, merge_index, *weights, merge_size, eps, backend or impl).to(features.dtype)
+    return run(inputs, merge_index, *weights, merge_size, eps, backend).to(features.dtype)
 
 
 def _reference(features, merge_index, nw, nb, w1, b1, w2, b2, merge_size, eps, impl):

@@ -9,6 +9,7 @@ from keye_kernels.geometry import VisionBatch, check_grid_thw, patch_tensors
 from . import cpu
 from .checks import FLOATS, INTEGERS, check_indices, check_int32_offsets, check_last_axis, check_tensor
 from .implementation import check_impl, kernel_inputs, resolve
+from .prepared import call_key, find, remember
 from .registry import call, define_differentiable
 
 
@@ -31,13 +32,18 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
         ValueError: wrong shape, device or layout, or an implementation that cannot run here.
         TypeError: wrong dtype or type.
     """
+    key = None
+    if isinstance(grid_thw, VisionBatch):
+        index, weight = grid_thw.corner_index, grid_thw.corner_weight
+        key = call_key("position_embedding_2d", impl, (grid_thw.table_side,), features, table, index, weight)
+        if run := find(key):
+            return run(features, table, index, weight)
     check_impl(impl, "position_embedding_2d")
     check_tensor("features", features, ("T", "C"), FLOATS, features)
     check_last_axis("features", features)
     check_tensor("table", table, ("side²", features.shape[1]), FLOATS, features)
     check_int32_offsets("table", table)
     if isinstance(grid_thw, VisionBatch):
-        index, weight = grid_thw.corner_index, grid_thw.corner_weight
         if index.shape[0] != features.shape[0]:
             raise ValueError(f"grid_thw describes {index.shape[0]} patches, but features has {features.shape[0]} rows")
         check_tensor("corner_index", index, (index.shape[0], 4), INTEGERS, features)
@@ -51,6 +57,10 @@ def position_embedding_2d(features: Tensor, table: Tensor, grid_thw: Tensor | Vi
             raise ValueError(f"table must be a square grid of position embeddings, got {table.shape[0]} rows")
         grids = check_grid_thw(grid_thw, features.shape[0], 1)
         index, weight = (t.to(features.device) for t in patch_tensors(grids, side, 1, "raster")[1:3])
+    if key is not None and resolve(impl, "position_embedding_2d", features.device, features.dtype) == "triton":
+        from keye_kernels.triton.position_embedding_2d import prepare
+
+        return remember(key, prepare(features, table))(features, table, index, weight)
     return call(_position_op, features, table, index, weight, impl)
 
 

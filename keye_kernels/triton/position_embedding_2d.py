@@ -1,5 +1,7 @@
 """Learned 2D position embeddings, interpolated bilinearly and added to the patches in one launch for all images."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -42,25 +44,36 @@ def position_embedding_2d_kernel(
 _kernel = Kernel(position_embedding_2d_kernel)
 
 
+PositionCall = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # features, table, corner_index, corner_weight to the sum
+
+
+def prepare(features: Tensor, table: Tensor, config: Config | None = None) -> PositionCall:
+    """A function that launches the kernel on tensors with the metadata of these, which are not read."""
+    (num_patches, channels), dtype, device = features.shape, features.dtype, features.device
+    shape = features.shape
+    config = config or _config(device, dtype, channels, num_patches)
+    # The JIT specializes integers on divisibility by 16 only. Strides are passed in units of 8.
+    unit = 8 if features.stride(0) % 8 == 0 else 1
+    launch = _kernel.bind(
+        device, cdiv(num_patches, config["BLOCK_T"]), num_patches, features.stride(0) // unit,
+        CHANNELS=channels, STRIDE_UNIT=unit,
+        BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],
+    )  # fmt: skip
+
+    def run(features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        if num_patches:
+            launch(out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous())
+        return out
+
+    return run
+
+
 def position_embedding_2d(
     features: Tensor, table: Tensor, corner_index: Tensor, corner_weight: Tensor, config: Config | None = None
 ) -> Tensor:
     """Launches the kernel. Arguments and result as in `keye_kernels.reference.position_embedding_2d`."""
-    num_patches, channels = features.shape
-    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-    if num_patches == 0:
-        return out
-    if config is None:
-        config = _config(features.device, features.dtype, channels, num_patches)
-    # The JIT specializes integers on divisibility by 16 only. Strides are passed in units of 8.
-    unit = 8 if features.stride(0) % 8 == 0 else 1
-    _kernel(
-        features.device, cdiv(num_patches, config["BLOCK_T"]),
-        out, features, table.contiguous(), corner_index.contiguous(), corner_weight.contiguous(),
-        num_patches, features.stride(0) // unit, CHANNELS=channels, STRIDE_UNIT=unit,
-        BLOCK_T=config["BLOCK_T"], BLOCK_C=config["BLOCK_C"], num_warps=config["num_warps"],
-    )  # fmt: skip
-    return out
+    return prepare(features, table, config)(features, table, corner_index, corner_weight)
 
 
 def heuristic(arch: Arch) -> Config:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from keye_kernels import ops
+from keye_kernels.geometry import VisionBatch
 from keye_kernels.ops import prepared
 from keye_kernels.segments import Segments
 from keye_kernels.triton import launch_config
@@ -28,7 +29,7 @@ def prepare_on_cpu(monkeypatch):
 def checked(monkeypatch):
     """The operators whose arguments were checked."""
     names = []
-    files = "elementwise", "rope", "rope_cache", "varlen_attention"
+    files = "elementwise", "patch_merge", "position_embedding_2d", "rope", "rope_cache", "varlen_attention"
     for module in map(import_module, (f"keye_kernels.ops.{name}" for name in files)):
         check = module.check_impl
         monkeypatch.setattr(module, "check_impl", lambda impl, name, check=check: names.append(name) or check(impl, name))
@@ -77,7 +78,24 @@ def rotate_to_cache(seed=0, cache_slots=5, slots=(4, 0, 2), impl="triton", **_):
     return ops.rope_3d_to_cache(q, k, v, ids, torch.linspace(1, 0.1, 8), [2, 2, 4], *caches, where, **options, impl=impl), *caches
 
 
+GRID = torch.tensor([(1, 4, 6)])
+
+
+def add_positions(seed=0, side=5, impl="triton", **_):
+    batch = VisionBatch.build(GRID, 24, table_side=side)
+    return (ops.position_embedding_2d(heads(24, 16, seed=seed), heads(side**2, 16, seed=seed + 1), batch, impl=impl),)
+
+
+def project(seed=0, eps=1e-5, order="raster", impl="triton", **_):
+    batch = VisionBatch.build(GRID, 24, table_side=5, order=order)
+    shapes = (16,), (16,), (32, 64), (32,), (24, 32), (24,)
+    weights = [heads(*shape, seed=seed + number) for number, shape in enumerate(shapes)]
+    return (ops.patch_merge_projection(heads(24, 16, seed=seed), batch, *weights, eps=eps, impl=impl),)
+
+
 CALLS = {
+    "patch_merge_projection": project,
+    "position_embedding_2d": add_positions,
     "add_norm": add_norm,
     "silu_mul": silu_mul,
     "rope_2d": lambda **options: rotate_2d(**options)[2],
@@ -163,6 +181,40 @@ def test_eps_of_add_norm_is_part_of_the_call():
         add_norm()
         for one, other in zip(add_norm(eps=1.0), add_norm(eps=1.0, impl="reference"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [dict(eps=1.0), dict(order="block")], ids=["eps", "order"])
+def test_options_of_the_projector_are_part_of_the_call(change):
+    with torch.no_grad():
+        project()
+        for _ in range(2):
+            torch.testing.assert_close(project(**change), project(**change, impl="reference"), rtol=1e-5, atol=5e-5)
+
+
+def test_autocast_of_the_projector_takes_the_general_path(checked):
+    with torch.no_grad():
+        project()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            project()
+    assert len(checked) == 2
+
+
+def test_a_geometry_for_another_table_or_batch_raises_after_a_prepared_call():
+    features, table = heads(24, 16), heads(25, 16)
+    weights = [heads(*shape) for shape in ((16,), (16,), (32, 64), (32,), (24, 32), (24,))]
+    batch = VisionBatch.build(GRID, 24, table_side=5)
+    with torch.no_grad():
+        ops.position_embedding_2d(features, table, batch, impl="triton")
+        ops.patch_merge_projection(features, batch, *weights, impl="triton")
+        with pytest.raises(ValueError, match="table must have 36 rows"):
+            ops.position_embedding_2d(features, table, VisionBatch.build(GRID, 24, table_side=6), impl="triton")
+        other = VisionBatch.build(torch.tensor([(1, 4, 8)]), 32, table_side=5)
+        with pytest.raises(ValueError, match="describes 32 patches"):
+            ops.position_embedding_2d(features, table, other, impl="triton")
+        with pytest.raises(ValueError, match="describes 32 patches"):
+            ops.patch_merge_projection(features, other, *weights, impl="triton")
+        with pytest.raises(ValueError, match="linear_1_weight must have shape"):
+            ops.patch_merge_projection(features, batch, *weights, merge_size=1, impl="triton")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ FAULTS = [
     Fault(PROJECTOR, "features.shape[0] // merge_size**2, w2", "features.shape[0] // 4, w2", OPTIONS),
     Fault(PROJECTOR, "if (patches := grid_thw.raster_index.shape[0]) != features", "if (patches := grid_thw.raster_index.shape[0]) > features",
           OPTIONS),
-    Fault(PROJECTOR, "merge_size, eps, backend or impl)", "merge_size, eps, impl)", "tests/ops/test_implementation.py"),
+    Fault(PROJECTOR, "backend = \"auto\" if automatic else", "backend =", "tests/ops/test_implementation.py"),
     Fault(POSITIONS, "if index.shape[0] != features.shape[0]:", "if index.shape[0] > features.shape[0]:", OPTIONS),
     Fault(LIBRARIES, "for x in (q, k, v)):", "for x in (k, v)):", STUBS),
     Fault(LIBRARIES, "if max_seqlen <= 1:", "if max_seqlen < 1:", STUBS),

@@ -54,7 +54,8 @@ def operator_calls() -> dict[str, Callable[[], object]]:
     q, k, v = torch.randn(TOKENS, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind(1)
     segments = Segments.from_lengths([TOKENS], device)
     row_column, inv_freq = torch.zeros(2, TOKENS, dtype=torch.int32), torch.ones(HEAD_DIM // 4)
-    text_q, text_k = torch.randn(TOKENS, 32, 128, dtype=torch.bfloat16), torch.randn(TOKENS, 8, 128, dtype=torch.bfloat16)
+    text_q, text_k, text_v = torch.randn(TOKENS, 48, 128, dtype=torch.bfloat16).split((32, 8, 8), dim=1)
+    caches, slots = torch.zeros(2, 1, 64, 8, 128, dtype=torch.bfloat16).unbind(0), torch.arange(TOKENS)
     positions, text_freq = torch.zeros(3, TOKENS, dtype=torch.int64), torch.ones(64)
     norms = {"q_norm_weight": torch.ones(128, dtype=torch.bfloat16), "k_norm_weight": torch.ones(128, dtype=torch.bfloat16)}
     batch = VisionBatch.build(torch.tensor([(1, 2, TOKENS // 2)]), TOKENS, table_side=27)
@@ -66,6 +67,9 @@ def operator_calls() -> dict[str, Callable[[], object]]:
         "silu_mul": lambda: ops.silu_mul(x, residual, impl="triton"),
         "rope_2d": lambda: ops.rope_2d(q, k, row_column, inv_freq, impl="triton"),
         "rope_3d": lambda: ops.rope_3d(text_q, text_k, positions, text_freq, [16, 24, 24], **norms, impl="triton"),
+        "rope_3d_to_cache": lambda: ops.rope_3d_to_cache(
+            text_q, text_k, text_v, positions, text_freq, [16, 24, 24], *caches, slots, **norms, impl="triton"
+        ),
         "varlen_attention": lambda: ops.varlen_attention(q, k, v, segments, impl="triton"),
         "varlen_attention, offsets": lambda: ops.varlen_attention(q, k, v, segments.cu_seqlens, TOKENS, impl="triton"),
     }

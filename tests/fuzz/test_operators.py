@@ -127,6 +127,40 @@ def test_rope_3d(arguments: dict[str, Any]) -> None:
     check_operator(ops.rope_3d, arguments)
 
 
+@st.composite
+def cache_arguments(draw: Any) -> dict[str, Any]:
+    arguments = draw(rope_arguments(3))
+    k, sequences = arguments["k"], draw(st.sampled_from([1, 1, 2, 3]))
+    tokens, heads, dim = k.shape if isinstance(k, torch.Tensor) and k.ndim == 3 else (4, 2, 8)
+    dtype = k.dtype if isinstance(k, torch.Tensor) and k.is_floating_point() and k.itemsize > 1 else torch.float32
+    length = tokens // sequences
+    cache_slots = length + draw(st.integers(0, 3))
+    shape = sequences, cache_slots, heads, dim
+    added = {
+        "v": random((tokens, heads, dim), dtype, 2),
+        "key_cache": random(shape, dtype, 3),
+        "value_cache": random(shape, dtype, 4),
+        "slots": torch.randperm(cache_slots, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))[:length],
+    }
+    return arguments | with_changes(draw, added)
+
+
+def rope_3d_to_copied_cache(**arguments: Any) -> tuple[torch.Tensor, ...]:
+    """q, and copies of the caches that were written."""
+    copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items() if "cache" in name}
+    return ops.rope_3d_to_cache(**arguments | copies), *copies.values()
+
+
+@fuzz(40)
+@given(arguments=cache_arguments())
+def test_rope_3d_to_cache(arguments: dict[str, Any]) -> None:
+    slots = arguments["slots"]
+    is_valid = isinstance(slots, torch.Tensor) and slots.dtype == torch.int64 and slots.device.type == "cpu"
+    if is_valid and len(set(slots.flatten().tolist())) < slots.numel():
+        return  # the order in which tokens of one slot are written is not defined
+    check_operator(rope_3d_to_copied_cache, arguments)
+
+
 @fuzz(40)
 @given(arguments=rope_arguments(2))
 def test_rope_2d(arguments: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from keye_kernels import reference
+from keye_kernels import ops, reference
 from keye_kernels.model.config import MAX_POSITION
 from keye_kernels.tools.bench.traffic import count_traffic, tensor_bytes
+from keye_kernels.triton.launch import Kernel
 from keye_kernels.triton.rope import _cos_sin, rope
 from tests.helpers.golden import load_golden
 
@@ -265,6 +266,22 @@ def test_no_tokens_give_empty_outputs():
     arguments |= {name: arguments[name][:0] for name in "qk"} | {"position_ids": arguments["position_ids"][:, :0]}
     q_out, k_out = rope(**arguments)
     assert q_out.shape == (0, 4, 128) and k_out.shape == (0, 2, 128) and q_out.dtype == torch.float16
+
+
+def test_the_tower_reads_q_and_k_in_the_output_of_the_fused_projection(monkeypatch):
+    """Nothing is copied first: the kernel gets the views, and no other operator runs."""
+    launched, launch = [], Kernel._launch
+    monkeypatch.setattr(Kernel, "_launch", lambda self, *args, **options: launched.append(args) or launch(self, *args, **options))
+    qkv = torch.randn(8, 3 * 16 * 72, dtype=torch.float16)
+    q, k, _ = (x.view(-1, 16, 72) for x in qkv.split(16 * 72, dim=-1))
+    grid, inv_freq = torch.arange(16, dtype=torch.int32).view(2, 8), inverse_frequencies(18, 1e4)
+    with count_traffic() as traffic:
+        found = ops.rope_2d(q, k, grid, inv_freq, impl="triton")
+    assert not traffic.eager_operators and len(traffic.launches) == len(launched) == 1
+    pointers = [x.data_ptr() for x in launched[0] if isinstance(x, Tensor)]
+    assert pointers[2:4] == [qkv.data_ptr(), qkv.data_ptr() + 2 * 16 * 72]
+    for out, expected in zip(found, ops.rope_2d(q.contiguous(), k.contiguous(), grid, inv_freq, impl="triton"), strict=True):
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,38 @@ def liger_rope_3d(
     return call
 
 
+def liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Liger's fused residual add and RMSNorm: the sum, and its norm."""
+    _require_cuda(LIGER, x)
+    with _imports(LIGER, "liger-kernel"):
+        from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+    return lambda: liger_fused_add_rms_norm(x, residual, weight, eps)[::-1]
+
+
+def liger_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """torch's residual add and Liger's LayerNorm, which has no add."""
+    _require_cuda(LIGER, x)
+    with _imports(LIGER, "liger-kernel"):
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+    def call() -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return total, liger_layer_norm(total, weight, bias, eps)
+
+    return call
+
+
+def liger_silu_mul(gate: Tensor, up: Tensor) -> Callable[[], Tensor]:
+    """Liger's SwiGLU. It would copy views first, so it gets contiguous tensors."""
+    _require_cuda(LIGER, gate)
+    with _imports(LIGER, "liger-kernel"):
+        from liger_kernel.transformers.functional import liger_swiglu
+    gate, up = gate.contiguous(), up.contiguous()
+    return lambda: liger_swiglu(gate, up)
+
+
 def flash_rope_2d(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
     """flash-attn's rotary kernel, called as the official vision tower does: in float32, with casts before and after it."""
     _require_cuda(FLASH_ATTN, q)

@@ -85,18 +85,21 @@ class EncoderCudaGraphMixin:
 
     def encoder_cudagraph_forward(self, inputs: dict[str, Tensor], path: str = "default") -> Tensor:
         """Embeddings [T/m², hidden] from the buffers. Reads no values on the CPU, so that a graph serves any geometry."""
-        tower, pixels = self.visual.vision_model, inputs["pixel_values"]
+        pixels, table_side = inputs["pixel_values"], self.visual.vision_model.tower_config.table_side
         # Zeros instead of uninitialized memory: quantized layers may compute one scale from all rows
         segments = Segments(inputs["cu_seqlens"], pixels.shape[0], covers_all_tokens=False)
         geometry = [inputs[name] for name in GEOMETRY]
-        batch = VisionBatch(segments, *geometry, None, tower.tower_config.table_side, self._merge_size)
-        return self.mlp_AR.project(tower.encode(pixels, batch), batch)
+        batch = VisionBatch(segments, *geometry, None, table_side, self._merge_size)
+        return self._encode(pixels, batch)
 
     def encoder_eager_forward(self, mm_kwargs: dict[str, Any], path: str = "default") -> Tensor:
         """Embeddings of images that no graph fits, in one tensor."""
         pixels, grids = self._inputs(mm_kwargs)
-        batch = self._geometry(grids, pixels.device)
-        return self.mlp_AR.project(self.visual.vision_model.encode(pixels, batch), batch)
+        return self._encode(pixels, self._geometry(grids, pixels.device))
+
+    def _encode(self, pixels: Tensor, batch: VisionBatch) -> Tensor:
+        # Through the modules that vLLM calls: it may have replaced their forwards, for offloaded weights for instance
+        return self.mlp_AR(self.visual(pixel_values=pixels, image_grid_thw=batch), None)
 
     def _inputs(self, mm_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         pixels, grids = INPUTS[self.get_input_modality(mm_kwargs)]

@@ -94,9 +94,15 @@ class VisionTransformer(nn.Module):
     def geometry(self, grid_thw: Tensor, num_patches: int, device: torch.device) -> VisionBatch:
         return vision_batch(self.tower_config, grid_thw, num_patches, self.segment_by_frame, device)
 
-    def encode(self, pixel_values: Tensor, batch: VisionBatch) -> Tensor:
-        """Patches [T, 3, 14, 14] in raster order to features [T, C] in the order of `batch`."""
-        return vision_forward(
+    def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid] | VisionBatch, **_: Any) -> tuple[Tensor, VisionBatch]:
+        """Patches [T, 3, 14, 14] in raster order to features [T, C] in block order, and the geometry for the projector.
+
+        vLLM passes grids, the CUDA graphs pass their geometry. vLLM's other arguments are ignored: the grids determine them.
+        """
+        batch = image_grid_thw
+        if not isinstance(batch, VisionBatch):
+            batch = self.geometry(torch.tensor(image_grid_thw), pixel_values.shape[0], pixel_values.device)
+        features = vision_forward(
             pixel_values,
             batch,
             self.tower_config,
@@ -105,26 +111,22 @@ class VisionTransformer(nn.Module):
             layers=self.encoder.layers,
             post_layernorm=self.post_layernorm,
         )
-
-    def forward(self, pixel_values: Tensor, image_grid_thw: list[Grid], **_: Any) -> tuple[Tensor, VisionBatch]:
-        """Returns what the projector needs. vLLM's other arguments are ignored: the grids determine them."""
-        batch = self.geometry(torch.tensor(image_grid_thw), pixel_values.shape[0], pixel_values.device)
-        return self.encode(pixel_values, batch), batch
+        return features, batch
 
 
-def _split(embeddings: Tensor, image_grid_thw: Tensor, merge_size: int) -> list[Tensor]:
-    """The embeddings [t·h·w/m², hidden] of each grid."""
+def _split(embeddings: Tensor, image_grid_thw: Tensor | None, merge_size: int) -> list[Tensor] | Tensor:
+    """The embeddings [t·h·w/m², hidden] of each grid; without grids, all of them."""
+    if image_grid_thw is None:
+        return embeddings
     return list(embeddings.split((image_grid_thw.prod(1) // merge_size**2).tolist()))
 
 
 class Projector(vision.Projector):
     """The lean projector with the arguments of vLLM's. Each rank has all the weights, so that no gather is needed."""
 
-    project = vision.Projector.forward
-
-    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
-        """Maps the output of `VisionTransformer` to the embeddings of each grid."""
-        return _split(self.project(*encoded), image_grid_thw, self.merge_size)
+    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor | None) -> list[Tensor] | Tensor:
+        """Maps the output of `VisionTransformer` to embeddings."""
+        return _split(super().forward(*encoded), image_grid_thw, self.merge_size)
 
 
 class VllmProjector(nn.Module):
@@ -135,16 +137,13 @@ class VllmProjector(nn.Module):
         self.pre_norm, self.act = vllm_module.pre_norm, vllm_module.act
         self.linear_1, self.linear_2 = vllm_module.linear_1, vllm_module.linear_2
 
-    def project(self, features: Tensor, batch: VisionBatch) -> Tensor:
-        """Maps features [T, C] in block order to embeddings [T/m², hidden]."""
-        # The merge is a view; LayerNorm is before it (Preview) or after it (1.5)
+    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor | None) -> list[Tensor] | Tensor:
+        """Maps the output of `VisionTransformer` to embeddings."""
+        features, batch = encoded
+        # In block order the merge is a view; LayerNorm is before it (Preview) or after it (1.5)
         normed = self.pre_norm(features.view(-1, *self.pre_norm.normalized_shape))
         hidden = self.act(self.linear_1(normed.view(-1, features.shape[1] * batch.merge_size**2))[0])
-        return self.linear_2(hidden)[0]
-
-    def forward(self, encoded: tuple[Tensor, VisionBatch], image_grid_thw: Tensor) -> list[Tensor]:
-        """Maps the output of `VisionTransformer` to the embeddings of each grid."""
-        return _split(self.project(*encoded), image_grid_thw, encoded[1].merge_size)
+        return _split(self.linear_2(hidden)[0], image_grid_thw, batch.merge_size)
 
 
 class KeyeKernelsMixin(EncoderCudaGraphMixin):

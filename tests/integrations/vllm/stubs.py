@@ -117,9 +117,17 @@ def stub_modules():
         modules[module.__name__] = module
         setattr(found, name, module)
     keye = found.keye
-    for name in ("KeyeSiglipAttention", "KeyeSiglipEncoderLayer", "KeyeSiglipVisionTransformer", "KeyeSiglipVisionModel"):
+    keye.KeyeSiglipVisionModel = VisionModel
+    for name in ("KeyeSiglipAttention", "KeyeSiglipEncoderLayer", "KeyeSiglipVisionTransformer"):
         setattr(keye, name, type(name, (nn.Module,), {}))
     return modules
+
+
+class VisionModel(nn.Module):
+    """vLLM's module around the tower."""
+
+    def forward(self, pixel_values, image_grid_thw=None, position_ids=None):
+        return self.vision_model(pixel_values=pixel_values, image_grid_thw=image_grid_thw, position_ids=position_ids)
 
 
 class ReturnsBias(nn.Module):

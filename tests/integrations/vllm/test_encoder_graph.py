@@ -64,6 +64,16 @@ def test_the_forward_gives_the_kernel_offsets_only(models, monkeypatch):
     assert buffers["cu_seqlens"].tolist() == [0, 24, 28, 28, 28]
 
 
+def test_the_modules_that_vllm_calls_are_called(models):
+    """vLLM replaces their forwards where weights are offloaded."""
+    model, called = build(models, "Keye"), []
+    for module in (model.visual, model.mlp_AR):
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    replay(model, capture(model), inputs(BATCHES[0]))
+    model.encoder_eager_forward(inputs(BATCHES[0]))
+    assert called == [model.visual, model.mlp_AR] * 2
+
+
 def test_videos_have_one_segment_in_preview_and_run_eagerly_in_1_5(models):
     preview, v1_5 = build(models, "Keye"), build(models, "KeyeVL1_5")
     assert preview.get_encoder_cudagraph_config().modalities == ["image", "video"]

@@ -108,8 +108,8 @@ def test_rope(only_program):
         "Q_HEADS": 1, "K_HEADS": 0, "HEAD_DIM": WIDTH, "NUM_FREQUENCIES": 8, "SECTIONS": (8,), "CONJUGATE": False,
         "STRIDE_UNIT": 8, "INT64_OFFSETS": False, "PAIRS": 8, "TAIL": 0, "VECTOR": 8, "BLOCK_T": 4, "BLOCK_H": 1,
     }  # fmt: skip
-    arguments = q, q, None, None, inv_freq, positions, len(q), 1e-6, 2, 2, 2, 2, 0, 0
-    rope_kernel[(1,)](out, out, *arguments, **options)
+    tensors = out, out, None, q, q, None, None, None, inv_freq, positions, None
+    rope_kernel[(1,)](*tensors, len(q), 1e-6, *[2] * 4, 0, 0, 0, 0, 0, 0, **options)
     expected, _ = reference.rope(rows[:4, None], rows[:4, None], torch.full((1, 4), 7), inv_freq, [8])
     torch.testing.assert_close(out[FIRST : FIRST + 4], expected[:, 0], **FP16)
 

@@ -22,6 +22,10 @@ class TimeBox:
     def elapsed(self) -> float:
         return self.clock() - self.start
 
+    @property
+    def is_over(self) -> bool:
+        return self.seconds is not None and self.elapsed >= self.seconds
+
     def fits(self, estimate: float) -> bool:
         """Whether work with this estimate, in seconds, would end within the limit."""
         return self.seconds is None or self.elapsed + estimate * self.taken / self.estimated <= self.seconds

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from keye_kernels.tools.time_box import TimeBox
 from keye_kernels.triton.registry import kernel_names
 
 from .workloads import WORKLOADS, load_shapes
 
 DTYPES = ("bf16", "fp16")
+DEFAULT_MINUTES = 3.75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,12 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--save-dir", metavar="DIR", help="folder of the table; default: where launches look first")
     parser.add_argument("--resume", action="store_true", help="keep the times of an earlier run with the same versions")
+    minutes_help = f"leave out the shapes that do not fit into this time (default: {DEFAULT_MINUTES})"
+    parser.add_argument("--minutes", type=float, metavar="N", help=minutes_help)
     parser.add_argument("--dry-run", action="store_true", help="list and compile what would be tried on --target; times nothing")
     parser.add_argument("--target", metavar="NAME[,NAME]", help="for --dry-run, for instance sm_90")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tunes, or lists the candidates. Returns 1 if the table cannot be written or no config works."""
+    """Tunes, or lists the candidates. Returns 1 if the table cannot be written or no config of a shape works."""
+    minutes = DEFAULT_MINUTES if options.minutes is None else options.minutes
+    if not minutes > 0:
+        raise ValueError(f"--minutes must be a positive number, got {minutes:g}")
+    box = TimeBox(60 * minutes)
     kernels = names(options.kernel, kernel_names(), "kernel")
     names(options.dtype, DTYPES, "dtype", several=False)
     shapes = load_shapes(options.shapes, kernels)
@@ -41,13 +49,14 @@ def run(options: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise ValueError("autotune needs a GPU, and torch finds none; --dry-run --target sm_90 compiles without one")
-    result = sweep(on_this_gpu(), shapes, options.dtype, options.save_dir, options.resume)
+    result = sweep(on_this_gpu(), shapes, options.dtype, options.save_dir, options.resume, box)
     print(result.to_text())
-    return int(result.unwritable is not None or not all(record.timings for record in result.records))
+    have_times = (record.timings or record.shape in result.left_out for record in result.records)
+    return int(result.unwritable is not None or not all(have_times))
 
 
 def _dry_run(options: argparse.Namespace, shapes: list) -> int:
-    for name in ("resume", "save_dir"):
+    for name in ("resume", "save_dir", "minutes"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} needs a run that times: --dry-run saves nothing")
     from keye_kernels.triton.device import MULTIPROCESSORS

@@ -26,6 +26,22 @@ class SweepRecord:
     def knows(self, config: Config) -> bool:
         return any(config == known for known, _ in [*self.timings, *self.rejected])
 
+    def has_time(self, config: Config) -> bool:
+        return any(config == known for known, _ in self.timings)
+
+    def time(self, config: Config, times_ms: list[float]) -> None:
+        """Adds the times of a config, or replaces them."""
+        timing = config, [round(1000 * time, 2) for time in times_ms]
+        for index, (known, _) in enumerate(self.timings):
+            if known == config:
+                self.timings[index] = timing
+                return
+        self.timings.append(timing)
+
+    def by_time(self) -> list[tuple[Config, list[float]]]:
+        """The timings, the fastest first."""
+        return sorted(self.timings, key=lambda timing: timing[1][0])
+
 
 class SweepRecords:
     """All records of one device and one set of versions. Those of other versions are dropped."""
@@ -35,9 +51,12 @@ class SweepRecords:
         self.head = {"device": name, "versions": _versions()}
         self.all = _read(self.path, self.head)
 
+    def find(self, shape: TuningShape, dtype: str) -> SweepRecord | None:
+        return next((record for record in self.all if (record.shape, record.dtype) == (shape, dtype)), None)
+
     def open(self, shape: TuningShape, dtype: str, resume: bool) -> SweepRecord:
         """The record of a shape: an empty one, or with `resume` the saved one."""
-        known = next((record for record in self.all if (record.shape, record.dtype) == (shape, dtype)), None)
+        known = self.find(shape, dtype)
         if known and resume:
             return known
         if known:

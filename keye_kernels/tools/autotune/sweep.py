@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from keye_kernels import reference
+from keye_kernels.tools.time_box import TimeBox
 from keye_kernels.triton import launch_config
 from keye_kernels.triton.device import MULTIPROCESSORS, Arch, device_arch, device_name
 from keye_kernels.triton.launch_config import Config
@@ -23,50 +24,45 @@ from keye_kernels.triton.spec import TORCH_DTYPES, TuningShape
 from .candidates import candidates, refinements
 from .checking import Checker
 from .choosing import MeasuredShape, choose
+from .plan import LONG_RUN_MS, LONG_WARM_UP_MS, MAX_FINALISTS, QUANTILES, estimate, quick_timer, reserved
 from .pruning import Compiler, TuningVariant, compiler
 from .records import SweepRecord, SweepRecords
 
 MARGIN = 0.02  # relative; smaller gains are noise, and the heuristic's config stays
-MAX_RATIO_TO_FASTEST = 1.1  # configs that are slower in a short run are not timed at length
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a sweep needs of its machine; tests pass their own."""
+    """What a sweep needs of its machine; tests pass their own. Timers return ms: median, 20th and 80th percentile."""
 
     device: torch.device
     arch: Arch
-    # (launch, fastest median so far in ms) -> milliseconds: median, 20th and 80th percentile
-    bench: Callable[[Callable[[], Any], float | None], list[float]]
+    quick: Callable[[Callable[[], Any]], list[float]]  # of every correct config
+    bench: Callable[[Callable[[], Any]], list[float]]  # of the fastest ones
     compiler: Callable[[], AbstractContextManager[Compiler]] = compiler
 
 
 def on_this_gpu() -> Machine:
-    """The current CUDA or ROCm device, timed with Triton's `do_bench`."""
+    """The current CUDA or ROCm device; the fastest configs are timed with Triton's `do_bench`."""
     from triton.testing import do_bench
 
-    quantiles = [0.5, 0.2, 0.8]
-
-    def bench(run: Callable[[], Any], fastest: float | None) -> list[float]:
-        short = do_bench(run, warmup=1, rep=5, quantiles=quantiles)
-        is_slow = fastest is not None and short[0] > MAX_RATIO_TO_FASTEST * fastest
-        return short if is_slow else do_bench(run, quantiles=quantiles)
-
+    bench = partial(do_bench, warmup=LONG_WARM_UP_MS, rep=LONG_RUN_MS, quantiles=QUANTILES)
     device = torch.device("cuda", torch.cuda.current_device())
     # Two cores stay free for the launches: waiting for a compiler would be part of their time
     workers = max(1, (os.cpu_count() or 1) - 2)
-    return Machine(device, device_arch(device), bench, partial(compiler, workers))
+    return Machine(device, device_arch(device), quick_timer(device), bench, partial(compiler, workers))
 
 
 @dataclass
 class SweepResult:
-    """The table entries and records of a sweep."""
+    """The table entries and records of a sweep, and the shapes that did not fit, or not completely, into its limit of time."""
 
     device: str
     path: Path
     entries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by kernel
     records: list[SweepRecord] = field(default_factory=list)
     unwritable: OSError | None = None
+    left_out: list[TuningShape] = field(default_factory=list)
 
     def to_text(self) -> str:
         lines = []
@@ -81,6 +77,9 @@ class SweepResult:
         lines.append(f"{sum(len(record.timings) for record in self.records)} timed, {len(reasons)} rejected")
         for record in (one for one in self.records if one.rejected and not one.timings):
             lines.append(f"no config works for {record.shape}; the first is rejected with: {record.rejected[0][1]}")
+        if self.left_out:
+            names = "; ".join(map(str, self.left_out))
+            lines.append(f"left out, because the time was over: {names}; run the same command with --resume to continue")
         if self.unwritable:
             lines.append(f"{self.path} cannot be written ({self.unwritable}); its content:")
             lines.append(launch_config.to_json(self.device, self.entries))
@@ -90,38 +89,52 @@ class SweepResult:
 
 
 def sweep(
-    machine: Machine, shapes: list[TuningShape], dtype: str, save_dir: str | Path | None = None, resume: bool = False
+    machine: Machine,
+    shapes: list[TuningShape],
+    dtype: str,
+    save_dir: str | Path | None = None,
+    resume: bool = False,
+    box: TimeBox | None = None,
 ) -> SweepResult:
     """Tunes each shape and saves after each. A folder that cannot be written is reported once, and the sweep continues.
 
+    A shape is left out if it does not fit into the limit of time (`box`), or would take the time of later ones that matter more.
     On Ctrl-C, the results so far are saved, the command that resumes is printed, and KeyboardInterrupt is raised again. Raises
     RuntimeError where the device stopped responding, or launches do not find a saved entry.
     """
+    box = box or TimeBox(None)
     name = device_name(machine.device)
     folder = Path(save_dir or launch_config.table_folders()[0])
     records = SweepRecords(name, folder)
     result = SweepResult(name, launch_config.table_path(name, folder))
-    opened = {shape: records.open(shape, dtype, resume) for shape in shapes}
-    result.records = list(opened.values())
-    left = {shape: [c for c in candidates(shape, dtype, machine.arch) if not opened[shape].knows(c)] for shape in shapes}
+    known = {shape: records.find(shape, dtype) if resume else None for shape in shapes}
+    left = {
+        shape: [c for c in candidates(shape, dtype, machine.arch) if not (known[shape] and known[shape].knows(c))]
+        for shape in shapes
+    }
+    num_left = {shape: len(configs) for shape, configs in left.items()}
     done = 0
     with (
         _tables_from(folder),
         machine.compiler() as compile_pool,
-        tqdm(total=sum(map(len, left.values())), unit="config", file=sys.stderr, disable=None) as progress,
+        tqdm(total=sum(num_left.values()), unit="config", file=sys.stderr, disable=None) as progress,
     ):
         try:
             for shape in shapes:  # compiled in the background while others are timed
                 compile_pool.submit(_variants(machine, shape, dtype, left[shape]))
             for shape in shapes:
+                cost = estimate(num_left[shape])
+                if not box.fits(cost + reserved(shape, shapes, num_left)):
+                    result.left_out.append(shape)
+                    continue
                 progress.set_description(str(shape))
-                record = opened[shape]
-                _time_configs(machine, shape, dtype, left[shape], record, compile_pool, progress)
-                fastest = [config for config, _ in sorted(record.timings, key=lambda timing: timing[1][0])]
-                further = [c for c in refinements(shape, machine.arch, fastest) if not record.knows(c)]
-                progress.total += len(further)
-                _time_configs(machine, shape, dtype, further, record, compile_pool, progress)
+                started = box.elapsed
+                record = records.open(shape, dtype, resume)
+                result.records.append(record)
+                if not _tune(machine, shape, dtype, left[shape], record, compile_pool, progress, box):
+                    result.left_out.append(shape)
                 _save(machine, records, shape.kernel, result)
+                box.record(cost, box.elapsed - started)
                 done += 1
         except (KeyboardInterrupt, RuntimeError):
             _save(machine, records, shape.kernel, result)
@@ -138,30 +151,51 @@ def _variants(machine: Machine, shape: TuningShape, dtype: str, configs: list[Co
     return [TuningVariant.of(machine.arch.name, shape.kernel, shape.part, dtype, config, every=True) for config in configs]
 
 
-def _time_configs(
-    machine: Machine, shape: TuningShape, dtype: str, configs: list[Config], record: SweepRecord, pool: Compiler, progress: tqdm
-) -> None:
-    """Rejects configs that do not compile, spill in a loop, do not fit or give wrong results, and times the rest."""
-    if not configs:
-        return
-    variants = _variants(machine, shape, dtype, configs)
-    pool.submit(variants)
-    unfit = [pool.failures(variant) for variant in variants] or [[]] * len(configs)
-    problem = kernel_spec(shape.kernel).tuning_problem(shape, dtype, machine.device, reference)
-    checker = Checker(problem, TORCH_DTYPES[dtype])
-    for config, why in zip(configs, unfit, strict=True):
-        try:
-            wrong = "; ".join(why) or checker.error(config)
-            if wrong:
-                record.rejected.append((config, wrong))
-            else:
-                fastest = min((times[0] / 1000 for _, times in record.timings), default=None)
-                times = machine.bench(lambda config=config: problem.launch(config), fastest)
-                record.timings.append((config, [round(1000 * time, 2) for time in times]))
-        except Exception as error:  # compiler, driver and launch may raise anything: that is a finding
-            record.rejected.append((config, f"{type(error).__name__}: {str(error).strip()[:200]}"))
-            _check_device(machine.device, config)
-        progress.update()
+def _tune(
+    machine: Machine,
+    shape: TuningShape,
+    dtype: str,
+    configs: list[Config],
+    record: SweepRecord,
+    pool: Compiler,
+    progress: tqdm,
+    box: TimeBox,
+) -> bool:
+    """Times configs shortly, then some around the fastest, then the fastest at length. Returns whether the time sufficed."""
+    problem = checker = None
+    for is_second in (False, True):
+        if is_second:
+            fastest = [config for config, _ in record.by_time()]
+            configs = [c for c in refinements(shape, machine.arch, fastest) if not record.knows(c)]
+            progress.total += len(configs)
+        variants = _variants(machine, shape, dtype, configs)
+        pool.submit(variants)
+        for index, config in enumerate(configs):
+            if box.is_over:
+                return False
+            why = pool.failures(variants[index]) if variants else []
+            if problem is None:
+                problem = kernel_spec(shape.kernel).tuning_problem(shape, dtype, machine.device, reference)
+                checker = Checker(problem, TORCH_DTYPES[dtype])
+            try:
+                wrong = "; ".join(why) or checker.error(config)
+                if wrong:
+                    record.rejected.append((config, wrong))
+                else:
+                    record.time(config, machine.quick(partial(problem.launch, config)))
+            except Exception as error:  # compiler, driver and launch may raise anything: that is a finding
+                record.rejected.append((config, f"{type(error).__name__}: {str(error).strip()[:200]}"))
+                _check_device(machine.device, config)
+            progress.update()
+    if problem is None:  # all configs were timed by an earlier run
+        return True
+    heuristic = kernel_spec(shape.kernel).heuristic(shape, dtype, machine.arch)
+    fastest = [config for config, _ in record.by_time()[:MAX_FINALISTS]]
+    for config in [*fastest, *([heuristic] if record.has_time(heuristic) and heuristic not in fastest else [])]:
+        if box.is_over:
+            return False
+        record.time(config, machine.bench(partial(problem.launch, config)))
+    return True
 
 
 def _check_device(device: torch.device, config: Config) -> None:

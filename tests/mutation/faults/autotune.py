@@ -5,7 +5,7 @@ from ..fault import Fault
 AUTOTUNE = "keye_kernels/tools/autotune/"
 CANDIDATES, CHECKING, CHOOSING, COMMAND = (f"{AUTOTUNE}{name}.py" for name in ("candidates", "checking", "choosing", "command"))
 DRYRUN, PRUNING, RECORDS, SWEEP = (f"{AUTOTUNE}{name}.py" for name in ("dryrun", "pruning", "records", "sweep"))
-WORKLOADS = f"{AUTOTUNE}workloads.py"
+WORKLOADS, PLAN = f"{AUTOTUNE}workloads.py", f"{AUTOTUNE}plan.py"
 
 PLANNING = "tests/tools/autotune/test_planning.py"
 SWEEP_TESTS = "tests/tools/autotune/test_sweep.py"
@@ -42,14 +42,14 @@ FAULTS = [
     Fault(RECORDS, "write_atomically(self.path, ", "self.path.write_text(", DECISIONS),
     Fault(SWEEP, "MARGIN = 0.02", "MARGIN = 0.1", DECISIONS),
     Fault(SWEEP, "choose(measured, MARGIN)", "choose(measured, 0.0)", SWEEP_TESTS),
-    Fault(SWEEP, "short[0] > MAX_RATIO_TO_FASTEST * fastest", "short[0] > fastest", DECISIONS),
-    Fault(SWEEP, "return short if is_slow else do_bench", "return short if not is_slow else do_bench", DECISIONS),
-    Fault(SWEEP, "quantiles = [0.5, 0.2, 0.8]", "quantiles = [0.2, 0.5, 0.8]", DECISIONS),
-    Fault(SWEEP, "else do_bench(run, quantiles=quantiles)", "else do_bench(run, rep=5, quantiles=quantiles)", DECISIONS),
+    Fault(PLAN, "MAX_FINALISTS = 4", "MAX_FINALISTS = 5", SWEEP_TESTS),
+    Fault(SWEEP, "record.by_time()[:MAX_FINALISTS]", "record.timings[:MAX_FINALISTS]", SWEEP_TESTS),
+    Fault(PLAN, "QUANTILES = [0.5, 0.2, 0.8]", "QUANTILES = [0.2, 0.5, 0.8]", DECISIONS),
+    Fault(PLAN, "LONG_WARM_UP_MS, LONG_RUN_MS = 10, 50", "LONG_WARM_UP_MS, LONG_RUN_MS = 10, 5", DECISIONS),
     Fault(SWEEP, "max(1, (os.cpu_count() or 1) - 2)", "(os.cpu_count() or 1) - 2", DECISIONS),
-    Fault(SWEEP, "min((times[0] / 1000 for _, times", "min((times[0] for _, times", SWEEP_TESTS),
-    Fault(SWEEP, "round(1000 * time, 2)", "round(1e6 * time, 2)", SWEEP_TESTS),
-    Fault(SWEEP, "key=lambda timing: timing[1][0])]", "key=lambda timing: -timing[1][0])]", SWEEP_TESTS),
+    Fault(SWEEP, "if not box.fits(cost + reserved(shape, shapes, num_left)):", "if not box.fits(cost):", SWEEP_TESTS),
+    Fault(RECORDS, "round(1000 * time, 2)", "round(1e6 * time, 2)", SWEEP_TESTS),
+    Fault(RECORDS, "key=lambda timing: timing[1][0])", "key=lambda timing: -timing[1][0])", SWEEP_TESTS),
     Fault(SWEEP, "medians = [(config, times[0])", "medians = [(config, times[1])", DECISIONS),
     Fault(SWEEP, 'zip(("median_us", "p20_us", "p80_us")', 'zip(("p20_us", "median_us", "p80_us")', SWEEP_TESTS),
     Fault(SWEEP, "if other == found.heuristic), None)", "if other == config), None)", SWEEP_TESTS),
@@ -63,10 +63,10 @@ FAULTS = [
     Fault(SWEEP, "folder = Path(save_dir or launch_config.table_folders()[0])", "folder = Path(launch_config.table_folders()[0])", SWEEP_TESTS),
     Fault(SWEEP, "if used != found.heuristic | config:", "if False:", SWEEP_TESTS),
     Fault(SWEEP, "if result.unwritable is None:", "if True:", SWEEP_TESTS),
-    Fault(SWEEP, "further = [c for c in refinements(shape, machine.arch, fastest) if not record.knows(c)]", "further = refinements(shape, machine.arch, fastest)", SWEEP_TESTS),
-    Fault(COMMAND, "shapes, options.dtype, options.save_dir, options.resume)", "shapes, options.dtype, options.save_dir)", DECISIONS),
-    Fault(COMMAND, "shapes, options.dtype, options.save_dir, options.resume)", 'shapes, "bf16", options.save_dir, options.resume)', DECISIONS),
-    Fault(COMMAND, "result.unwritable is not None or not all(", "result.unwritable is not None or not any(", SWEEP_TESTS),
+    Fault(SWEEP, "fastest) if not record.knows(c)]", "fastest)]", SWEEP_TESTS),
+    Fault(COMMAND, "options.save_dir, options.resume, box)", "options.save_dir, False, box)", DECISIONS),
+    Fault(COMMAND, "shapes, options.dtype, options.save_dir, options.resume, box)", 'shapes, "bf16", options.save_dir, options.resume, box)', DECISIONS),
+    Fault(COMMAND, "or not all(have_times))", "or not any(have_times))", SWEEP_TESTS),
     Fault(COMMAND, "int(result.unwritable is not None or ", "int(", SWEEP_TESTS),
     Fault(COMMAND, "dry_run(list(targets), shapes, options.dtype)", 'dry_run(list(targets), shapes, "bf16")', DECISIONS),
     Fault(PRUNING, "            if variant not in self.known:\n                self.known", "            if True:\n                self.known", DECISIONS),
@@ -75,6 +75,9 @@ FAULTS = [
     Fault(PRUNING, "for report in self.reports(variant) for failure", "for report in self.reports(variant)[:1] for failure", DECISIONS),
     Fault(DRYRUN, "if report.failures:", "if False:", DECISIONS),
     Fault(DRYRUN, '{report.stack_bytes} bytes spilled, {report.shared_bytes} bytes of shared', '{report.shared_bytes} bytes spilled, {report.stack_bytes} bytes of shared', DECISIONS),
+    Fault(SWEEP, "if not _tune(machine, shape, dtype, left[shape], record, compile_pool, progress, box):", "if _tune(machine, shape, dtype, left[shape], record, compile_pool, progress, box) is None:", SWEEP_TESTS),
+    Fault(SWEEP, "box.record(cost, box.elapsed - started)", "box.record(cost, cost)", SWEEP_TESTS),
+    Fault(COMMAND, "(record.timings or record.shape in result.left_out for", "(record.timings for", SWEEP_TESTS),
     Fault(WORKLOADS, "(shape.total - 1).bit_length()", "shape.total.bit_length()", DECISIONS),
     Fault(WORKLOADS, "numbers[1] % PATCHES_PER_TOKEN:", "numbers[0] % PATCHES_PER_TOKEN:", PLANNING),
     Fault(WORKLOADS, "type(number) is int and number > 0", "isinstance(number, int) and number > 0", PLANNING),

@@ -175,7 +175,7 @@ def test_the_choice_uses_medians_and_a_margin_of_two_percent(stub, tmp_path, mon
     stub.sweep(tmp_path / "a")
     assert used(tmp_path / "a", monkeypatch) == stub.tried[0]
     stub.microseconds |= {1: 97.5, 2: 97.9}
-    monkeypatch.setattr(stub, "bench", lambda run, fastest, bench=stub.bench: quick_twentieth(bench(run, fastest), stub.launched))
+    monkeypatch.setattr(stub, "bench", lambda run, bench=stub.bench: quick_twentieth(bench(run), stub.launched))
     stub.sweep(tmp_path / "b")
     assert used(tmp_path / "b", monkeypatch) == stub.tried[1]
 
@@ -203,33 +203,29 @@ def test_records_of_other_kernels_stay_out_of_a_table(stub, tmp_path):  # noqa: 
     assert list(result.entries) == ["rope"] and len(result.entries["rope"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("fastest", "short", "expected", "is_timed_at_length"),
-    [(None, 9.0, 1.0, True), (5.0, 5.5, 1.0, True), (5.0, 5.51, 5.51, False), (5.0, 4.0, 1.0, True)],
-)
-def test_a_config_is_timed_at_length_unless_it_is_ten_percent_slower(fastest, short, expected, is_timed_at_length, monkeypatch):
+def test_the_fastest_configs_are_timed_with_do_bench(monkeypatch):
     from triton import testing
 
     calls = []
-
-    def do_bench(run, **options):
-        calls.append(options)
-        return [short if "rep" in options else 1.0, 0.0, 2.0]
-
-    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(testing, "do_bench", lambda run, **options: calls.append(options) or [1.0, 0.0, 2.0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(sweeping, "device_arch", lambda device: H100)
+    monkeypatch.setattr(sweeping, "quick_timer", lambda device: f"quick timer of {device}")
     monkeypatch.setattr(sweeping.os, "cpu_count", lambda: 2)
     machine = sweeping.on_this_gpu()
     assert machine.device == torch.device("cuda", 3) and machine.arch is H100 and machine.compiler.args == (1,)
-    assert machine.bench(print, fastest) == [expected, 0.0, 2.0]
-    quantiles = [0.5, 0.2, 0.8]
-    full = [{"quantiles": quantiles}] if is_timed_at_length else []
-    assert calls == [{"warmup": 1, "rep": 5, "quantiles": quantiles}, *full]
+    assert machine.bench(print) == [1.0, 0.0, 2.0] and machine.quick == "quick timer of cuda:3"
+    assert calls == [{"warmup": 10, "rep": 50, "quantiles": [0.5, 0.2, 0.8]}]
 
 
 @pytest.mark.parametrize(
-    "arguments, expected", [([], ("bf16", None, False)), (["--dtype", "fp16", "--resume"], ("fp16", "x", True))]
+    "arguments, expected",
+    [
+        ([], ("bf16", None, False, 225)),
+        (["--dtype", "fp16", "--resume"], ("fp16", "x", True, 225)),
+        (["--minutes", "0.5"], ("bf16", None, False, 30)),
+        (["--minutes", "inf"], ("bf16", None, False, float("inf"))),
+    ],
 )
 def test_the_options_of_the_command_reach_the_sweep(arguments, expected, monkeypatch, tmp_path, capsys):
     calls = []
@@ -239,8 +235,21 @@ def test_the_options_of_the_command_reach_the_sweep(arguments, expected, monkeyp
     monkeypatch.setattr(sweeping, "on_this_gpu", lambda: "this GPU")
     monkeypatch.setattr(sweeping, "sweep", lambda *given: calls.append(given) or result)
     assert main(["autotune", "--shapes", "small", "--kernel", "rope", *arguments, *folder]) == 0
-    dtype, saved, resume = expected
-    assert calls == [("this GPU", load_shapes("small", ("rope",)), dtype, str(tmp_path) if saved else None, resume)]
+    dtype, saved, resume, seconds = expected
+    [(*given, box)] = calls
+    assert given == ["this GPU", load_shapes("small", ("rope",)), dtype, str(tmp_path) if saved else None, resume]
+    assert box.seconds == seconds
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_the_limit_of_time_must_be_positive(minutes, capsys):
+    assert main(["autotune", "--minutes", minutes]) == 2
+    assert f"--minutes must be a positive number, got {float(minutes):g}" in capsys.readouterr().err
+
+
+def test_a_dry_run_has_no_limit_of_time(capsys):
+    assert main(["autotune", "--dry-run", "--target", "sm_90", "--minutes", "1"]) == 2
+    assert "--minutes needs a run that times" in capsys.readouterr().err
 
 
 def test_the_options_of_a_dry_run_reach_it(monkeypatch, capsys):

@@ -9,9 +9,13 @@ import torch
 
 from keye_kernels import reference
 from keye_kernels.cli import main
+from keye_kernels.tools.autotune import plan
 from keye_kernels.tools.autotune import sweep as sweeping
-from keye_kernels.tools.autotune.candidates import candidates
+from keye_kernels.tools.autotune.candidates import candidates, refinements
 from keye_kernels.tools.autotune.checking import Checker
+from keye_kernels.tools.autotune.command import DEFAULT_MINUTES
+from keye_kernels.tools.autotune.workloads import load_shapes
+from keye_kernels.tools.time_box import TRUSTED_SECONDS, TimeBox
 from keye_kernels.triton import launch_config, linear_spec, patch_merge_norm_spec, position_embedding_2d_spec
 from keye_kernels.triton.device import Arch
 from keye_kernels.triton.registry import kernel_names, kernel_spec
@@ -29,7 +33,8 @@ class Stub:
     def __init__(self):
         self.tried = candidates(SMALL, "fp16", H100)
         self.microseconds = dict.fromkeys(range(len(self.tried)), 100.0)
-        self.bad, self.benched, self.fastest, self.launched, self.stop_after = {}, [], [], None, None
+        self.bad, self.benched, self.finalists, self.launched, self.stop_after = {}, [], [], None, None
+        self.clock, self.seconds = 0.0, 0.0  # each short run takes `seconds`
 
     def number(self, config):
         return self.tried.index(config)
@@ -54,22 +59,27 @@ class Stub:
 
         return TuningProblem(launch, lambda dtype: (x.to(dtype),), torch.arange(8))
 
-    def bench(self, run, fastest):
-        self.fastest.append(fastest)
+    def quick(self, run):
         if self.stop_after == len(self.benched):
             raise KeyboardInterrupt
         run()
         self.benched.append(self.launched)
+        self.clock += self.seconds
+        return [self.microseconds[self.launched] / 1000] * 3
+
+    def bench(self, run):
+        run()
+        self.finalists.append(self.launched)
         time = self.microseconds[self.launched] / 1000
         return [time, 0.9 * time, 1.1 * time]
 
-    def sweep(self, folder, shapes=(SMALL,), resume=False):
+    def sweep(self, folder, shapes=(SMALL,), resume=False, limit=None):
         @contextmanager
         def compiler():
             yield self
 
-        machine = sweeping.Machine(CPU, H100, self.bench, compiler)
-        return sweeping.sweep(machine, list(shapes), "fp16", folder, resume)
+        machine = sweeping.Machine(CPU, H100, self.quick, self.bench, compiler)
+        return sweeping.sweep(machine, list(shapes), "fp16", folder, resume, TimeBox(limit, lambda: self.clock))
 
 
 @pytest.fixture
@@ -167,10 +177,135 @@ def test_a_second_round_starts_from_the_fastest_and_is_resumed_like_the_first(st
     assert len(stub.benched) == len(stub.tried)
 
 
-def test_the_timer_gets_the_fastest_time_so_far(stub, tmp_path):
-    stub.microseconds |= {1: 80.0, 2: 90.0}
+def test_the_fastest_and_the_heuristics_config_are_timed_at_length(stub, tmp_path, monkeypatch):
+    stub.microseconds |= {7: 50.0, 3: 80.0, 5: 60.0, 2: 70.0, 4: 85.0}
+    result = stub.sweep(tmp_path)
+    assert stub.finalists == [7, 5, 2, 3, 0] and plan.MAX_FINALISTS == 4
+    assert used(tmp_path, monkeypatch) == stub.tried[7]
+    times = {stub.number(config): times for config, times in result.records[0].timings}
+    assert times[7] == [50.0, 45.0, 55.0] and times[1] == [100.0] * 3 and len(times) == len(stub.tried)
+    stub.microseconds[0], stub.finalists = 1.0, []
     stub.sweep(tmp_path)
-    assert stub.fastest[:4] == [None, 0.1, 0.08, 0.08]
+    assert stub.finalists == [0, 7, 5, 2]
+
+
+def test_a_finished_shape_is_not_timed_at_length_again(stub, tmp_path):
+    stub.sweep(tmp_path)
+    stub.finalists = []
+    stub.sweep(tmp_path, resume=True)
+    assert stub.finalists == []
+
+
+def test_a_long_run_decides_over_a_short_one(stub, tmp_path, monkeypatch):
+    stub.microseconds |= {1: 50.0, 2: 51.0}
+    long = {1: 90.0, 2: 60.0}
+    monkeypatch.setattr(stub, "bench", lambda run: [(run(), long.get(stub.launched, 100.0))[1] / 1000] * 3)
+    stub.sweep(tmp_path)
+    assert used(tmp_path, monkeypatch) == stub.tried[2]
+
+
+OTHER = TuningShape("rope", "vision", 1, 256)
+
+
+def test_shapes_that_do_not_fit_are_left_out_by_name_and_resumed(stub, tmp_path, monkeypatch):
+    stub.seconds, count = 1.0, len(stub.tried)
+    result = stub.sweep(tmp_path, [SMALL, OTHER, LARGE], limit=count + plan.estimate(count) - 0.01)
+    assert stub.benched == list(range(count)) and result.left_out == [OTHER, LARGE]
+    assert [record.shape for record in result.records] == [SMALL]
+    text = result.to_text()
+    assert f"left out, because the time was over: {OTHER}; {LARGE}; run the same command with --resume" in text
+    stub.benched = []
+    result = stub.sweep(tmp_path, [SMALL, OTHER, LARGE], resume=True, limit=1e6)
+    assert stub.benched == 2 * list(range(count)) and not result.left_out and "left out" not in result.to_text()
+
+
+def test_estimates_are_corrected_by_what_earlier_shapes_took(stub, tmp_path):
+    stub.seconds, count = 100.0, len(stub.tried)
+    spent, cost = 100.0 * count, plan.estimate(count)
+    factor = (TRUSTED_SECONDS + spent) / (TRUSTED_SECONDS + cost)
+    assert stub.sweep(tmp_path, [SMALL, LARGE], limit=spent + cost * factor - 1).left_out == [LARGE]
+    assert stub.benched == list(range(count))  # nothing of the other shape
+    stub.clock = 0.0
+    assert stub.sweep(tmp_path, [SMALL, LARGE], limit=spent + cost * factor + spent).left_out == []
+
+
+def test_the_time_ends_within_a_shape_too(stub, tmp_path, monkeypatch):
+    stub.seconds = 2.0
+    stub.microseconds[1] = 50.0
+    limit = 2.0 + plan.estimate(len(stub.tried))
+    result = stub.sweep(tmp_path, limit=limit)
+    assert stub.benched == list(range(round(limit / 2 + 0.5))) and stub.finalists == [] and result.left_out == [SMALL]
+    assert used(tmp_path, monkeypatch) == stub.tried[1]
+    stub.clock, stub.seconds, stub.benched = 0.0, 0.0, []
+    stub.sweep(tmp_path, resume=True, limit=limit)
+    assert len(stub.benched) == len(stub.tried) - round(limit / 2 + 0.5) and stub.finalists[0] == 1
+
+
+def test_a_shape_with_no_time_left_is_no_failure_of_the_command(stub, tmp_path, monkeypatch, capsys):
+    result = stub.sweep(tmp_path, [SMALL, LARGE])
+    result.records[1].timings, result.left_out = [], [LARGE]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweeping, "on_this_gpu", lambda: None)
+    monkeypatch.setattr(sweeping, "sweep", lambda *_: result)
+    assert main(["autotune", "--shapes", "small", "--kernel", "rope"]) == 0
+    assert "left out" in capsys.readouterr().out
+
+
+def test_time_is_reserved_for_later_shapes_with_more_candidates(stub, tmp_path):
+    shapes = [SMALL, OTHER, LARGE]
+    counts = {SMALL: 5, OTHER: 8, LARGE: 70}
+    assert plan.reserved(SMALL, shapes, counts) == plan.estimate(8) + plan.estimate(70)
+    assert plan.reserved(OTHER, shapes, counts) == plan.estimate(70) and plan.reserved(LARGE, shapes, counts) == 0
+    assert plan.estimate(0) == 0 and plan.reserved(SMALL, shapes, {**counts, LARGE: 0}) == plan.estimate(8)
+
+
+def test_a_shape_with_few_candidates_does_not_take_the_time_of_one_with_many(stub, tmp_path, monkeypatch):
+    few, many = stub.tried[:3], stub.tried
+    monkeypatch.setattr(sweeping, "candidates", lambda shape, dtype, arch: few if shape == SMALL else many)
+    limit = plan.estimate(len(many)) + plan.estimate(len(few)) - 0.01
+    result = stub.sweep(tmp_path, [SMALL, LARGE], limit=limit)
+    assert result.left_out == [SMALL] and [record.shape for record in result.records] == [LARGE]
+    assert stub.sweep(tmp_path, [LARGE, SMALL], limit=limit).left_out == []  # the clock of the stub stands still
+
+
+def test_all_shapes_of_the_8b_model_fit_into_the_default_time():
+    """By the estimates of plan.py, for the first round and as many configs again in the second where a kernel has one."""
+    total = 0.0
+    for shape in load_shapes("keye-8b", kernel_names()):
+        tried = candidates(shape, "bf16", H100)
+        total += plan.estimate(len(tried) + len(refinements(shape, H100, tried)))
+    assert total < 60 * DEFAULT_MINUTES < 240
+
+
+def test_a_short_run_has_few_launches(monkeypatch):
+    log, cost = [], {"ms": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing): ...
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            return cost["ms"]
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: Buffer() if size == (plan.L2_FLUSH_BYTES,) else empty(*size, **options)
+    )
+    quick = plan.quick_timer(torch.device("cuda"))
+    for milliseconds, launches in ((0.01, 21), (1.0, 4), (40.0, 2)):
+        cost["ms"] = milliseconds
+        log.clear()
+        assert quick(lambda: log.append("launch")) == pytest.approx([milliseconds] * 3)
+        assert log.count("launch") == log.count("flush") == launches and log.count("wait") == 2
+        assert log[:5] == ["flush", "event", "launch", "event", "wait"]
 
 
 def test_resuming_with_other_versions_starts_again(stub, tmp_path, monkeypatch):

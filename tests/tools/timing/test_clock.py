@@ -57,13 +57,13 @@ def test_a_cpu_needs_no_events():
     assert len(calls) == 4 and wall == cpu > 0
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 30), (0.04, 15), (2.0, 5)])
-def test_slow_calls_get_fewer_rounds(monkeypatch, seconds, rounds):
+@pytest.mark.parametrize(("seconds", "repeat", "rounds"), [(1e-4, 1, 30), (0.04, 1, 15), (0.004, 10, 15), (2.0, 1, 5)])
+def test_slow_calls_get_fewer_rounds(monkeypatch, seconds, repeat, rounds):
     activity = GpuActivity(seconds / 2, 3, 4, [])
     monkeypatch.setattr(clock, "timed_call", lambda call, device, repeat: (seconds, seconds / 10))
     monkeypatch.setattr(clock, "profiled", lambda call, device: activity)
     monkeypatch.setattr(clock, "with_peak_memory", lambda call, device: (None, 77))
-    found = clock.measure(lambda: None, GPU)
+    found = clock.measure(lambda: None, GPU, repeat)
     assert found == clock.Measurement([seconds] * rounds, [seconds / 10] * rounds, activity, 77)
     assert found.median == seconds
 

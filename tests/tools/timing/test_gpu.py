@@ -32,8 +32,9 @@ class Clock:
 
 
 def stub_measure(call, device, repeat):
-    call()
-    return Measurement([0.005, 0.004, 0.006], [0.001] * 3, ACTIVITY, 1 << 20)
+    """A call takes 5 ms times the value that it returns."""
+    value = call().flatten()[0].item()
+    return Measurement([0.005 * value, 0.004 * value, 0.006 * value], [0.001] * 3, ACTIVITY, 1 << 20)
 
 
 def row(group, seconds=10.0, run=lambda: None, floor=None, **make):
@@ -82,6 +83,12 @@ def test_rows_that_do_not_fit_are_left_out_by_name_and_shorter_ones_still_run(ru
     result = run(rows, 100, clock)
     assert [entry["group"] for entry in result.benchmarks] == ["a", "c"]
     assert result.left_out == ["b 1k", "d 1k"] and result.seconds == 90
+
+
+def test_a_row_that_took_longer_than_estimated_corrects_the_next_ones(run):
+    clock = Clock()
+    slow = row("a", 10, lambda: setattr(clock, "now", clock.now + 50))
+    assert run([slow, row("b", 25), row("c", 20)], 100, clock).left_out == ["b 1k"]  # 25 * (20 + 50) / (20 + 10) > 50
 
 
 def test_estimates_are_corrected_by_the_speed_of_the_machine():
@@ -135,16 +142,16 @@ def test_the_right_result_is_that_of_the_first_implementation_that_runs():
 
 
 def test_an_entry_has_wall_cpu_busy_launches_and_the_share_of_the_floor(run, capsys):
-    result = run([row("vision", floor=returning(1.0), ours=returning(1.0))])
+    result = run([row("vision", floor=returning(0.5), ours=returning(1.0))])
     floor, ours = result.benchmarks
     assert floor["params"]["impl"] == "floor" and floor["extra_info"]["share_of_floor"] is None
     assert ours["params"] == {"impl": "ours", "shape": "1k", "dtype": "float32"}
     assert ours["stats"] == pytest.approx({"median": 0.005, "q1": 0.0045, "q3": 0.0055, "rounds": 3})
     extra = ours["extra_info"]
-    expected = {"gpu_busy_seconds": 0.004, "kernels": 318, "launches": 320, "share_of_floor": 1.0, "cpu_seconds": 0.001}
+    expected = {"gpu_busy_seconds": 0.004, "kernels": 318, "launches": 320, "share_of_floor": 0.5, "cpu_seconds": 0.001}
     assert expected.items() <= extra.items() and extra["slowest_kernels"] == [("gemm", 0.003, 108)]
     assert (extra["tflop_per_s"], extra["gb_per_s"]) == (200, 200) and extra["error"] == 0
-    text = "wall 5 ms; CPU 1 ms; GPU busy 4 ms, 318 kernels, 320 launches; share of floor 100%; 200 TFLOP/s; 200 GB/s"
+    text = "wall 5 ms; CPU 1 ms; GPU busy 4 ms, 318 kernels, 320 launches; share of floor 50%; 200 TFLOP/s; 200 GB/s"
     assert to_line(ours).split(maxsplit=1)[1] == text and text in capsys.readouterr().out
 
 

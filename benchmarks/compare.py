@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 
-from keye_kernels.tools.timing import stages
+from keye_kernels.tools.timing import images, stages
 from keye_kernels.tools.timing.clock import WARM_UP_CALLS, timed_call
 from keye_kernels.tools.timing.measuring import machine_info, relative_error, versions, with_peak_memory
 from keye_kernels.tools.timing.models import build_model, make_config, saved_checkpoint
 from keye_kernels.tools.timing.peers import Unavailable
 from keye_kernels.tools.timing.profiling import GpuActivity, profiled
-from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS
+from keye_kernels.tools.timing.shapes import IMAGE_GRIDS, PHOTOS, SMALL_IMAGE_GRIDS, SMALL_PHOTOS
 from keye_kernels.tools.timing.stages import KEYE_KERNELS, BenchmarkCase
 from keye_kernels.triton.launch_config import write_atomically
 
-STAGES = ("vision", "prefill", "decode", "first_token", "loading", "memory")
+STAGES = ("vision", "images", "prefill", "decode", "first_token", "loading", "memory")
 FLOOR = "floor"
 CPU = torch.device("cpu")
 
@@ -54,6 +54,11 @@ def cases(stage: str, small: bool, device: torch.device = CPU) -> Iterator[tuple
         large = ("1_image_1024", "16_images_mixed", *(["64_frames_448"] if on_gpu else []))
         for name in SMALL_IMAGE_GRIDS if small else large:
             yield name, stages.vision(build(None, 0), (SMALL_IMAGE_GRIDS | IMAGE_GRIDS)[name])
+    if stage == "images":
+        for name, photos in (SMALL_PHOTOS if small else PHOTOS).items():
+            yield f"{name}_to_patches", images.preprocessing(photos)
+            if on_gpu or photos.count == 1 or small:
+                yield f"{name}_to_projector", images.images(build(None, 0), photos)
     if stage == "prefill":
         for tokens in (48,) if small else (1024, 8192) if on_gpu else (1024,):
             yield f"{tokens}_tokens", stages.prefill(build(0, layers), 1, tokens)

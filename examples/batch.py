@@ -38,7 +38,7 @@ def main() -> None:
         ask(IMAGE, "where is the black star?"),
         ask(VIDEO, "which way does it move?"),
     ]
-    inputs = processor.apply_chat_template(conversations, tokenize=True).to(device)
+    inputs = processor.apply_chat_template(conversations, tokenize=True, processor_kwargs={"pixel_dtype": "uint8"}).to(device)
     output = model.generate(**inputs, max_new_tokens=512)
     # The prompts end at the same column, because the padding is on the left.
     new_tokens = output[:, inputs.input_ids.shape[1] :]

@@ -109,9 +109,13 @@ def build_page(model: kk.Keye, processor: kk.KeyeProcessor) -> gr.Blocks:
             hidden = gr.update(visible=False)
             yield {thought_panel: hidden, time_line_panel: hidden, answer: ""}
             try:
-                inputs = processor.apply_chat_template(messages, thinking=mode, tokenize=True, allow_special_tokens=False).to(
-                    model.device
-                )
+                inputs = processor.apply_chat_template(
+                    messages,
+                    thinking=mode,
+                    tokenize=True,
+                    processor_kwargs={"pixel_dtype": "uint8"},
+                    allow_special_tokens=False,
+                ).to(model.device)
                 if clip_file:
                     yield {time_line_panel: gr.update(visible=True), time_line: draw_time_line(processor, clip_file)}
                 for text in stream_text(model, processor, inputs):

@@ -28,7 +28,7 @@ def main() -> None:
     content = [{"type": "image", "image": str(options.image)}, {"type": "text", "text": options.question}]
     messages = [{"role": "user", "content": content}]
     # Renders the prompt, loads the image, and returns input_ids, pixel_values and image_grid_thw.
-    inputs = processor.apply_chat_template(messages, tokenize=True).to(device)
+    inputs = processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"pixel_dtype": "uint8"}).to(device)
     output = model.generate(**inputs, max_new_tokens=512)
     new_tokens = output[0, inputs.input_ids.shape[1] :]
     print(processor.decode(new_tokens, skip_special_tokens=True))

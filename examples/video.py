@@ -33,7 +33,7 @@ def main() -> None:
     video = {"type": "video", "video": str(options.video), "fps": options.fps}
     messages = [{"role": "user", "content": [video, {"type": "text", "text": options.question}]}]
     # Preview and 1.5 sample frames differently; apply_chat_template uses the edition of the checkpoint.
-    inputs = processor.apply_chat_template(messages, tokenize=True).to(device)
+    inputs = processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"pixel_dtype": "uint8"}).to(device)
     output = model.generate(**inputs, max_new_tokens=512)
     new_tokens = output[0, inputs.input_ids.shape[1] :]
     print(processor.decode(new_tokens, skip_special_tokens=True))

@@ -33,8 +33,10 @@ MAX_NEW_TOKENS = 32
 def answer(model: kk.Keye, processor: kk.KeyeProcessor, asked: Sequence[tuple[dict, str]]) -> list[str]:
     """Greedy answers. Each question comes with the message part of its image or clip."""
     conversations = [[{"role": "user", "content": [part, {"type": "text", "text": text}]}] for part, text in asked]
-    inputs = processor.apply_chat_template(conversations, tokenize=True).to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
+    inputs = processor.apply_chat_template(conversations, tokenize=True, processor_kwargs={"pixel_dtype": "uint8"}).to(
+        model.device
+    )
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -6,6 +6,8 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -16,16 +18,17 @@ MAX_HELPER_THREADS = 8
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_free_helpers = threading.Semaphore(MAX_HELPER_THREADS)
+_helpers: Executor
 
 
-def _free_all_helpers() -> None:
-    """A forked process has none of the threads of its parent."""
-    global _free_helpers
-    _free_helpers = threading.Semaphore(MAX_HELPER_THREADS)
+def _make_helpers() -> None:
+    """The pool starts its threads when they are needed. A forked process has none of the threads of its parent."""
+    global _helpers
+    _helpers = ThreadPoolExecutor(MAX_HELPER_THREADS, thread_name_prefix="keye_kernels images")
 
 
-os.register_at_fork(after_in_child=_free_all_helpers)
+_make_helpers()
+os.register_at_fork(after_in_child=_make_helpers)
 
 
 def map_in_threads(
@@ -34,33 +37,29 @@ def map_in_threads(
     threads: int | None = None,
     on_done: Callable[[], object] = lambda: None,
 ) -> list[Result]:
-    """`[function(item) for item in items]`, in the calling thread and helper threads, which have ended when it returns.
+    """`[function(item) for item in items]`, in the calling thread and helper threads.
 
     After an error no further item is started, and the error of the first item that failed, in their order, is raised. There are
     `threads` threads, by default `torch.get_num_threads()`, as long as all calls together have at most `MAX_HELPER_THREADS`
-    helpers. With one item there are no helpers. `on_done` is called after each item, by one thread at a time.
+    helpers. One item is left to the caller. `on_done` is called after each item, by one thread at a time.
     """
     run = _Run(function, list(items), on_done)
-    helpers: list[threading.Thread] = []
-    try:
-        for _ in range(min(len(run.items), threads or torch.get_num_threads()) - 1):
-            permit = None if threads else _free_helpers
-            if permit is not None and not permit.acquire(blocking=False):
-                break
-            # Helpers see the context variables of the caller
-            helper = threading.Thread(target=contextvars.copy_context().run, args=(run.work, permit), name="keye_kernels images")
-            try:
-                helper.start()
-            except RuntimeError:  # the system has no more threads, or the interpreter is ending
-                if permit is not None:
-                    permit.release()
-                break
-            helpers.append(helper)
-        run.work()
-    finally:
-        run.stop()
-        for helper in helpers:
-            helper.join()
+    count = min(len(run.items), threads or torch.get_num_threads()) - 1
+    own: AbstractContextManager[Executor] = ThreadPoolExecutor(count) if threads and count > 0 else nullcontext(_helpers)
+    with own as helpers:
+        started: list[Future[None]] = []
+        try:
+            with suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
+                for _ in range(min(count, threads or MAX_HELPER_THREADS)):
+                    # Helpers see the context variables of the caller
+                    started.append(helpers.submit(contextvars.copy_context().run, run.work))
+            run.work()
+        finally:
+            run.stop()
+            for helper in started:
+                # A busy machine may not have started it yet
+                if not helper.cancel():
+                    helper.result()
     return run.results()
 
 
@@ -73,24 +72,20 @@ class _Run:
         self._results: list[Any] = [None] * len(items)
         self._errors: dict[int, BaseException] = {}
 
-    def work(self, permit: threading.Semaphore | None = None) -> None:
+    def work(self) -> None:
         """Takes one item after the other, in order, until none is left or one has failed."""
-        try:
-            while True:
+        while True:
+            with self._lock:
+                index = self._next
+                if index >= len(self.items) or self._errors:
+                    return
+                self._next += 1
+            try:
+                self._results[index] = self._function(self.items[index])
                 with self._lock:
-                    index = self._next
-                    if index >= len(self.items) or self._errors:
-                        return
-                    self._next += 1
-                try:
-                    self._results[index] = self._function(self.items[index])
-                    with self._lock:
-                        self._on_done()
-                except BaseException as error:  # raised again by the calling thread
-                    self._errors[index] = error
-        finally:
-            if permit is not None:
-                permit.release()
+                    self._on_done()
+            except BaseException as error:  # raised again by the calling thread
+                self._errors[index] = error
 
     def stop(self) -> None:
         """No further item is started."""

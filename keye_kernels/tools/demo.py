@@ -37,7 +37,8 @@ def ask(model: Keye, processor: KeyeProcessor, file: Path, question: str) -> tup
     """Returns the answer, the seconds to the first token (reading the file included), and the seconds of each later token."""
     modality, start, timer = MODALITY_BY_SUFFIX[file.suffix], time.perf_counter(), TokenTimer()
     content = [{"type": modality, modality: str(file)}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"pixel_dtype": "uint8"})
     tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, streamer=timer)
     answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     first, *later = timer.times[1:]

@@ -47,7 +47,11 @@ def answer_question(
     processor = KeyeProcessor.from_pretrained(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
-        messages, thinking=options.thinking, tokenize=True, allow_special_tokens=not options.no_special_tokens
+        messages,
+        thinking=options.thinking,
+        tokenize=True,
+        processor_kwargs={"pixel_dtype": "uint8"},
+        allow_special_tokens=not options.no_special_tokens,
     )
     model = Keye.from_pretrained(
         options.model,

@@ -5,6 +5,8 @@ import io
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -50,8 +52,8 @@ def test_results_are_in_the_order_of_the_items(four_threads):
     assert map_in_threads(slow_if_even, []) == []
 
 
-def test_one_item_and_one_thread_start_no_thread(monkeypatch, four_threads):
-    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("started a thread"))
+def test_one_item_and_one_thread_need_no_helper(monkeypatch, four_threads):
+    monkeypatch.setattr(threads._helpers, "submit", lambda *_: pytest.fail("used a helper"))
     assert map_in_threads(str, [1]) == ["1"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert map_in_threads(str, [1, 2, 3]) == ["1", "2", "3"]
@@ -86,17 +88,24 @@ def test_an_interrupt_has_precedence_over_errors(four_threads):
         map_in_threads(fail, range(3))
 
 
-def test_threads_have_ended_when_the_call_returns(four_threads):
-    before = threading.active_count()
-    map_in_threads(time.sleep, [0.001] * 20)
-    with pytest.raises(TypeError):
-        map_in_threads(time.sleep, ["x"] * 20)
-    assert threading.active_count() == before
+def test_nothing_runs_when_the_call_returns(four_threads):
+    running = set()
+
+    def work(item):
+        running.add(item)
+        time.sleep(0.002 * item)
+        running.discard(item)
+        return 1 // (item - 5)
+
+    for items in ([1, 2, 3, 4] * 4, [1, 5, 6, 7, 8, 9]):
+        with suppress(ZeroDivisionError):
+            map_in_threads(work, items)
+        assert not running
 
 
 def test_all_calls_together_have_a_limited_number_of_helpers(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 100)
-    most, lock = [0, 0], threading.Lock()
+    before, most, lock = threading.active_count(), [0, 0], threading.Lock()
 
     def work(_):
         with lock:
@@ -112,18 +121,21 @@ def test_all_calls_together_have_a_limited_number_of_helpers(monkeypatch):
     for caller in callers:
         caller.join()
     assert 3 < most[1] <= MAX_HELPER_THREADS + 3
-    # All are free again, also after an error
-    with pytest.raises(ZeroDivisionError):
-        map_in_threads(lambda item: 1 // item, [1, 0] * 20)
-    free = threads._free_helpers
-    assert all(free.acquire(blocking=False) for _ in range(MAX_HELPER_THREADS))
-    assert not free.acquire(blocking=False)
-    # Without a free one, the caller does the work alone. A number of threads that the user passed is not limited
-    idents = map_in_threads(lambda _: threading.get_ident(), range(20))
-    assert set(idents) == {threading.get_ident()}
+    assert threading.active_count() <= before + MAX_HELPER_THREADS
+
+
+def test_a_caller_does_not_wait_for_helpers_that_are_busy(monkeypatch, four_threads):
+    end = threading.Event()
+    monkeypatch.setattr(threads, "_helpers", ThreadPoolExecutor(1))
+    busy = threads._helpers.submit(end.wait, 5)
+    assert set(map_in_threads(lambda _: threading.get_ident(), range(20))) == {threading.get_ident()}
+    assert not busy.done()
+    # A number of threads that the user passed is not limited
     together = threading.Barrier(MAX_HELPER_THREADS + 3)
+    before = threading.active_count()
     map_in_threads(lambda _: together.wait(timeout=10), range(MAX_HELPER_THREADS + 3), threads=MAX_HELPER_THREADS + 3)
-    free.release(MAX_HELPER_THREADS)
+    assert threading.active_count() == before
+    end.set()
 
 
 def test_nested_calls_end(four_threads):
@@ -134,51 +146,31 @@ def test_nested_calls_end(four_threads):
 
 
 def test_without_new_threads_the_caller_does_the_work(monkeypatch, four_threads):
-    def refuse(self):
-        raise RuntimeError("can't start new thread")
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        assert map_in_threads(str, range(5)) == list("01234")
-    assert threads._free_helpers._value == MAX_HELPER_THREADS
+    monkeypatch.setattr(threads._helpers, "submit", refuse)
+    assert map_in_threads(str, range(5)) == list("01234")
 
 
-def test_context_variables_and_daemon_threads(four_threads):
+def test_helpers_have_the_context_variables_of_the_caller(four_threads):
     variable = contextvars.ContextVar("variable", default=0)
     variable.set(3)
-    barrier = threading.Barrier(2)
-    found = []
-
-    def read(_):
-        barrier.wait(timeout=10)  # each of two threads has one item
-        return variable.get(), threading.current_thread().daemon
-
-    assert map_in_threads(read, range(2)) == [(3, False)] * 2
-    daemon = threading.Thread(target=lambda: found.extend(map_in_threads(read, range(2))), daemon=True)
-    daemon.start()
-    daemon.join()
-    assert found == [(0, True)] * 2
+    barrier = threading.Barrier(2)  # each of two threads has one item
+    assert map_in_threads(lambda _: (barrier.wait(timeout=10), variable.get())[1], range(2)) == [3, 3]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_a_forked_process_has_its_own_helpers(monkeypatch, four_threads):
-    inside, end = threading.Event(), threading.Event()
-
-    def hold(_):
-        inside.set()
-        end.wait(10)
-
-    monkeypatch.setattr(threads, "_free_helpers", threading.Semaphore(3))
-    parent = threading.Thread(target=map_in_threads, args=(hold, range(4)))
-    parent.start()
-    wait_for(lambda: threads._free_helpers._value == 0)
+def test_a_forked_process_has_its_own_helpers(four_threads):
+    end = threading.Event()
+    busy = [threads._helpers.submit(end.wait, 20) for _ in range(2 * MAX_HELPER_THREADS)]
     child = os.fork()
     if child == 0:
         found = set(map_in_threads(lambda _: time.sleep(0.05) or threading.get_ident(), range(8)))
         os._exit(0 if len(found) > 1 else 1)
     end.set()
-    parent.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert all(future.result() for future in busy)
 
 
 # Images

@@ -168,7 +168,7 @@ def _prepare(processor: KeyeProcessor, requests: Sequence[Request], pixels: Sequ
     ]
     images = [image for kind, frames in zip(kinds, pixels, strict=True) if kind == "image" for image in frames]
     videos = [frames for kind, frames in zip(kinds, pixels, strict=True) if kind == "video"]
-    return processor(text, images=images or None, videos=videos or None)
+    return processor(text, images=images or None, videos=videos or None, pixel_dtype="uint8")
 
 
 def draw_pixels(requests: Sequence[Request], seed: int) -> list[list]:

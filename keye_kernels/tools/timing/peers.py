@@ -7,6 +7,8 @@
 | `transformers + SDPA` | the transformers model of `keye_kernels.auto` with SDPA attention |
 | `transformers + torch.compile` | `torch.compile` of the vision tower and the projector of that model |
 | `stock + SDPA`, `patched` | PaddleOCR-VL of transformers before and after `kk.apply_keye_kernels` |
+| `one image after the other` | images read by Pillow one by one, as float32 patches; then the model of keye_kernels |
+| `keye_kernels, one thread` | the image processor of keye_kernels without helper threads |
 | `SDPA` | `torch.nn.functional.scaled_dot_product_attention`, one call per segment |
 | `torch FlashAttention` | the varlen FlashAttention kernel that is part of torch |
 | `cuDNN` | cuDNN's attention through torch's SDPA, for segments of one length |
@@ -40,6 +42,8 @@ TORCH_FLASH = "torch FlashAttention"
 FLASH_ATTN = "flash-attn"
 FLASH_ATTN_4 = "FlashAttention-4"
 LIGER = "Liger-Kernel"
+ONE_BY_ONE = "one image after the other"
+ONE_THREAD = "keye_kernels, one thread"
 OURS = ("reference", "triton", "auto")
 STOCK, PATCHED = "stock + SDPA", "patched"  # a tower of transformers before and after `kk.apply_keye_kernels`
 MAX_UNROLLED_ITERATIONS = 16

@@ -1,5 +1,7 @@
 """Named problem sizes: those of real Keye use, and small ones for a test run. A grid is (frames, rows, columns) of patches."""
 
+from typing import NamedTuple
+
 import torch
 
 Grid = tuple[int, int, int]
@@ -16,6 +18,19 @@ SMALL_IMAGE_GRIDS: dict[str, list[Grid]] = {
     "4_images_mixed": [(1, 6, 4), (1, 2, 8), (2, 4, 4)],
     "2_frames_16": [(2, 4, 4)],
 }
+
+
+class Photos(NamedTuple):
+    """JPEG files of one size in pixels, and the area to which the processor resizes them."""
+
+    count: int
+    height: int
+    width: int
+    max_pixels: int
+
+
+PHOTOS = {f"{count}_jpeg_1344x1008": Photos(count, 1008, 1344, 448 * 448) for count in (1, 16)}
+SMALL_PHOTOS = {f"{count}_jpeg_120x90": Photos(count, 90, 120, 84 * 84) for count in (1, 3)}
 
 # (batch size, prompt tokens)
 PROMPTS: dict[str, tuple[int, int]] = {"1k": (1, 1024), "8k": (1, 8192)}

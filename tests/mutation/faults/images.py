@@ -13,17 +13,17 @@ COPIES = "tests/ops/test_host_copy.py"
 
 FAULTS = [
     # Threads
-    Fault(THREADS, "min(len(run.items), threads or torch.get_num_threads()) - 1", "min(len(run.items), threads or torch.get_num_threads())", READING),
+    Fault(THREADS, "threads or torch.get_num_threads()) - 1", "threads or torch.get_num_threads())", READING),
+    Fault(THREADS, "                if not helper.cancel():\n                    helper.result()", "                helper.cancel()", READING),
+    Fault(THREADS, "                if not helper.cancel():\n                    helper.result()", "                helper.result()", READING),
+    Fault(THREADS, "ThreadPoolExecutor(count) if threads and count > 0 else nullcontext(_helpers)", "nullcontext(_helpers)", READING),
+    Fault(THREADS, "contextvars.copy_context().run, run.work", "run.work", READING),
+    Fault(THREADS, "os.register_at_fork(after_in_child=_make_helpers)", "pass", READING),
+    Fault(THREADS, "with suppress(RuntimeError):", "with suppress():", READING),
+    Fault(THREADS, "ThreadPoolExecutor(MAX_HELPER_THREADS, ", "ThreadPoolExecutor(99, ", READING),
     Fault(THREADS, "or self._errors:\n", "or False:\n", READING),
     Fault(THREADS, "(isinstance(self._errors[index], Exception), index)", "index", READING),
     Fault(THREADS, "self._errors[min(self._errors, key=", "self._errors[max(self._errors, key=", READING),
-    Fault(THREADS, "            helper.join()\n", "            pass\n", READING),
-    Fault(THREADS, "            if permit is not None:\n                permit.release()\n\n", "            pass\n\n", READING),
-    Fault(THREADS, "                if permit is not None:\n                    permit.release()\n                break", "                break", READING),
-    Fault(THREADS, "permit = None if threads else _free_helpers", "permit = None", READING),
-    Fault(THREADS, "permit = None if threads else _free_helpers", "permit = _free_helpers", READING),
-    Fault(THREADS, "target=contextvars.copy_context().run, args=(run.work, permit)", "target=run.work, args=(permit,)", READING),
-    Fault(THREADS, "os.register_at_fork(after_in_child=_free_all_helpers)", "pass", READING),
     # Images
     Fault(IMAGES, "        Image.init()\n        return Image.open(io.BytesIO(encoded))", "        raise", READING),
     Fault(IMAGES, "if len(images) > 1:", "if len(images) > 2:", READING),

@@ -62,9 +62,9 @@ def raising(error):
 def run(tmp_path):
     path = tmp_path / "result.json"
 
-    def run(rows, seconds=None, clock=None):
+    def run(rows, seconds=None, clock=None, measure=stub_measure):
         box = TimeBox(seconds, clock or Clock())
-        result = run_rows(rows, box, path, torch.float32, CPU, stub_measure)
+        result = run_rows(rows, box, path, torch.float32, CPU, measure)
         saved = json.loads(path.read_text())
         assert saved["benchmarks"] == json.loads(json.dumps(result.benchmarks)) and saved["left_out"] == result.left_out
         return result
@@ -177,8 +177,15 @@ def test_only_the_named_implementations_of_a_row_run(run):
 
 
 def test_all_rows_run_at_small_sizes(run, capsys):
+    called = []
+
+    def measure(call, device, repeat):
+        called.append(call())
+        return Measurement([0.001] * 3, [0.001] * 3, None, 0)
+
     rows = all_rows(True, torch.float32, CPU)
-    result = run(rows)
+    result = run(rows, measure=measure)
+    assert len(called) == len(result.benchmarks)
     assert not result.failed and not re.search("WRONG", capsys.readouterr().out)
     found = {(entry["group"], entry["params"]["impl"]) for entry in result.benchmarks}
     stages = {"floor", peers.OFFICIAL, peers.TRANSFORMERS, "keye_kernels"}

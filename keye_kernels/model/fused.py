@@ -17,7 +17,17 @@ from keye_kernels.plain import PLAIN_TENSORS, calls_forward, has_plain_weights
 
 from .linear import Linear
 
-FUSED_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear)
+QUICK_GELU = 1.702
+# Layers whose weights are read. `patching` adds the RMSNorm classes of models that it knows.
+FUSED_TYPES: set[type[nn.Module]] = {nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear}
+
+
+def impl_for_layer(layer: nn.Module) -> str:
+    """The `impl` of the functions below in a layer that transformers may checkpoint.
+
+    Reentrant checkpointing runs a layer without gradients first, and must get the results of the second run with gradients.
+    """
+    return "reference" if layer.training and getattr(layer, "gradient_checkpointing", False) else "auto"
 
 
 def norm(x: Tensor, module: nn.Module, impl: str = "auto") -> Tensor:
@@ -61,6 +71,19 @@ def linear_gelu(x: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     return (torch.ops.aten.gelu_ if in_place else F.gelu)(module(x), approximate="tanh")
 
 
+def quick_gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor | None:
+    """fc2 of h · sigmoid(1.702 h), with h = fc1(x), or None where the modules must be called.
+
+    h · sigmoid(a h) is silu(a h) / a: both factors go into the matmuls, and one pass over the activation remains.
+    """
+    if not _fuses(x, "auto", fc1, fc2) or not x.dtype == fc1.weight.dtype == fc2.weight.dtype:
+        return None
+    if fc1.bias is None or fc2.bias is None:
+        return None
+    hidden = torch.addmm(fc1.bias * QUICK_GELU, _rows(x), fc1.weight.t(), alpha=QUICK_GELU)
+    return _shaped(torch.addmm(fc2.bias, F.silu(hidden, inplace=True), fc2.weight.t(), alpha=1 / QUICK_GELU), x)
+
+
 def has_gelu_epilogue(x: Tensor, weight: Tensor, impl: str = "auto") -> bool:
     """Whether `matmul_gelu` computes GELU in its tanh form, in one launch."""
     return _fuses(x, impl) and _has_epilogue(x, weight)
@@ -101,7 +124,8 @@ def _shaped(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def _norm_options(module: nn.Module) -> dict[str, Any]:
-    return {"weight": module.weight, "bias": getattr(module, "bias", None), "eps": module.eps}  # an RMSNorm has no bias
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return {"weight": module.weight, "bias": getattr(module, "bias", None), "eps": eps}  # an RMSNorm has no bias
 
 
 def _has_epilogue(x: Tensor, weight: Tensor) -> bool:

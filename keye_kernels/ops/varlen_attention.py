@@ -70,8 +70,11 @@ def varlen_attention(
         TypeError: wrong dtype or type.
     """
     segments, offsets = (cu_seqlens, cu_seqlens.cu_seqlens) if isinstance(cu_seqlens, Segments) else (None, cu_seqlens)
-    calls = PREPARED if segments is None else segments.prepared_calls
-    key = call_key("varlen_attention", impl, (max_seqlen, softmax_scale, causal, return_lse), q, k, v, offsets)
+    # A call with a schedule depends on the values of its segments
+    has_schedule = segments is not None and segments.lengths is not None
+    calls = segments.prepared_calls if segments is not None and has_schedule else PREPARED
+    longest = max_seqlen if segments is None else segments.max_seqlen
+    key = call_key("varlen_attention", impl, (segments is None, longest, softmax_scale, causal, return_lse), q, k, v, offsets)
     if run := find(key, calls):
         out, lse = run(q, k, v, offsets)
         return (out, lse) if return_lse else out
@@ -91,8 +94,7 @@ def varlen_attention(
     check_tensor("cu_seqlens", offsets, ("num_segments + 1",), (torch.int32,), q)
     if offsets.shape[0] < 1:
         raise ValueError("cu_seqlens must have shape [num_segments + 1], got [0]")
-    if segments is not None:
-        max_seqlen = segments.max_seqlen
+    max_seqlen = longest
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
     if not torch.compiler.is_compiling() and not 0 <= max_seqlen <= MAX_INT32:

@@ -82,9 +82,10 @@ class SiglipMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation_fn = nn.GELU(approximate="tanh")
 
     def forward(self, hidden_states):
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
 class SiglipEncoderLayer(nn.Module):

@@ -118,6 +118,11 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def image(family: str, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The patches of one image."""
+    return _pixels(family, (grid,), torch.Generator().manual_seed(1))
+
+
 def _pixels(family: str, grids: tuple, generator: torch.Generator) -> torch.Tensor:
     patches = sum(t * h * w for t, h, w in grids)
     shape = (patches, 3, 4, 4) if family in ("keye", "paddleocr_vl") else (patches, 3 * 2 * 4 * 4)

@@ -309,3 +309,16 @@ def test_the_number_of_prepared_calls_is_bounded(monkeypatch):
         for tokens in range(1, 9):
             rotate_2d(tokens=tokens)
             assert len(prepared.PREPARED) <= 3
+
+
+def test_segments_without_lengths_share_prepared_calls(checked):
+    """Their calls depend on metadata only: every layer of a patched model makes its own object."""
+    q, k, v = (heads(8, 2, 16, seed=i) for i in range(3))
+    for offsets, lengths in (([0, 3, 8], (3, 5)), ([0, 5, 8], (5, 3))):
+        segments = Segments(torch.tensor(offsets, dtype=torch.int32), 8)
+        expected = ops.varlen_attention(q, k, v, Segments.from_lengths(lengths, CPU), impl="reference")
+        torch.testing.assert_close(ops.varlen_attention(q, k, v, segments, impl="triton"), expected, atol=1e-5, rtol=1e-5)
+        assert not segments.prepared_calls
+    assert checked == ["varlen_attention"] * 3, "one of the calls with the kernel is checked"
+    ops.varlen_attention(q, k, v, segments.cu_seqlens, 8, impl="triton")
+    assert len(checked) == 4, "plain offsets may leave out tokens, whose output must be 0"

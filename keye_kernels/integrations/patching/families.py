@@ -18,7 +18,7 @@ from torch import nn
 from keye_kernels import layers
 from keye_kernels.plain import is_plain
 
-from . import forwards
+from . import elementwise, forwards
 from .report import Part
 
 TEXT_ROPE_FUNCTIONS = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
@@ -156,6 +156,20 @@ def vision_attention(project_qkv: Callable, projections: tuple[str, ...], *, ret
     )
 
 
+def layer(*names: str, returns_weights: bool = False) -> PatchRule:
+    """`names`: the submodules first norm, attention, second norm and MLP."""
+    forward = elementwise.layer_forward(names, returns_weights)
+    return PatchRule({"elementwise": ADD_NORM}, always(forward), partial(elementwise.layer_obstacle, names))
+
+
+def mlp(*names: str, activation: str) -> PatchRule:
+    """`names`: the linear layers, two, or the gate and the two of a gated MLP."""
+    note = "silu_mul" if len(names) == 3 else "bias and GELU in the first matmul, or QuickGELU in one pass"
+    make_forward = partial(elementwise.mlp_forward, names, activation)
+    return PatchRule({"elementwise": note}, make_forward, partial(elementwise.mlp_obstacle, names, activation))
+
+
+ADD_NORM = "add_norm: residual add and norm in one launch"
 SEPARATE_QKV = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_KEPT = {"attention": "text attention is not replaced, because of its masks and cache"}
 VISION_ROTARY = rotary("rope_2d", forwards.vision_positions, rotary_obstacle, "vision")
@@ -176,6 +190,13 @@ KEYE_VISION_ATTENTION = PatchRule(
     partial(vision_attention_obstacle, (*SEPARATE_QKV, "head_dim", "scale"), KEYE_ROPE_FUNCTIONS),
     rope_group="keye vision",
 )
+KEYE_LAYER_NAMES = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+KEYE_LAYER = PatchRule(
+    {"elementwise": ADD_NORM}, always(elementwise.keye_layer), partial(elementwise.layer_obstacle, KEYE_LAYER_NAMES)
+)
+TEXT_LAYER = layer("input_layernorm", "self_attn", "post_attention_layernorm", "mlp", returns_weights=True)
+TEXT_MLP = mlp("gate_proj", "up_proj", "down_proj", activation="act_fn")
+QWEN_LAYER = layer("norm1", "attn", "norm2", "mlp")
 INTERLEAVED = "its M-RoPE interleaves the frequencies of time, height and width; rope_3d expects contiguous sections"
 INTERLEAVED_ROTARY = PatchRule({"rope": "rope_3d"}, obstacle=lambda module, part: INTERLEAVED, rope_group="text")
 INTERLEAVED_ATTENTION = replace(INTERLEAVED_ROTARY, kept=TEXT_KEPT)
@@ -185,6 +206,8 @@ RULES: dict[str, PatchRule] = {
     # Keye's own code (Preview and 1.5); text rope is Qwen2-VL's function
     "SiglipEncoder": KEYE_ENCODER,
     "SiglipAttention": KEYE_VISION_ATTENTION,
+    "SiglipEncoderLayer": KEYE_LAYER,
+    "SiglipMLP": mlp("fc1", "fc2", activation="activation_fn"),
     "SigLIPRotaryEmbedding": PatchRule(kept={"rope": "rope_2d reads its frequencies; its table is computed, but not used"}),
     "SiglipMultiheadAttentionPoolingHead": PatchRule(kept={"attention": "pooling head, not used by Keye"}),
     "Projector": projector(forwards.keye_projector, "pre_norm", "linear_1", "act", "linear_2"),
@@ -195,25 +218,40 @@ RULES: dict[str, PatchRule] = {
     # PaddleOCR-VL
     "PaddleOCRVisionRotaryEmbedding": VISION_ROTARY,
     "PaddleOCRVisionAttention": vision_attention(forwards.separate_qkv, SEPARATE_QKV, returns_weights=True),
+    "PaddleOCRVisionEncoderLayer": layer(*KEYE_LAYER_NAMES, returns_weights=True),
+    "PaddleOCRVisionMLP": mlp("fc1", "fc2", activation="activation_fn"),
     "PaddleOCRProjector": projector(layers.KeyeProjector.forward, "pre_norm", "linear_1", "act", "linear_2"),
     "PaddleOCRRotaryEmbedding": TEXT_ROTARY,
     "PaddleOCRAttention": TEXT_ATTENTION,
+    "PaddleOCRDecoderLayer": TEXT_LAYER,
+    "PaddleOCRMLP": TEXT_MLP,
     # Qwen2-VL
     "Qwen2VLVisionRotaryEmbedding": VISION_ROTARY,
     "VisionAttention": FUSED_QKV_ATTENTION,
+    "Qwen2VLVisionBlock": QWEN_LAYER,
+    "VisionMlp": mlp("fc1", "fc2", activation="act"),
     "PatchMerger": projector(layers.Qwen2VLPatchMerger.forward, "ln_q", "mlp.0", "mlp.1", "mlp.2"),
     "Qwen2VLRotaryEmbedding": TEXT_ROTARY,
     "Qwen2VLAttention": TEXT_ATTENTION,
+    "Qwen2VLDecoderLayer": TEXT_LAYER,
+    "Qwen2MLP": TEXT_MLP,
     # Qwen2.5-VL
     "Qwen2_5_VLVisionRotaryEmbedding": VISION_ROTARY,
     "Qwen2_5_VLVisionAttention": FUSED_QKV_ATTENTION,
+    "Qwen2_5_VLVisionBlock": QWEN_LAYER,
+    "Qwen2_5_VLMLP": mlp("gate_proj", "up_proj", "down_proj", activation="act_fn"),
     "Qwen2_5_VLPatchMerger": projector(layers.Qwen2VLPatchMerger.forward, "ln_q", "mlp.0", "mlp.1", "mlp.2"),
     "Qwen2_5_VLRotaryEmbedding": TEXT_ROTARY,
     "Qwen2_5_VLAttention": TEXT_ATTENTION,
+    "Qwen2_5_VLDecoderLayer": TEXT_LAYER,
     # Qwen3-VL
     "Qwen3VLVisionRotaryEmbedding": VISION_ROTARY,
     "Qwen3VLVisionAttention": FUSED_QKV_ATTENTION,
+    "Qwen3VLVisionBlock": QWEN_LAYER,
+    "Qwen3VLVisionMLP": mlp("linear_fc1", "linear_fc2", activation="act_fn"),
     "Qwen3VLVisionPatchMerger": projector(layers.Qwen3VLPatchMerger.forward, "norm", "linear_fc1", "act_fn", "linear_fc2"),
     "Qwen3VLTextRotaryEmbedding": INTERLEAVED_ROTARY,
     "Qwen3VLTextAttention": INTERLEAVED_ATTENTION,
+    "Qwen3VLTextDecoderLayer": TEXT_LAYER,
+    "Qwen3VLTextMLP": TEXT_MLP,
 }

@@ -19,6 +19,7 @@ from keye_kernels import ops
 from keye_kernels.geometry import VisionBatch
 from keye_kernels.layers import KeyeProjector
 from keye_kernels.plain import is_plain
+from keye_kernels.segments import Segments
 
 
 def as_forward(function: FunctionType) -> FunctionType:
@@ -105,7 +106,7 @@ def packed_attention(project_qkv: Callable, rotate: Callable, out: str, returns_
         q, k = rotate(q, k, *position_embeddings)
         # The number of patches is an upper bound that needs no synchronization
         longest = hidden_states.shape[0] if max_seqlen is None else max_seqlen
-        attended = ops.varlen_attention(q, k, v, cu_seqlens.to(torch.int32), longest, softmax_scale=self.scaling)
+        attended = ops.varlen_attention(q, k, v, Segments(cu_seqlens.to(torch.int32), longest), softmax_scale=self.scaling)
         attended = getattr(self, out)(attended.flatten(1))
         return (attended, None) if returns_weights else attended
 
@@ -172,7 +173,7 @@ def keye_vision_attention(
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if segments:
         q, k = ops.rope_2d(q, k, segments.position_ids, segments.inv_freq)
-    attended = ops.varlen_attention(q, k, v, cu_seqlens.to(torch.int32), q.shape[0], softmax_scale=self.scale)
+    attended = ops.varlen_attention(q, k, v, Segments(cu_seqlens.to(torch.int32), q.shape[0]), softmax_scale=self.scale)
     return self.out_proj(attended.flatten(1)).view_as(hidden_states), None
 
 
@@ -181,7 +182,9 @@ def keye_projector(self: nn.Module, image_features: Tensor | list[Tensor], image
     if isinstance(image_features, Tensor):
         return type(self).forward(self, image_features, image_grid_thw)
     grid_thw = as_grid_thw(image_grid_thw)
-    merged = KeyeProjector.forward(self, torch.cat(list(image_features)), grid_thw)
+    # torch.cat copies a single tensor too
+    features = image_features[0] if len(image_features) == 1 else torch.cat(list(image_features))
+    merged = KeyeProjector.forward(self, features, grid_thw)
     return list(merged.split((grid_thw.prod(1) // 4).tolist()))
 
 

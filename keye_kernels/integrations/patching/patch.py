@@ -39,7 +39,13 @@ class KnownModule:
 
 
 def apply_keye_kernels(
-    model: nn.Module, *, rope: bool = True, attention: bool = True, projector: bool = True, strict: bool = False
+    model: nn.Module,
+    *,
+    rope: bool = True,
+    attention: bool = True,
+    projector: bool = True,
+    elementwise: bool = True,
+    strict: bool = False,
 ) -> PatchReport:
     """Makes a loaded model run this package's operators.
 
@@ -52,6 +58,7 @@ def apply_keye_kernels(
         rope: replace rope with `rope_2d` in the vision tower and `rope_3d` in the text model.
         attention: replace attention with `varlen_attention` in the vision tower. Text attention is never replaced.
         projector: replace the projector with `patch_merge_projection`.
+        elementwise: replace residual add + norm, and the activations of MLPs, by fused kernels. They run without gradients only.
         strict: raise if a requested part cannot be replaced, and change nothing. Default: report it.
 
     Returns:
@@ -61,7 +68,7 @@ def apply_keye_kernels(
         TypeError: `model` is not a torch.nn.Module.
         ValueError: with `strict`, if a requested part cannot be replaced. The message lists all of them.
     """
-    flags: dict[Part, bool] = {"rope": rope, "attention": attention, "projector": projector}
+    flags: dict[Part, bool] = {"rope": rope, "attention": attention, "projector": projector, "elementwise": elementwise}
     requested = {part for part, flag in flags.items() if flag}
     known, unknown = find_modules(model)
     obstacles = find_obstacles(known, unknown, requested)

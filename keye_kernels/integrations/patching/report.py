@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["rope", "attention", "projector"]
+Part = Literal["rope", "attention", "projector", "elementwise"]
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_kernels.model.checkpoint import UNUSED
 
 from .config import KeyeConfig
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
-
-
-def fused_impl(layer: GradientCheckpointingLayer) -> str:
-    """The `impl` of `keye_kernels.model.fused` in a layer.
-
-    Reentrant checkpointing runs a layer without gradients first, and must get the results of the second run with gradients.
-    """
-    return "reference" if layer.gradient_checkpointing and layer.training else "auto"
 
 
 class KeyePreTrainedModel(PreTrainedModel):

@@ -21,7 +21,7 @@ from keye_kernels.plain import calls_forward, is_plain
 
 from .attention import NAME, eager_attention
 from .config import KeyeConfig
-from .pretrained import KeyePreTrainedModel, fused_impl
+from .pretrained import KeyePreTrainedModel
 
 # transformers 4 takes the positions of the new tokens in the cache as an argument
 MASK_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(create_causal_mask).parameters
@@ -99,7 +99,7 @@ class TextLayer(GradientCheckpointingLayer):
         self.mlp = TextMLP(config)
 
     def forward(self, x: Tensor, **batch: Any) -> tuple[Tensor, Tensor | None]:
-        impl = fused_impl(self)
+        impl = fused.impl_for_layer(self)
         attended, weights = self.self_attn(fused.norm(x, self.input_layernorm, impl), **batch)
         x, normed = fused.add_norm(attended, x, self.post_attention_layernorm, impl)
         # A hook could keep the sum, to which `add_linear` may add in place

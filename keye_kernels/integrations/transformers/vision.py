@@ -15,7 +15,7 @@ from keye_kernels.plain import is_plain
 
 from .attention import VISION_IMPLEMENTATIONS
 from .config import KeyeVisionConfig
-from .pretrained import KeyePreTrainedModel, fused_impl
+from .pretrained import KeyePreTrainedModel
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -55,7 +55,7 @@ class VisionLayer(GradientCheckpointingLayer):
         self.mlp = vision.VisionMLP(config)
 
     def forward(self, x: Tensor, batch: VisionBatch, inv_freq: Tensor) -> Tensor:
-        impl = fused_impl(self)
+        impl = fused.impl_for_layer(self)
         attended = self.self_attn(fused.norm(x, self.layer_norm1, impl), batch, inv_freq)
         x, normed = fused.add_norm(attended, x, self.layer_norm2, impl)
         return x + self.mlp(normed)

@@ -142,7 +142,7 @@ def test_a_given_length_of_the_longest_segment_is_passed_on(family, monkeypatch)
     attention = next(module for module in tower.modules() if type(module).__name__.endswith("VisionAttention"))
     kk.apply_keye_kernels(model, strict=True)
     longest, operator = [], kk.ops.varlen_attention
-    monkeypatch.setattr(kk.ops, "varlen_attention", lambda *a, **k: longest.append(a[4]) or operator(*a, **k))
+    monkeypatch.setattr(kk.ops, "varlen_attention", lambda *a, **k: longest.append(a[3].max_seqlen) or operator(*a, **k))
     positions = torch.zeros(20, 2, dtype=torch.int64), torch.rand(1, 18).expand(20, -1)
     for options in ({}, {"max_seqlen": 12}):
         attention(torch.randn(20, 144), cu_seqlens=torch.tensor([0, 8, 20]), position_embeddings=positions, **options)

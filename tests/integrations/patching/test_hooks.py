@@ -74,7 +74,7 @@ def test_a_projector_with_offloaded_weights_is_left_alone(model):
     model = pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
     report = kk.apply_keye_kernels(model)
     assert "hooks" in {item.part: item.note for item in report.left_alone if item.missing}["projector"]
-    assert {item.part for item in report.replaced} == {"rope", "attention"}
+    assert {item.part for item in report.replaced} == {"rope", "attention", "elementwise"}
     torch.testing.assert_close(logits(model, FAMILY), expected, **FLOAT32)
 
 

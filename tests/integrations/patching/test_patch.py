@@ -34,8 +34,9 @@ def test_a_second_call_changes_nothing(model):
 def test_calls_with_different_flags_add_up(model):
     together = build(FAMILY)
     kk.apply_keye_kernels(together)
-    for flag in ("attention", "projector", "rope"):
-        kk.apply_keye_kernels(model, **{f: f == flag for f in ("rope", "attention", "projector")})
+    flags = ("attention", "elementwise", "projector", "rope")
+    for flag in flags:
+        kk.apply_keye_kernels(model, **{f: f == flag for f in flags})
     assert {name: f.__func__ for name, f in instance_forwards(model).items()} == {
         name: f.__func__ for name, f in instance_forwards(together).items()
     }
@@ -108,7 +109,10 @@ def test_reverting_one_module_of_several_that_share_positions_raises(model, part
 def test_a_submodule_without_replaced_rope_can_be_reverted_alone(model):
     kk.apply_keye_kernels(model, rope=False)
     kk.revert_keye_kernels(model.model.visual.blocks[0])
-    assert instance_forwards(model).keys() == {"model.visual.blocks.1.attn", "model.visual.merger"}
+    in_layer = ("", ".attn", ".mlp")
+    text = {f"model.language_model.layers.{i}{name}" for i in range(2) for name in ("", ".mlp")}
+    vision = {f"model.visual.blocks.1{name}" for name in in_layer} | {"model.visual.merger"}
+    assert instance_forwards(model).keys() == vision | text
 
 
 def test_a_deepcopy_is_patched_and_independent(model):
@@ -265,6 +269,6 @@ def test_reverting_an_unpatched_model_changes_nothing(model):
 
 def test_printed_report_groups_layers(model):
     lines = str(kk.apply_keye_kernels(model)).splitlines()
-    assert lines[0] == "Qwen2VLForConditionalGeneration: 9 replaced, 2 left alone"
+    assert lines[0] == "Qwen2VLForConditionalGeneration: 17 replaced, 2 left alone"
     assert "    model.visual.blocks.*.attn VisionAttention (x2), rope: rope_2d" in lines
     assert sum("model.language_model.layers.*.self_attn" in line for line in lines) == 2

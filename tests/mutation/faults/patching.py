@@ -9,7 +9,21 @@ CONDITIONS, PATCHES, BY_FAMILY, HOOKS, KEYE = (
     f"{TESTS}test_{name}.py" for name in ("conditions", "patch", "families", "hooks", "keye")
 )
 
+ELEMENTWISE, FUSED = f"{FOLDER}elementwise.py", "keye_kernels/model/fused.py"
+ELEMENTS, LAUNCHES = f"{TESTS}test_elementwise.py", f"{TESTS}test_launches.py"
+
 FAULTS = [
+    # Elementwise
+    Fault(ELEMENTWISE, "co_names) == names", "co_names) >= names", ELEMENTS),
+    Fault(ELEMENTWISE, " and not any(type(value) is float for value in forward.__code__.co_consts)", "", ELEMENTS),
+    Fault(ELEMENTWISE, "type(activation) is kind and calls_forward(activation)", "calls_forward(activation)", ELEMENTS),
+    Fault(ELEMENTWISE, "type(activation) is kind and calls_forward(activation)", "type(activation) is kind", ELEMENTS),
+    Fault(ELEMENTWISE, " or not is_plain(getattr(self, gate_proj))", "", ELEMENTS),
+    Fault(ELEMENTWISE, "    is_known = uses_only(norm, RMS_NORM_NAMES)", "    is_known = True", ELEMENTS),
+    Fault(ELEMENTWISE, 'if args or (self.training and getattr(self, "gradient_checkpointing", False)):', "if args:", ELEMENTS),
+    Fault(FORWARDS, "features = image_features[0] if len(image_features) == 1 else torch", "features = torch", LAUNCHES),
+    Fault(FUSED, "alpha=1 / QUICK_GELU", "alpha=1", ELEMENTS),
+    Fault(FUSED, "fc1.bias * QUICK_GELU", "fc1.bias", ELEMENTS),
     # Conditions
     Fault(FAMILIES, "module.head_dim > MAX_HEAD_DIM", "module.head_dim >= MAX_HEAD_DIM", CONDITIONS),
     Fault(FAMILIES, "MAX_HEAD_DIM = 256", "MAX_HEAD_DIM = 512", CONDITIONS),
@@ -55,11 +69,11 @@ FAULTS = [
     ),
     Fault(
         FORWARDS,
-        "cu_seqlens.to(torch.int32), longest, softmax_scale=self.scaling)",
-        "cu_seqlens.to(torch.int32), longest)",
+        "Segments(cu_seqlens.to(torch.int32), longest), softmax_scale=self.scaling)",
+        "Segments(cu_seqlens.to(torch.int32), longest))",
         CONDITIONS,
     ),
-    Fault(FORWARDS, "q.shape[0], softmax_scale=self.scale)", "q.shape[0])", CONDITIONS),
+    Fault(FORWARDS, "q.shape[0]), softmax_scale=self.scale)", "q.shape[0]))", CONDITIONS),
     Fault(
         FORWARDS,
         'getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)',

@@ -9,13 +9,14 @@ import torch
 from keye_kernels.model import Keye
 
 from . import peers, stages
+from .images import images as images_to_projector
 from .models import build_model, make_config
 from .operators import ATTENTION, SMALL_ATTENTION, attention, ceiling
 from .patched import patched_tower
-from .shapes import IMAGE_GRIDS, SMALL_IMAGE_GRIDS, Grid
+from .shapes import IMAGE_GRIDS, PHOTOS, SMALL_IMAGE_GRIDS, SMALL_PHOTOS, Grid
 from .stages import BenchmarkCase
 
-VISION_PEERS = (peers.OFFICIAL, peers.TRANSFORMERS, stages.KEYE_KERNELS)
+VISION_PEERS = (peers.OFFICIAL, peers.TRANSFORMERS, stages.KEYE_KERNELS, stages.WITHOUT_GRAPHS)
 COMPILED = (peers.COMPILED_TOWER,)
 ATTENTION_PEERS = (peers.TORCH_FLASH, peers.CUDNN, peers.FLASH_ATTN, peers.FLASH_ATTN_4, "auto")
 ATTENTION_ROWS = (
@@ -84,6 +85,10 @@ def all_rows(small: bool, dtype: torch.dtype, device: torch.device) -> list[Row]
         shape, grids = images(name)
         return Row("PaddleOCR-VL", shape, seconds, partial(patched_tower, grids, small, dtype, device))
 
+    def jpegs(index: int, seconds: float) -> Row:
+        name, photos = list((SMALL_PHOTOS if small else PHOTOS).items())[index]
+        return Row("images", f"{name}_to_projector", seconds, lambda: images_to_projector(model(), photos))
+
     def operator(name: str, seconds: float) -> Row:
         build = partial(attention, (SMALL_ATTENTION | ATTENTION)[name], dtype, device)
         return Row("varlen_attention", name, seconds, build, CALLS_OF_AN_OPERATOR, ATTENTION_PEERS)
@@ -95,16 +100,18 @@ def all_rows(small: bool, dtype: torch.dtype, device: torch.device) -> list[Row]
     return [
         *map(rates, ("copy", "read", "matmul")),
         operator(first, 8),
-        vision("1_image_1024", 30),
-        prefill(1024, 15),
-        vision("16_images_mixed", 7),
+        vision("1_image_1024", 32),
+        prefill(1024, 17),
+        vision("16_images_mixed", 9),
         tower("1_image_1024", 8),
         tower("16_images_mixed", 4),
         decode(1, 10),
         decode(8, 8),
-        prefill(8192, 10),
-        vision("64_frames_448", 9),
+        prefill(8192, 12),
+        vision("64_frames_448", 12),
         vision("1_image_1024", 60, COMPILED),
         *(operator(name, 4) for name in others),
+        jpegs(0, 6),
+        jpegs(1, 12),
         vision("16_images_mixed", 60, COMPILED),
     ]

@@ -24,6 +24,7 @@ from .peers import COMPILED_TOWER, OFFICIAL, TRANSFORMERS, Unavailable, check_sc
 from .shapes import Grid, num_patches
 
 KEYE_KERNELS = "keye_kernels"
+WITHOUT_GRAPHS = "keye_kernels, cuda_graphs=False"
 Call = Callable[[], Tensor]
 # Relative error of logits and features. float32: as in the golden data of the official code. In half precision, rounding
 # differences accumulate over the layers
@@ -45,6 +46,24 @@ class BenchmarkCase:
     make: dict[str, Callable[[], Call]]
     floor: Callable[[], Call] | None = None
     expected: Callable[[], Tensor] | None = None
+
+
+def without_graphs(model: Keye, call: Call) -> Callable[[], Call]:
+    """The call of a model on a GPU whose images and prompts do not run as CUDA graphs."""
+
+    def run() -> Tensor:
+        enabled, model.cuda_graphs = model.cuda_graphs, False
+        try:
+            return call()
+        finally:
+            model.cuda_graphs = enabled
+
+    def make() -> Call:
+        if model.device.type != "cuda":
+            raise Unavailable(f"{WITHOUT_GRAPHS}: a CPU has no CUDA graphs")
+        return run
+
+    return make
 
 
 def vision(model: Keye, grids: list[Grid]) -> BenchmarkCase:
@@ -73,6 +92,7 @@ def vision(model: Keye, grids: list[Grid]) -> BenchmarkCase:
         OFFICIAL: official,
         TRANSFORMERS: transformers,
         KEYE_KERNELS: lambda: lambda: model.get_image_features(pixels, grid_thw),
+        WITHOUT_GRAPHS: without_graphs(model, lambda: model.get_image_features(pixels, grid_thw)),
         COMPILED_TOWER: compiled_tower,
     }
     weights = vision_weights(model)
@@ -123,6 +143,7 @@ def _prompt(model: Keye, inputs: dict[str, Tensor]) -> BenchmarkCase:
         OFFICIAL: official,
         TRANSFORMERS: transformers,
         KEYE_KERNELS: lambda: lambda: model(**inputs, logits_to_keep=1).logits,
+        WITHOUT_GRAPHS: without_graphs(model, lambda: model(**inputs, logits_to_keep=1).logits),
     }
     config, weights, head = model.config, decoder_weights(model), model.lm_head.weight
     # Causal attention needs half of the keys on average

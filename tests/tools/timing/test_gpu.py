@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from keye_kernels.tools.timing.gpu import run_rows, to_line
 from keye_kernels.tools.timing.measuring import RequiredWork
 from keye_kernels.tools.timing.profiling import GpuActivity
 from keye_kernels.tools.timing.rows import Row, all_rows
-from keye_kernels.tools.timing.stages import BenchmarkCase
+from keye_kernels.tools.timing.stages import WITHOUT_GRAPHS, BenchmarkCase, without_graphs
 
 CPU = torch.device("cpu")
 WORK = RequiredWork(1024, 10**9, 10**12)
@@ -194,6 +195,7 @@ def test_all_rows_run_at_small_sizes(run, capsys):
         ("varlen_attention", "auto"),
         *(("PaddleOCR-VL", impl) for impl in (peers.STOCK, peers.PATCHED)),
         *((stage, impl) for stage in ("vision", "prefill", "decode") for impl in stages),
+        *(("images", impl) for impl in (peers.TRANSFORMERS, peers.ONE_BY_ONE, "keye_kernels")),
     }
 
 
@@ -212,8 +214,18 @@ def test_the_rows_of_a_gpu_fit_into_the_default_time_and_start_with_the_most_imp
     assert {f"vision {name}" for name in required[0]} | {f"prefill {n}_tokens" for n in required[1]} <= set(names)
     assert {f"decode batch_{n}_after_1024" for n in required[2]} <= set(names)
     assert {"PaddleOCR-VL 1_image_1024", "PaddleOCR-VL 16_images_mixed"} <= set(names)
-    assert sum(one.seconds for one in rows[:-1]) <= 60 * bench.DEFAULT_MINUTES < 240
-    assert rows[-1].only == (peers.COMPILED_TOWER,)
+    optional = [("images", None), ("images", None), ("vision", (peers.COMPILED_TOWER,))]
+    assert [(one.group, one.only) for one in rows[-3:]] == optional
+    assert sum(one.seconds for one in rows[:-3]) <= 60 * bench.DEFAULT_MINUTES < 240
+
+
+def test_calls_without_cuda_graphs_turn_them_off_for_one_call():
+    model = SimpleNamespace(cuda_graphs=True, device=torch.device("cuda"))
+    call = without_graphs(model, lambda: model.cuda_graphs)()
+    assert call() is False and model.cuda_graphs is True
+    model.device = CPU
+    with pytest.raises(peers.Unavailable, match=WITHOUT_GRAPHS):
+        without_graphs(model, call)()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -70,12 +70,12 @@ def silu_mul(seed=0, impl="triton", **_):
     return (ops.silu_mul(heads(5, 24, seed=seed), heads(5, 24, seed=seed + 1), impl=impl),)
 
 
-def rotate_to_cache(seed=0, cache_slots=5, slots=(4, 0, 2), impl="triton", **_):
+def rotate_to_cache(seed=0, cache_slots=5, slots=(4, 0, 2), sections=(2, 2, 4), impl="triton", **options):
     q, k, v = (heads(6, count, 16, seed=seed + i) for i, count in enumerate((4, 2, 2)))
     caches = [torch.zeros(2, cache_slots, 2, 16) for _ in range(2)]
-    options = {name: heads(16, seed=seed) for name in ("q_norm_weight", "k_norm_weight")}
-    ids, where = torch.arange(18).view(3, 6) + seed, torch.tensor(slots)
-    return ops.rope_3d_to_cache(q, k, v, ids, torch.linspace(1, 0.1, 8), [2, 2, 4], *caches, where, **options, impl=impl), *caches
+    options |= {name: heads(16, seed=seed) for name in ("q_norm_weight", "k_norm_weight")}
+    rotation = torch.arange(18).view(3, 6) + seed, torch.linspace(1, 0.1, 8), list(sections)
+    return ops.rope_3d_to_cache(q, k, v, *rotation, *caches, torch.tensor(slots), **options, impl=impl), *caches
 
 
 GRID = torch.tensor([(1, 4, 6)])
@@ -158,8 +158,10 @@ def test_options_of_rope_are_part_of_the_call(change):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [dict(slots=(1, 2, 3)), dict(cache_slots=7)], ids=["slots", "cache"])
-def test_slots_and_caches_of_a_repeated_call_are_used(change):
+@pytest.mark.parametrize(
+    "change", [dict(slots=(1, 2, 3)), dict(cache_slots=7), dict(eps=0.5), dict(sections=(4, 2, 2))], ids=lambda x: next(iter(x))
+)
+def test_slots_caches_and_options_of_a_repeated_call_are_used(change):
     with torch.no_grad():
         rotate_to_cache()
         for one, other in zip(rotate_to_cache(**change), rotate_to_cache(**change, impl="reference"), strict=True):

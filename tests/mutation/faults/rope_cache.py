@@ -10,7 +10,8 @@ SPECS, HEURISTICS = "tests/triton/test_specs.py", "tests/triton/test_heuristics.
 
 FAULTS = [
     Fault(KERNEL, "slot_ptr + o_token % num_slots", "slot_ptr + o_token // num_slots", KERNELS),
-    Fault(KERNEL, "(o_token // num_slots).to(tl.int64) * cache_slots", "(o_token // num_slots) * cache_slots", KERNELS),
+    Fault(KERNEL, "(o_token // num_slots).to(tl.int64) * cache_slots + b_slot",
+          "(o_token // num_slots) * cache_slots + b_slot.to(tl.int32)", KERNELS),
     Fault(KERNEL, "(b_slot >= 0) & (b_slot < cache_slots)", "b_slot < cache_slots", KERNELS),
     Fault(KERNEL, "(b_slot >= 0) & (b_slot < cache_slots)", "b_slot >= 0", KERNELS),
     Fault(KERNEL, "_rotate_heads(v_out_ptr, v_ptr, None,", "_rotate_heads(v_out_ptr, k_ptr, None,", KERNELS),

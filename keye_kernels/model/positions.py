@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keye_kernels.editions import edition_of
 from keye_kernels.geometry import check_grid_thw
+from keye_kernels.host_copy import copy_to_device
 
 from .config import MAX_POSITION, KeyeConfig
 
@@ -47,7 +48,7 @@ def rope_index(
     ):
         if grid_thw is None:
             continue
-        grid_thw = grid_thw.to(input_ids.device, non_blocking=True)
+        grid_thw = copy_to_device(grid_thw, input_ids.device)
         inside, first, block_extent, block_offset = _blocks(config, input_ids, mask, token, grid_thw, seconds)
         offset = torch.where(inside, block_offset, offset)
         extent = torch.where(inside, block_extent, extent)
@@ -87,7 +88,11 @@ def _blocks(
 
 def _time(config: KeyeConfig, frame: Tensor, grid: Tensor, seconds: Tensor | None) -> Tensor:
     """trunc(frame * seconds * tokens_per_second), computed in float32 as in the official code."""
-    step = torch.ones(1, device=frame.device) if seconds is None else seconds.to(frame.device, torch.float32).reshape(-1)
+    step = (
+        torch.ones(1, device=frame.device)
+        if seconds is None
+        else copy_to_device(seconds, frame.device, torch.float32).reshape(-1)
+    )
     step = step[grid] if step.shape[0] > 1 else step
     return (frame.float() * step * config.vision_config.tokens_per_second).long()
 

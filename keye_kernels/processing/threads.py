@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-# Helper threads of all calls in a process together. Each may hold one decoded image.
+# Helper threads of all calls in a process together. Each decodes one image at a time, in memory of its own.
 MAX_HELPER_THREADS = 8
 
 Item = TypeVar("Item")

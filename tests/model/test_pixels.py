@@ -133,3 +133,13 @@ def test_pixels_are_copied_to_the_gpu_asynchronously(monkeypatch):
     assert [tensor.dtype for tensor, _ in copies.copied] == [torch.uint8] * 2  # pixels and geometry
     assert copies.all_asynchronous()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
+def test_a_prompt_with_images_copies_nothing_from_pageable_memory(monkeypatch, edition):
+    model, inputs = tiny_model(model_type=edition), prompt([(1, 4, 6), (1, 2, 4)])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        copies = Copies(monkeypatch)
+        found = model(**inputs).logits
+    assert copies.all_asynchronous() and torch.equal(found, expected)

@@ -24,6 +24,7 @@ MODULES = (
     "processing.templates",
     "processing.resize",
     "processing.sampling",
+    "processing.threads",
 )
 NOT_LIMITS = ("MAX_ROUNDING_TICKS", "MAX_MISSING_SECONDS", "MAX_FPS_ERROR", "MAX_PRECISION")
 

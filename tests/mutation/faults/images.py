@@ -38,6 +38,7 @@ FAULTS = [
     Fault(VISION, "PIXEL_ORIGIN * norm.rescale_factor - mean) / std", "PIXEL_ORIGIN * norm.rescale_factor - mean)", PIXELS),
     # Copies to a GPU
     Fault(KEYE, "copy_to_device(pixel_values, self.device)", "pixel_values.to(self.device)", PIXELS),
+    Fault("keye_kernels/model/positions.py", "copy_to_device(grid_thw, input_ids.device)", "grid_thw.to(input_ids.device)", PIXELS),
     Fault(BATCH, 'name in CPU_INPUTS and target.type != "cpu"', "name in CPU_INPUTS", SETTINGS),
     Fault(BATCH, 'name in CPU_INPUTS and target.type != "cpu"', "False", SETTINGS),
     Fault(BATCH, "copy_to_device(value, target, target_dtype, non_blocking)", "value.to(target, target_dtype, non_blocking=non_blocking)", SETTINGS),

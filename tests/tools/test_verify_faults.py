@@ -94,6 +94,16 @@ def test_one_wrong_element_of_a_cache_fails(output, monkeypatch):
         assert not result.passed and result.error > result.allowed, slot
 
 
+def test_every_run_starts_with_the_old_values():
+    """Else a run that writes nothing would find the values of the run before it."""
+    case = next(case for _, case in CASES if case.operator == "rope_3d_to_cache")
+    arguments = checks.cast(case.draw(torch.Generator().manual_seed(0)), torch.float32, CPU)
+    before = {name: arguments[name].clone() for name in case.written}
+    _, *written = checks.run_case(case, arguments, "reference")
+    for name, new in zip(case.written, written, strict=True):
+        assert torch.equal(arguments[name], before[name]) and not torch.equal(new, before[name])
+
+
 @pytest.mark.parametrize("error, passed", [(1.0, True), (1.0001, False), (float("nan"), False)])
 def test_a_check_passes_up_to_its_tolerance(error, passed):
     assert checks.CheckResult("rope_2d", "", "fp32", error, 1.0, 1, 0, "ok", 0.0).passed == passed

@@ -79,7 +79,7 @@ FAULTS = [
     Fault(CHECKS, "(error / allowed.flatten()).masked_fill(error == 0, 0)", "error", VERIFY_RUNS),
     Fault(CHECKS, ".masked_fill(error == 0, 0)", "", "tests/tools/test_verify_faults.py"),
     Fault(CHECKS, "allowed else error and torch.inf", "allowed else error", "tests/tools/test_verify_faults.py"),
-    Fault(CHECKS, "        arguments[name].copy_(old)\n", "        pass\n", "tests/tools/test_verify.py"),
+    Fault(CHECKS, "        arguments[name].copy_(old)\n", "        pass\n", "tests/tools/test_verify_faults.py"),
     Fault(CHECKS, "guards.extend((buffer[:GUARD_ROWS], buffer[-GUARD_ROWS:]))", "guards.append(buffer[-GUARD_ROWS:])", VERIFY_RUNS),
     Fault(CHECKS, '(torch, "empty_like"), (torch.Tensor, "new_empty")', '(torch, "empty_like")', VERIFY_RUNS),
     Fault(CHECKS, '(torch, "empty_like"), (torch.Tensor, "new_empty")', '(torch.Tensor, "new_empty")', VERIFY_RUNS),

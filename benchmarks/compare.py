@@ -16,9 +16,10 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -120,8 +121,8 @@ def spread(values: list[float]) -> float:
 
 def time_case(
     case: BenchmarkCase, rounds: int, take_turns: bool = True, device: torch.device = CPU
-) -> tuple[dict[str, list[float]], dict[str, GpuActivity]]:
-    """Seconds of every round, for each implementation and the floor; and what the GPU does, empty on a CPU."""
+) -> tuple[dict[str, list[float]], dict[str, GpuActivity | None]]:
+    """Seconds of every round, for each implementation and the floor; and what the GPU does, None if unknown."""
     calls = checked_calls(case, device)
     if case.floor is not None:
         calls[FLOOR] = case.floor()
@@ -129,11 +130,12 @@ def time_case(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name in [*calls] * rounds if take_turns else [name for name in calls for _ in range(rounds)]:
         seconds[name].append(timed_call(calls[name], device)[0])
-    on_gpu = device.type == "cuda"
-    return seconds, {name: profiled(call, device) for name, call in calls.items()} if on_gpu else {}
+    return seconds, {name: profiled(call, device) for name, call in calls.items()}
 
 
-def summarize(seconds: dict[str, list[float]], activities: dict[str, GpuActivity] | None = None) -> dict[str, Any]:
+def summarize(
+    seconds: dict[str, list[float]], activities: Mapping[str, GpuActivity | None] = MappingProxyType({})
+) -> dict[str, Any]:
     """Medians, spreads, speedups and shares of the floor from the seconds of every round, and the work of the GPU.
 
     Returns:
@@ -156,7 +158,7 @@ def summarize(seconds: dict[str, list[float]], activities: dict[str, GpuActivity
                 peer: {"median": statistics.median(ratios), "spread": spread(ratios)} for peer, ratios in over.items()
             },
             "share_of_floor": statistics.median(ratios_to(FLOOR)) if FLOOR in seconds else None,
-            "gpu": asdict(activities[name]) if activities else None,
+            "gpu": None if activities.get(name) is None else asdict(activities[name]),
         }
 
     return {
@@ -189,7 +191,7 @@ def times_to_text(results: dict[str, Any]) -> str:
     """A table of one case, and the comparison with the strongest peer."""
     found = results["implementations"]
     peers = list(next(iter(found.values()))["speedup_over"])
-    has_gpu = any(r["gpu"] for r in found.values())
+    has_gpu = all(r["gpu"] for r in found.values())
     width = max(20, *map(len, found))
     gpu_head = f"{'GPU busy':>13} {'kernels':>8} {'launches':>9}" if has_gpu else ""
     lines = [

@@ -172,14 +172,13 @@ def measure(
     return check
 
 
-def gpu_fields(activity: GpuActivity, floor_seconds: float | None, median: float) -> dict[str, Any]:
-    """What the GPU did during the call, and the share of the floor."""
-    return {
-        "gpu_busy_seconds": activity.busy_seconds,
-        "kernels": activity.kernels,
-        "launches": activity.launches,
-        "share_of_floor": None if floor_seconds is None else floor_seconds / median,
-    }
+def gpu_fields(activity: GpuActivity | None, floor_seconds: float | None, median: float) -> dict[str, Any]:
+    """What the GPU did during the call, if it is known, and the share of the floor."""
+    share = {"share_of_floor": None if floor_seconds is None else floor_seconds / median}
+    if activity is None:
+        return share
+    busy = {"gpu_busy_seconds": activity.busy_seconds, "kernels": activity.kernels, "launches": activity.launches}
+    return busy | share
 
 
 @pytest.hookimpl(trylast=True)

@@ -206,7 +206,7 @@ def test_implementations_alternate_within_each_round():
 
     case = stages.BenchmarkCase(RequiredWork(1, 1), {name: implementation(name) for name in "AB"}, implementation("floor"))
     seconds, activities = compare.time_case(case, rounds=3)
-    assert activities == {}
+    assert activities == dict.fromkeys(("A", "B", "floor"))
     assert order == ["A", "B", "floor"] * 4  # the first round is a check and a warm-up
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"A": 3, "B": 3, "floor": 3}
 
@@ -289,6 +289,7 @@ def test_the_work_of_the_gpu_is_printed_after_the_tables_of_pytest_benchmark():
         ["test_vision[auto]", "2.000", "ms", "1.500", "ms", "318", "41", "50.0%"],
         ["test_rope", "2.000", "ms", "1.500", "ms", "318", "41"],
     ]
+    assert suite_of_benchmarks.gpu_fields(None, 0.001, 0.002) == {"share_of_floor": 0.5}
     suite_of_benchmarks.pytest_terminal_summary(reporter, SimpleNamespace())  # without pytest-benchmark
     assert len(lines) == 3
 

@@ -41,7 +41,7 @@ def timed_call(call: Callable[[], Any], device: torch.device, repeat: int = 1) -
 
 @dataclass(frozen=True)
 class Measurement:
-    """All rounds of one call, what the GPU did during one of them (None on a CPU), and the peak of memory in bytes."""
+    """All rounds of one call, what the GPU did during one of them (None if unknown), and the peak of memory in bytes."""
 
     seconds: list[float]
     cpu_seconds: list[float]
@@ -59,7 +59,7 @@ def measure(call: Callable[[], Any], device: torch.device, repeat: int = 1) -> M
         once, _ = timed_call(call, device, repeat)
     rounds = int(SECONDS_PER_CALL_MEASURED / max(once * repeat, 1e-9))
     times = [timed_call(call, device, repeat) for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))]
-    activity = profiled(call, device) if device.type == "cuda" else None
+    activity = profiled(call, device)
     _, peak = with_peak_memory(call, device)
     return Measurement([wall for wall, _ in times], [cpu for _, cpu in times], activity, peak)
 

@@ -44,7 +44,7 @@ class Matmuls(NamedTuple):
         which no implementation does. Everything is one CUDA graph.
         """
         like = self.linear[0][1]
-        inputs = {(rows, w.shape[1]): torch.randn(rows, w.shape[1]).to(like) for rows, w in self.linear}
+        inputs = {(rows, w.shape[1]): torch.randn(rows, w.shape[1], device=like.device).to(like) for rows, w in self.linear}
         attend = at_peak(self.attention_flops, like) if like.is_cuda else self._attention_only(like)
 
         def call() -> Tensor:

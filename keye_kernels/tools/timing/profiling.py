@@ -1,5 +1,6 @@
 """What the GPU does during a call, from torch's profiler: how long it is busy, its kernels, and the launches of the CPU."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity
+
+logger = logging.getLogger(__name__)
 
 # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernelEx, cudaLaunchCooperativeKernel, cudaGraphLaunch, hipModuleLaunchKernel
 LAUNCH = re.compile(r"(cu|cuda|hip)(Ext)?(Module)?(Launch\w*Kernel\w*|GraphLaunch\w*)$")
@@ -73,17 +77,26 @@ def covered(intervals: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def profiled(call: Callable[[], Any], device: torch.device) -> GpuActivity:
-    """Runs a call under the profiler, up to the end of its work on the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        if device.type == "cuda":
+def profiled(call: Callable[[], Any], device: torch.device) -> GpuActivity | None:
+    """Runs a call under the profiler, up to the end of its work on the GPU.
+
+    None, with a warning, if the profiler sees no work of a GPU: the driver may not permit it. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    try:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
+            call()
             torch.cuda.synchronize(device)
-    return gpu_activity(profiler_events(profile))
+        found = gpu_activity(profiler_events(profile))
+    except RuntimeError as error:
+        logger.warning("the profiler cannot be used: %s", error)
+        return None
+    if not found.busy_seconds:
+        logger.warning("the profiler sees no work of the GPU")
+        return None
+    return found
 
 
 def profiler_events(profile: torch.profiler.profile) -> list[ProfilerEvent]:

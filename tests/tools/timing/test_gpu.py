@@ -138,6 +138,8 @@ def test_the_right_result_is_that_of_the_first_implementation_that_runs():
     assert gpu.expected_output(case).tolist() == [2, 2]
     case.expected = lambda: torch.zeros(1)
     assert gpu.expected_output(case).tolist() == [0]
+    case.expected = raising(torch.OutOfMemoryError("too large"))
+    assert gpu.expected_output(case).tolist() == [2, 2]
     with pytest.raises(RuntimeError, match="no implementation can run: Unavailable: absent: no"):
         gpu.expected_output(BenchmarkCase(WORK, {"absent": raising(peers.Unavailable("absent: no"))}))
 

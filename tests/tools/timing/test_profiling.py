@@ -1,5 +1,6 @@
 """GPU busy time, kernels and launches from events of the profiler."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -96,9 +97,38 @@ def test_the_slowest_kernels_are_listed_by_the_sum_of_their_times():
 
 
 def test_a_profile_of_a_cpu_has_no_work_of_a_gpu():
-    calls = []
-    found = profiled(lambda: calls.append(torch.ones(3).sum()), CPU)
-    assert len(calls) == 1 and found == profiling.GpuActivity(0.0, 0, 0, [])
+    assert profiled(lambda: pytest.fail("was called"), CPU) is None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3).sum()
+    assert gpu_activity(profiler_events(profile)) == profiling.GpuActivity(0.0, 0, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("events", "busy", "warning"),
+    [
+        ([on_gpu("gemm", 0, 10)], 10e-9, None),
+        ([on_cpu("cudaLaunchKernel")], None, "the profiler sees no work of the GPU"),
+        (RuntimeError("CUPTI_ERROR"), None, "the profiler cannot be used: CUPTI_ERROR"),
+    ],
+    ids=["works", "no events", "no permission"],
+)
+def test_a_call_on_a_gpu_is_profiled_up_to_its_end(events, busy, warning, monkeypatch, caplog):
+    log = []
+
+    @contextmanager
+    def profile(activities):
+        log.append([activity.name for activity in activities])
+        yield
+        if isinstance(events, RuntimeError):
+            raise events
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    monkeypatch.setattr(profiling, "profiler_events", lambda profile: events)
+    found = profiled(lambda: log.append("call"), torch.device("cuda"))
+    assert log == ["synchronize", ["CPU", "CUDA"], "call", "synchronize"]
+    assert (found and found.busy_seconds) == (busy and pytest.approx(busy))
+    assert [record.getMessage() for record in caplog.records] == ([warning] if warning else [])
 
 
 def test_events_of_a_real_profile_and_annotations_on_the_gpu():

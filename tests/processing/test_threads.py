@@ -78,10 +78,12 @@ def test_the_error_of_the_first_item_that_fails_is_raised(four_threads):
 
 
 def test_an_interrupt_has_precedence_over_errors(four_threads):
+    together = threading.Barrier(3)
+
     def fail(item):
+        together.wait(timeout=10)
         if item == 2:
             raise KeyboardInterrupt
-        time.sleep(0.01)
         raise ValueError(f"item {item}")
 
     with pytest.raises(KeyboardInterrupt):
@@ -111,7 +113,7 @@ def test_all_calls_together_have_a_limited_number_of_helpers(monkeypatch):
         with lock:
             most[0] += 1
             most[1] = max(most)
-        time.sleep(0.002)
+        time.sleep(0.01)
         with lock:
             most[0] -= 1
 

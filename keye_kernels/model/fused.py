@@ -56,7 +56,7 @@ def silu_mul(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
 def add_linear(x: Tensor, residual: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     """residual + module(x), for a linear layer without a bias. `residual` is overwritten where the matmul adds to it."""
     is_simple = module.bias is None and (residual.ndim == 2 or residual.is_contiguous())
-    if is_simple and _fuses(x, impl, module) and x.dtype == residual.dtype == module.weight.dtype:
+    if is_simple and _fuses(x, impl, module) and x.dtype == residual.dtype:
         _rows(residual).addmm_(_rows(x), module.weight.t())
         return residual
     return residual + module(x)
@@ -76,9 +76,7 @@ def quick_gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor | None:
 
     h · sigmoid(a h) is silu(a h) / a: both factors go into the matmuls, and one pass over the activation remains.
     """
-    if not _fuses(x, "auto", fc1, fc2) or not x.dtype == fc1.weight.dtype == fc2.weight.dtype:
-        return None
-    if fc1.bias is None or fc2.bias is None:
+    if fc1.bias is None or fc2.bias is None or not _fuses(x, "auto", fc1, fc2):
         return None
     hidden = torch.addmm(fc1.bias * QUICK_GELU, _rows(x), fc1.weight.t(), alpha=QUICK_GELU)
     return _shaped(torch.addmm(fc2.bias, F.silu(hidden, inplace=True), fc2.weight.t(), alpha=1 / QUICK_GELU), x)
@@ -97,6 +95,8 @@ def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _fuses(x: Tensor, impl: str, *modules: nn.Module) -> bool:
     if not all(type(module) in FUSED_TYPES and calls_forward(module) and has_plain_weights(module) for module in modules):
         return False
+    if any(module.weight is None or module.weight.dtype != x.dtype for module in modules):
+        return False  # without a weight, or with a dtype in which some classes return their result
     return runs_kernels(x, impl)
 
 

@@ -90,6 +90,21 @@ def test_the_epilogue_is_used_only_where_it_is_the_tanh_form(form, monkeypatch):
     fused._epilogue_is_tanh.cache_clear()
 
 
+def test_an_rms_norm_in_float32_returns_float32():
+    """As the RMSNorm classes of transformers: weight * x.to(dtype of the input)."""
+
+    class Norm(nn.RMSNorm):
+        def forward(self, x):
+            return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
+
+    module = Norm(32, eps=1e-6)
+    fused.FUSED_TYPES.add(Norm)
+    with torch.no_grad():
+        assert fused.norm(X.half(), module, "triton").dtype == torch.float32
+        assert fused.norm(X.half(), module.half(), "triton").dtype == torch.float16
+    fused.FUSED_TYPES.remove(Norm)
+
+
 def test_several_leading_axes():
     x, residual, other = (torch.randn(2, 3, 32) for _ in range(3))
     norm, layer, fc1 = norms()[1], nn.Linear(32, 16, bias=False), nn.Linear(32, 48)
@@ -112,7 +127,9 @@ def test_an_output_that_a_hook_keeps_is_not_overwritten():
         assert torch.equal(kept[0], F.linear(X, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("condition", ["gradients", "autocast", "hook", "subclass", "weight", "float64", "reference"])
+@pytest.mark.parametrize(
+    "condition", ["gradients", "autocast", "hook", "subclass", "weight", "no weight", "float64", "reference"]
+)
 def test_otherwise_the_module_is_called(condition, launched):
     module, x, impl = norms()[0], X, "triton"
     if condition == "hook":
@@ -121,6 +138,8 @@ def test_otherwise_the_module_is_called(condition, launched):
         module = type("Norm", (nn.LayerNorm,), {})(32)
     if condition == "weight":
         module.weight = nn.Parameter(module.weight.detach().as_subclass(type("Weight", (torch.Tensor,), {})))
+    if condition == "no weight":
+        module = nn.LayerNorm(32, elementwise_affine=False)
     if condition == "float64":
         module, x = module.double(), X.double()
     if condition == "reference":

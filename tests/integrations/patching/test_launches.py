@@ -5,6 +5,7 @@ The numbers are those of docs/patching.md.
 
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def encode(model: nn.Module, family: str) -> torch.Tensor:
     return torch.cat(list(out)) if isinstance(out, list | tuple) else out
 
 
-def count(family: str, **patched) -> tuple[Counter, Counter, torch.Tensor]:
+@cache
+def count(family: str, **patched: bool) -> tuple[Counter, Counter, torch.Tensor]:
     """The launches of one image, those of its last vision layer, and the embeddings."""
     model = build(family).bfloat16()
     if family != "keye":

@@ -1,11 +1,11 @@
-"""Copies from the CPU to a GPU for which the CPU does not wait.
+"""Copies between the CPU and a GPU for which the CPU does not wait.
 
 A copy from ordinary (pageable) memory makes the CPU wait for all earlier work of the stream. A copy from pinned memory is queued
 like a kernel; torch keeps the pinned memory until the copy has run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +74,33 @@ class StaticTensors:
         for place, tensor in zip(self.layout.views(staged), tensors, strict=True):
             place[tuple(slice(size) for size in tensor.shape)] = tensor
         overwrite(self.buffer, staged)
+
+
+class HostCopies:
+    """Copies of small tensors to the CPU, for which the CPU waits only when it needs the values.
+
+    Attributes:
+        delay: how many copies may be under way when a new one starts. 0 on a CPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.delay = 1 if _uses_pinned_memory(device) else 0
+
+    def start(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Queues a copy of the values that the tensor has after the work queued so far. The function returned waits for it."""
+        if not self.delay:
+            copy = tensor.clone()
+            return lambda: copy
+        pinned, event = _empty_pinned(tensor.shape, tensor.dtype), torch.cuda.Event()
+        pinned.copy_(tensor, non_blocking=True)
+        event.record(torch.cuda.current_stream(self.device))
+
+        def finish() -> Tensor:
+            event.synchronize()
+            return pinned.clone()
+
+        return finish
 
 
 def _uses_pinned_memory(device: torch.device) -> bool:

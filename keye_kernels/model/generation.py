@@ -4,7 +4,7 @@ Symbols: B sequences, S prompt tokens per sequence, V vocabulary size.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from keye_kernels.host_copy import HostCopies
+
 from .config import check_number, read_json
-from .step_graph import decoding_step
+from .step_graph import recorded_step
+from .token_state import TokenState, reports
 
 if TYPE_CHECKING:
     from .keye import Keye
@@ -119,9 +122,10 @@ class Sampler:
             # The sum excludes the token itself, so that the most likely token is always kept
             removed = probability.cumsum(-1) - probability >= self.top_p
             logits = logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
-        # On a GPU, multinomial stops the process at NaN; generate_tokens reports it instead
-        probabilities = logits.softmax(-1).nan_to_num_(nan=1.0)
-        return probabilities.multinomial(1, generator=self.generator)[:, 0]
+        # As torch.multinomial, which waits for the GPU and stops the process at NaN: with q from the exponential distribution,
+        # p / q is largest at a token with probability p
+        probabilities = logits.softmax(-1)
+        return (probabilities / torch.empty_like(probabilities).exponential_(generator=self.generator)).argmax(-1)
 
 
 def end_token_ids(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> list[int]:
@@ -176,32 +180,40 @@ def generate_tokens(
 
     `inputs` are arguments of `model.forward`, with input_ids [B, S]. A sequence ends with any of `end_tokens` and is then filled
     with `pad_token_id`. Raises RuntimeError at the end if logits were not finite.
+
+    The CPU does not wait for the tokens of a GPU before it launches the next step. One step may therefore run after the last end
+    token; its tokens are dropped.
     """
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape
-    ends = torch.tensor(end_tokens, dtype=torch.int64, device=device)
-    tokens = torch.full((batch_size, length + max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
-    tokens[:, :length] = input_ids
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    max_length = length + max_new_tokens
+    cache = model.new_cache(batch_size, max_length)
+    state = TokenState(batch_size, max_length, sampler, end_tokens, pad_token_id, device)
+    state.start(input_ids)
     if streamer is not None:
         streamer.put(input_ids)
-    cache = model.new_cache(batch_size, length + max_new_tokens)
-    logits = model(**inputs, cache=cache, logits_to_keep=1).logits
-    # Of all logits: not finite if any of them is not. Read once at the end, so that no step waits for the GPU
-    checksum = torch.zeros((), device=device)
-    step = decoding_step(model, cache, max_new_tokens - 1)
-    for column in range(length, length + max_new_tokens):
-        checksum += logits.sum(dtype=torch.float32)
-        chosen = sampler(logits[:, -1]).masked_fill(finished, pad_token_id)
-        tokens[:, column] = chosen
+    state.append(model(**inputs, cache=cache, logits_to_keep=1).logits)
+    generator = sampler.generator if sampler.do_sample else None
+    step = recorded_step(model, lambda: state.append(model(state.last, cache=cache).logits), max_new_tokens - 1, generator)
+    new = _follow(reports(step, max_new_tokens, state.report, HostCopies(device)), state, end_tokens, max_new_tokens, streamer)
+    if not state.sums[length : length + new].sum().isfinite():
+        raise RuntimeError(f"the logits are NaN or infinite; check the weights, or try another dtype than {model.dtype}")
+    return state.tokens[:, : length + new].clone()
+
+
+def _follow(
+    step_reports: Iterator[Tensor], state: TokenState, end_tokens: list[int], max_new_tokens: int, streamer: Streamer | None
+) -> int:
+    """Streams the tokens of `step_reports`, which run the steps, until all sequences have ended. Returns the new columns."""
+    ends = torch.tensor(end_tokens, dtype=torch.int64, device="cpu")
+    finished = torch.zeros(len(state.tokens), dtype=torch.bool, device="cpu")
+    new_tokens = (chosen for report in step_reports for chosen in state.new_tokens(report))
+    for count, chosen in enumerate(new_tokens, 1):
         if streamer is not None:
             streamer.put(chosen)
         finished |= torch.isin(chosen, ends)
-        if column + 1 == tokens.shape[1] or (len(ends) and finished.all()):
+        if count == max_new_tokens or finished.all():
             break
-        logits = step(chosen[:, None])
     if streamer is not None:
         streamer.end()
-    if not checksum.isfinite():
-        raise RuntimeError(f"the logits are NaN or infinite; check the weights, or try another dtype than {model.dtype}")
-    return tokens[:, : column + 1]
+    return count

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import cache
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
@@ -39,25 +40,53 @@ class GraphMemory(NamedTuple):
     bytes: int
 
 
-def capture(run: Callable[[], T], device: torch.device, pool: object = None) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(
+    run: Callable[[], T], device: torch.device, pool: Any = None, generator: torch.Generator | None = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
     """Captures the launches of `run`. Returns the graph and the result of `run`, which each replay overwrites.
 
     `run` must have been called before: compilation, and initialization of libraries, cannot be captured. Graphs with the same
-    `pool` share memory, so they must not run at the same time. Raises RuntimeError if something in `run` cannot be captured.
+    `pool` share memory, so they must not run at the same time. `run` may use `generator` besides torch's default generator.
+    Raises RuntimeError if something in `run` cannot be captured.
     """
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-    stream = _capture_stream(device)
-    options: dict[str, Any] = {} if pool is None else {"pool": pool}
+    current, stream = torch.cuda.current_stream(device), _capture_stream(device)
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with _capture_lock, torch.cuda.stream(stream):
         stream.wait_stream(current)
-        # Other threads may allocate memory during the capture
-        graph.capture_begin(capture_error_mode="thread_local", **options)
         try:
-            result = run()
-        finally:
-            graph.capture_end()
+            captured = _captured(run, pool, generator)
+        except BaseException:
+            _recover(device, pool, generator)
+            raise
     current.wait_stream(stream)
+    return captured
+
+
+def _captured(run: Callable[[], T], pool: Any, generator: torch.Generator | None) -> tuple[torch.cuda.CUDAGraph, T]:
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    # Other threads may allocate memory during the capture
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        result = run()
+    finally:
+        graph.capture_end()
     return graph, result
+
+
+def _recover(device: torch.device, pool: Any, generator: torch.Generator | None) -> None:
+    """Ends what a failed `capture_end` leaves unfinished in torch, so that its allocator and random generators work again."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # unless it has ended
+        before_2_8 = getattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", None)
+        end = before_2_8 or torch._C._cuda_endAllocateToPool
+        end(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    # Until a capture succeeds, the generators of one that failed refuse to run outside of a graph
+    with suppress(RuntimeError):
+        x = torch.zeros(1, device=device)
+        _captured(lambda: x.add_(1), torch.cuda.graph_pool_handle(), generator)
 
 
 @cache
@@ -95,7 +124,7 @@ class Entry:
         self.graph.replay()
         return self.output
 
-    def capture(self, pool: object) -> None:
+    def capture(self, pool: Any) -> None:
         before = torch.cuda.memory_reserved(self.device)
         self.graph, self.output = capture(self.forward, self.device, pool)
         self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
@@ -113,7 +142,7 @@ class GraphCache:
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._has_failed = False
-        self._pool: object = None
+        self._pool: Any = None
         self._last_use: torch.cuda.Event | None = None
 
     def __reduce__(self) -> tuple:

@@ -290,7 +290,7 @@ class Keye(nn.Module):
             eos_token_id: one or several end tokens; () disables stopping. config.json may also have a default.
             pad_token_id: fills a sequence after its end token. Default: also from config.json, else the first end token, else 0.
             seed: makes sampling reproducible.
-            streamer: receives the prompt, then the tokens [B] of each step, then a call of `end()`.
+            streamer: receives the prompt, then the tokens [B] of each step on the CPU, then a call of `end()`.
             vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`.
 
         Returns:

@@ -152,6 +152,25 @@ def test_recorded_and_launched_steps_give_the_same_tokens(monkeypatch, dtype, sa
     assert len(replays) == 2 * 38 + 1 and all(torch.equal(found, expected) for found in recorded)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_synchronizations_of_a_generation_do_not_grow_with_its_tokens(cuda_graphs, sampling):
+    model, ids = tiny_model().to(CUDA), torch.randint(0, 100, (2, 9), device=CUDA)
+    model.cuda_graphs = cuda_graphs
+    model.generate(ids, max_new_tokens=12, eos_token_id=119, **sampling)
+    counts = []
+    for tokens in (12, 40):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.generate(ids, max_new_tokens=tokens, eos_token_id=119, **sampling)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(w.message) for w in caught))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("edition", ["Keye", "KeyeVL1_5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pixels", [torch.float32, torch.uint8])
@@ -230,17 +249,46 @@ def test_images_that_cannot_be_captured_are_encoded_without_a_graph(monkeypatch,
     assert caplog.text.count("could not be captured") == 1
     for other in features[1:]:
         torch.testing.assert_close(other, features[0], atol=1e-5, rtol=1e-5)
-    # torch's allocator is usable
-    assert torch.ones(1000, device=CUDA).sum() == 1000
+    check_that_torch_works_after_a_failed_capture()
 
 
-def test_a_step_that_cannot_be_recorded_is_launched_and_logged(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "seed": 3}, {"do_sample": True}], ids=["greedy", "seeded", "random"]
+)
+def test_a_step_that_cannot_be_recorded_is_launched_and_logged(monkeypatch, caplog, sampling):
     model, inputs = tiny_model().to(CUDA), on_gpu(prompt([]))
-    expected = model.generate(**inputs, max_new_tokens=12, eos_token_id=())
+    options = {"max_new_tokens": 12, "eos_token_id": (), **sampling}
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **options)
     advance = KVCache.advance
     monkeypatch.setattr(KVCache, "advance", lambda cache, *rest: cache.length.item() * 0 or advance(cache, *rest))
-    assert torch.equal(model.generate(**inputs, max_new_tokens=12, eos_token_id=()), expected)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**inputs, **options), expected)
     assert caplog.text.count("could not be recorded") == 1
+    check_that_torch_works_after_a_failed_capture()
+    # Another model still records its steps
+    monkeypatch.undo()
+    assert tiny_model().to(CUDA).generate(**inputs, **options).shape == expected.shape
+    assert caplog.text.count("could not be recorded") == 1
+
+
+def check_that_torch_works_after_a_failed_capture():
+    """Allocating, freeing across streams and returning memory to the driver; random numbers; a new capture."""
+    side = torch.cuda.Stream()
+    x = torch.randn(1 << 20, device=CUDA)
+    with torch.cuda.stream(side):
+        x.record_stream(side)
+    before = torch.cuda.memory_allocated()
+    del x
+    torch.cuda.synchronize()
+    assert torch.ones(1000, device=CUDA).sum() == 1000
+    assert torch.cuda.memory_allocated() <= before - (4 << 20)
+    torch.cuda.empty_cache()
+    graph, y = torch.cuda.CUDAGraph(), torch.zeros(4, device=CUDA)
+    with torch.cuda.graph(graph):
+        y.add_(1)
+    graph.replay()
+    assert y.sum() == 4 and torch.rand(4, device=CUDA).max() < 1
 
 
 def test_warmup_leaves_nothing_to_compile():

@@ -102,14 +102,14 @@ def test_a_block_of_1_5_may_begin_in_another_call_than_its_start_token():
 
 
 def test_generation_computes_the_last_logits_without_gradients_in_a_cache_of_exact_size(model, ids, monkeypatch):
-    calls, steps, forward, decoding_step = [], [], model.forward, generation.decoding_step
+    calls, steps, forward, recorded_step = [], [], model.forward, generation.recorded_step
 
     def record(*arguments, **options):
         calls.append((options.get("logits_to_keep"), options["cache"].max_length, torch.is_grad_enabled()))
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", record)
-    monkeypatch.setattr(generation, "decoding_step", lambda m, cache, n: steps.append(n) or decoding_step(m, cache, n))
+    monkeypatch.setattr(generation, "recorded_step", lambda m, run, n, *rest: steps.append(n) or recorded_step(m, run, n, *rest))
     assert model.generate(ids, max_new_tokens=4, eos_token_id=()).shape == (1, 10)
     assert calls == [(1, 10, False)] + [(None, 10, False)] * 3 and steps == [3]
 

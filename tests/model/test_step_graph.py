@@ -1,14 +1,13 @@
 """When decoding steps are recorded as a CUDA graph. tests/gpu checks what recorded steps compute."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from keye_kernels.model import graphs, step_graph
-from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, decoding_step
+from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, recorded_step
 from keye_kernels.ops.implementation import use_impl
 
 
@@ -27,7 +26,7 @@ def kernels_can_run(monkeypatch):
 
 
 def is_recorded(model, steps=MIN_STEPS_TO_RECORD):
-    return isinstance(decoding_step(model, None, steps), _RecordedStep)
+    return isinstance(recorded_step(model, lambda: None, steps), _RecordedStep)
 
 
 def test_steps_are_recorded_from_min_steps_on():
@@ -80,13 +79,26 @@ def test_cpu_compiled_models_and_autocast_are_not_recorded():
 
 
 class FakeGraph:
-    """Records the call of the model, which `replay` repeats with the tensors of the recorded call."""
+    """Notes what happens to it. `replay` runs `FakeGraph.recorded`; like a real graph, the capture has not run it."""
 
-    def capture_begin(self, **options):
-        assert options == {"capture_error_mode": "thread_local"}
+    recorded = None
+
+    def __init__(self):
+        self.generators, self.pool = [], None
+
+    def register_generator_state(self, generator):
+        assert self.pool is None, "before the capture begins"
+        self.generators.append(generator)
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.pool = pool
 
     def capture_end(self):
         pass
+
+    def replay(self):
+        type(self).recorded()
 
 
 @pytest.fixture
@@ -102,39 +114,93 @@ def waits(monkeypatch):
             waited.append(f"{self.name} for {other.name}")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(graphs, "_capture_stream", lambda device: Stream("side"))
     return waited
 
 
-def test_a_recorded_step_gets_the_token_of_each_call(waits):
-    class Double(nn.Module):
-        def forward(self, token, cache):
-            assert cache == "cache"
-            FakeGraph.replay = lambda graph: logits.copy_(2 * token)
-            logits = 2 * token
-            return SimpleNamespace(logits=logits)
-
-    step, tokens = _RecordedStep(Double(), "cache"), [torch.tensor([[token]]) for token in (3, 5, 4, 9)]
-    assert [int(step(token)) for token in tokens] == [6, 10, 8, 18] and isinstance(step.graph, FakeGraph)
-    assert [int(token) for token in tokens] == [3, 5, 4, 9]  # the graph has a copy
-    assert waits == ["side for current", "current for side"]
+@pytest.fixture
+def calls(monkeypatch):
+    """What was called to end a failed capture, in order, with its arguments."""
+    called = []
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *rest, name=name: called.append((name, *rest)), raising=False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
+    return called
 
 
-def test_a_step_that_cannot_be_recorded_runs_without_a_graph(waits, monkeypatch, caplog):
-    """Later steps and later conversations do not try again."""
+def test_the_second_step_is_captured_and_replayed_from_then_on(waits, calls, monkeypatch):
+    runs, generator = [], torch.Generator()
+    monkeypatch.setattr(FakeGraph, "recorded", lambda: runs.append("replay"))
+    step = recorded_step(ModelOnGpu(), lambda: runs.append("run"), MIN_STEPS_TO_RECORD, generator)
+    step()
+    assert runs == ["run"] and step.graph is None
+    for _ in range(3):
+        step()
+    assert runs == ["run", "run", "replay", "replay", "replay"]  # the second one is the capture
+    assert step.graph.generators == [generator] and step.graph.pool is not None
+    assert waits == ["side for current", "current for side"] and calls == []
+
+
+def test_a_replay_gives_the_result_of_the_capture(waits):
+    result = torch.zeros(1)
+    step = _RecordedStep(ModelOnGpu(), lambda: result, None)
+    FakeGraph.recorded = lambda: result.add_(1)
+    assert [int(step()) for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fails", ["capture_begin", "capture_end"])
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(waits, calls, monkeypatch, caplog, fails):
+    """Later steps and later conversations do not try again. torch is told that the capture has ended."""
+    made, original = [], getattr(FakeGraph, fails)
+
+    def fail(graph, **options):
+        made.append(graph)
+        if len(made) == 1:
+            raise RuntimeError("operation not permitted")
+        original(graph, **options)
+
+    monkeypatch.setattr(FakeGraph, fails, fail)
+    model, runs, generator = ModelOnGpu(), [], torch.Generator()
+    step = recorded_step(model, lambda: runs.append(1), MIN_STEPS_TO_RECORD, generator)
+    for _ in range(4):
+        step()
+    # Each step, and the capture that ended with a failure
+    assert len(runs) == 4 + (fails == "capture_end") and step.graph is None
+    assert waits == ["side for current"] and not is_recorded(model)
+    assert "decoding runs without CUDA graphs" in caplog.text and "operation not permitted" in caplog.text
+    failed, other = made
+    if fails == "capture_end":
+        assert calls == [("_cuda_endAllocateToPool", 0, failed.pool), ("_cuda_releasePool", 0, failed.pool)]
+    # A second capture, in a pool of its own, resets the random generators
+    assert failed.generators == other.generators == [generator] and other.pool is not failed.pool
+
+
+def test_a_failure_of_the_recovery_does_not_hide_the_first_one(waits, calls, monkeypatch):
+    def refuse(*rest):
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
     def fail(graph, **options):
         raise RuntimeError("operation not permitted")
 
-    class Double(ModelOnGpu):
-        def forward(self, token, cache):
-            return SimpleNamespace(logits=2 * token)
-
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", refuse)
     monkeypatch.setattr(FakeGraph, "capture_begin", fail)
-    model = Double()
-    step = decoding_step(model, None, MIN_STEPS_TO_RECORD)
-    assert [int(step(torch.tensor([[token]]))) for token in (3, 5, 4)] == [6, 10, 8]
-    assert waits == ["side for current"] and not is_recorded(model)
-    assert "decoding runs without CUDA graphs" in caplog.text and "operation not permitted" in caplog.text
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        graphs.capture(lambda: None, torch.device("cuda"))
+    assert calls == []  # only a pool that was in use is released
+
+
+def test_torch_before_2_8_has_another_name_for_the_end_of_a_capture(waits, calls, monkeypatch):
+    def fail(graph):
+        raise RuntimeError("operation not permitted")
+
+    old = "_cuda_endAllocateCurrentStreamToPool"
+    monkeypatch.setattr(torch._C, old, lambda *rest: calls.append((old, *rest)), raising=False)
+    monkeypatch.setattr(FakeGraph, "capture_end", fail)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        graphs.capture(lambda: None, torch.device("cuda:3"), pool="pool")
+    assert calls == [(old, 3, "pool"), ("_cuda_releasePool", 3, "pool")]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keye_kernels.geometry import segment_lengths
 from keye_kernels.model import Keye
-from keye_kernels.model.step_graph import decoding_step
+from keye_kernels.model.step_graph import recorded_step
 
 from .baseline import Baseline
 from .clock import recorded
@@ -196,11 +196,11 @@ def decode(model: Keye, batch_size: int, cached: int) -> BenchmarkCase:
             cache.keys[index][:, :cached], cache.values[index][:, :cached] = key.transpose(1, 2), value.transpose(1, 2)
         cache.valid[:, :cached] = True
         cache.is_empty = False
-        step = decoding_step(model, cache, steps=batch_size * cached)
+        step = recorded_step(model, lambda: model(token, cache=cache).logits, steps=batch_size * cached)
 
         def call() -> Tensor:
             cache.length.fill_(cached)
-            return step(token)
+            return step()
 
         return call
 

@@ -3,7 +3,8 @@
 from ..fault import Fault
 
 CACHE, GENERATION, KEYE = (f"keye_kernels/model/{name}.py" for name in ("cache", "generation", "keye"))
-CAPTURE = "keye_kernels/model/graphs.py"
+CAPTURE, STATE, COPIES = "keye_kernels/model/graphs.py", "keye_kernels/model/token_state.py", "keye_kernels/host_copy.py"
+STATES = "tests/model/test_token_state.py"
 GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
 CALLS, TESTS = "tests/model/test_calls.py", "tests/model/test_generation.py"
 TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
@@ -33,7 +34,8 @@ FAULTS = [
     Fault(GENERATION, "removed.scatter(1, order, removed)", "removed", CALLS),
     Fault(GENERATION, "ordered, order = logits.sort(", "ordered, order = (logits * (self.temperature or 1.0)).sort(", CALLS),
     Fault(GENERATION, "None if self.seed is None else torch", "None if not self.seed else torch", TESTS),
-    Fault(GENERATION, "multinomial(1, generator=self.generator)", "multinomial(1)", TESTS),
+    Fault(GENERATION, "exponential_(generator=self.generator)", "exponential_()", TESTS),
+    Fault(GENERATION, "(probabilities / torch.empty_like", "(probabilities * torch.empty_like", STATES),
     Fault(GENERATION, "first_given(given[name], defaults.get(name))", "first_given(defaults.get(name), given[name])", CALLS),
     Fault(
         KEYE,
@@ -51,19 +53,29 @@ FAULTS = [
     ),
     Fault(KEYE, 'first_given(pad_token_id, defaults.get("pad_token_id"), self', "first_given(pad_token_id, self", CONFIGS),
     Fault(KEYE, "self.config.pad_token_id, *ends[:1], 0)", "self.config.pad_token_id, 0)", CONFIGS),
-    Fault(GENERATION, ".masked_fill(finished, pad_token_id)", "", TESTS),
+    Fault(STATE, ".masked_fill(self.finished, self.pad_token_id)", "", TESTS),
+    Fault(STATE, "self.finished |= (self.last == self.end_tokens)", "self.finished |= (self.last == self.end_tokens[:1])", TESTS),
+    Fault(STATE, "        self.finished.zero_()\n", "", STATES),
+    Fault(STATE, "        self.sums.zero_()\n", "", STATES),
+    Fault(STATE, "        if index:\n            step()\n", "        step()\n", STATES),
+    Fault(STATE, "if len(pending) > copies.delay:", "if len(pending) > 0:", STATES),
+    Fault(STATE, "    for finish in pending:\n        yield finish()\n", "", STATES),
+    Fault(COPIES, "copy = tensor.clone()\n", "copy = tensor\n", TESTS),
+    Fault(COPIES, "            event.synchronize()\n", "", STATES),
+    Fault(COPIES, "        event.record(torch.cuda.current_stream(self.device))\n", "", STATES),
     Fault(GENERATION, "finished |= torch.isin(chosen, ends)", "finished |= torch.isin(chosen, ends[:1])", TESTS),
-    Fault(GENERATION, "(len(ends) and finished.all())", "(len(ends) and finished.any())", TESTS),
-    Fault(GENERATION, "if column + 1 == tokens.shape[1]", "if column + 2 == tokens.shape[1]", CALLS),
-    Fault(GENERATION, "        checksum += logits.sum", "        checksum = logits.sum", TESTS),
+    Fault(GENERATION, "or finished.all()", "or finished.any()", TESTS),
+    Fault(GENERATION, "if count == max_new_tokens or", "if count + 1 == max_new_tokens or", CALLS),
+    Fault(GENERATION, "state.sums[length : length + new]", "state.sums[length:]", STATES),
+    Fault(GENERATION, "state.sums[length : length + new]", "state.sums[length : length + 1]", TESTS),
     Fault(GENERATION, "cache=cache, logits_to_keep=1)", "cache=cache)", CALLS),
     Fault(
         GENERATION,
-        "model.new_cache(batch_size, length + max_new_tokens)",
-        "model.new_cache(batch_size, 2 * (length + max_new_tokens))",
+        "model.new_cache(batch_size, max_length)",
+        "model.new_cache(batch_size, 2 * max_length)",
         CALLS,
     ),
-    Fault(GENERATION, "decoding_step(model, cache, max_new_tokens - 1)", "decoding_step(model, cache, max_new_tokens)", CALLS),
+    Fault(GENERATION, "max_new_tokens - 1, generator)", "max_new_tokens, generator)", CALLS),
     Fault(GENERATION, "            streamer.put(chosen)\n", "            streamer.put(chosen[:1])\n", TESTS),
     Fault(GENERATION, "        self._write_new(self.decode(self.ids))\n        self.ids", "        self.ids", CALLS),
     Fault(
@@ -75,8 +87,9 @@ FAULTS = [
     Fault(GENERATION, 'if not text.endswith("\\ufffd"):', "if text:", TESTS),
     Fault(KEYE, "    @torch.no_grad()\n    def generate(", "    def generate(", CALLS),
     # Recorded steps
-    Fault(GRAPH, "        self.token.copy_(token)\n", "", GRAPHS),
-    Fault(GRAPH, "self.token = token.clone()", "self.token = token", GRAPHS),
+    Fault(GRAPH, "            self.is_warm = True\n", "", GRAPHS),
+    Fault(GRAPH, "        self.graph.replay()\n", "", GRAPHS),
+    Fault(GRAPH, ", generator=self.generator)", ")", GRAPHS),
     Fault(GRAPH, "steps >= MIN_STEPS_TO_RECORD", "steps > MIN_STEPS_TO_RECORD", GRAPHS),
     Fault(GRAPH, "m._forward_hooks or m._forward_pre_hooks", "m._forward_hooks", GRAPHS),
     Fault(GRAPH, 'and not torch.is_autocast_enabled("cuda")', "", GRAPHS),
@@ -84,6 +97,10 @@ FAULTS = [
     Fault(CAPTURE, "        stream.wait_stream(current)\n", "", GRAPHS),
     Fault(CAPTURE, "    current.wait_stream(stream)\n", "", GRAPHS),
     Fault(CAPTURE, 'capture_error_mode="thread_local"', 'capture_error_mode="global"', GRAPHS),
+    Fault(CAPTURE, "            _recover(device, pool, generator)\n", "", GRAPHS),
+    Fault(CAPTURE, "        end(index, pool)\n", "", GRAPHS),
+    Fault(CAPTURE, "        torch._C._cuda_releasePool(index, pool)\n", "", GRAPHS),
+    Fault(CAPTURE, "torch.cuda.graph_pool_handle(), generator)", "pool, generator)", GRAPHS),
     # Warm-up and the small model
     Fault(WARM_UP, "layers=module.layers[:1]", "layers=module.layers", SIZES),
     Fault(WARM_UP, "replace(model.config, num_hidden_layers=1)", "model.config", SIZES),

@@ -1,4 +1,4 @@
-"""The static key/value cache, and the output of `Keye.forward`.
+"""The key/value cache, and the output of `Keye.forward`.
 
 Symbols: B sequences, S new tokens, M slots per sequence, Hk key/value heads, D head dim.
 """
@@ -10,9 +10,17 @@ from torch import Tensor
 
 from .config import KeyeConfig
 
+# A cache that grows has a multiple of this many slots
+CACHE_BLOCK_TOKENS = 256
+
+
+def slots_for(tokens: int) -> int:
+    """Slots of a cache for this many tokens and at least one block of further tokens."""
+    return (tokens // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS
+
 
 class KVCache:
-    """Keys and values of every layer, allocated once; create one with `Keye.new_cache`.
+    """Keys and values of every layer; create one with `Keye.new_cache`.
 
     The token at index i of a sequence, padding included, is in slot i. The position of a new token is its slot plus
     `rope_deltas`. The cache holds all state of a conversation, so one model can run several conversations.
@@ -25,35 +33,62 @@ class KVCache:
             depend on its value.
         rope_deltas: [B, 1] int64.
         is_empty: True until the first tokens are added.
+        grows: whether it is replaced by a larger one when it is full. CUDA graphs that use it are then invalid.
+        count: `length` as far as the CPU knows it without waiting: calls in compiled code and replays of graphs do not add to it.
     """
 
     def __init__(
         self, config: KeyeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device,
-        storage: Tensor | None = None,
+        storage: Tensor | None = None, grows: bool = False,
     ):  # fmt: skip
         """`storage` holds keys and values, of `cache_shape`. Default: zeros."""
         if storage is None:
-            storage = torch.zeros(cache_shape(config, batch_size, max_length), dtype=dtype, device=device)
-        self.keys, self.values = (list(x.unbind()) for x in storage.unbind())
+            # A tensor for each layer, so that a cache that grows can free them one by one
+            _, layers, *shape = cache_shape(config, batch_size, max_length)
+            pairs = [torch.zeros(2, *shape, dtype=dtype, device=device).unbind() for _ in range(layers)]
+            self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
+        else:
+            self.keys, self.values = (list(x.unbind()) for x in storage.unbind())
         self.valid = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.rope_deltas = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.is_empty = True
+        self.is_empty, self.grows, self.count = True, grows, 0
 
     @property
     def max_length(self) -> int:
         """Slots per sequence."""
         return self.valid.shape[1]
 
-    def check_capacity(self, batch_size: int, tokens: int) -> None:
-        """Raises ValueError unless `tokens` more tokens fit for each of `batch_size` sequences."""
+    def reserve(self, batch_size: int, tokens: int, limit: int | None = None) -> None:
+        """Makes room for `tokens` more tokens of each of `batch_size` sequences, and for others, up to `limit` slots in all.
+
+        Raises ValueError if the cache is for another number of sequences, or is full and does not grow.
+        """
         if len(self.valid) != batch_size:
             raise ValueError(f"cache holds {len(self.valid)} sequences, but input_ids has {batch_size}")
-        # On a GPU, reading the length would synchronize
-        used = int(self.length) if self.length.device.type == "cpu" and not torch.compiler.is_compiling() else 0
-        if used + tokens > self.max_length:
+        used = 0
+        if not torch.compiler.is_compiling():
+            # On a GPU, reading the length would synchronize
+            used = int(self.length) if self.length.device.type == "cpu" else self.count
+        if used + tokens <= self.max_length:
+            return
+        if not self.grows or torch.compiler.is_compiling():
             usage = f"{self.max_length} slots per sequence, {used} of them used: {tokens} more tokens do not fit"
             raise ValueError(f"cache has {usage}; shorten the prompt or pass model.new_cache(batch_size, max_length)")
+        slots = max(2 * self.max_length, slots_for(used + tokens))
+        self._grow(slots if limit is None else max(min(slots, limit), used + tokens))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _grow(self, slots: int) -> None:
+        old = self.max_length
+        batch_size, _, *head_shape = self.keys[0].shape
+        for layer in range(len(self.keys)):
+            # One layer at a time, so that no more than one is in memory twice
+            pair = self.keys[layer].new_zeros(2, batch_size, slots, *head_shape)
+            pair[0, :, :old], pair[1, :, :old] = self.keys[layer], self.values[layer]
+            self.keys[layer], self.values[layer] = pair.unbind()
+        self.valid = torch.cat((self.valid, self.valid.new_zeros(len(self.valid), slots - old)), dim=1)
 
     def slots(self, tokens: int) -> Tensor:
         """[tokens] indices of the next free slots."""
@@ -69,13 +104,15 @@ class KVCache:
         """Makes the cache empty again."""
         self.valid.zero_()
         self.length.zero_()
-        self.is_empty = True
+        self.is_empty, self.count = True, 0
 
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
         """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""
         self.valid.index_copy_(1, slots, attention_mask.bool())
         self.length.add_(slots.shape[0])
         self.is_empty = False
+        if not torch.compiler.is_compiling():
+            self.count += slots.shape[0]
 
 
 def cache_shape(config: KeyeConfig, batch_size: int, max_length: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keye_kernels.host_copy import HostCopies
 
+from .cache import KVCache, slots_for
 from .config import check_number, read_json
 from .step_graph import recorded_step
 from .token_state import TokenState, reports
@@ -187,14 +188,20 @@ def generate_tokens(
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape
     max_length = length + max_new_tokens
-    cache = model.new_cache(batch_size, max_length)
+    # It grows to the size of all tokens, because few answers have `max_new_tokens`
+    cache = KVCache(model.config, batch_size, min(slots_for(length), max_length), model.dtype, device, grows=True)
     state = TokenState(batch_size, max_length, sampler, end_tokens, pad_token_id, device)
     state.start(input_ids)
     if streamer is not None:
         streamer.put(input_ids)
     state.append(model(**inputs, cache=cache, logits_to_keep=1).logits)
     generator = sampler.generator if sampler.do_sample else None
-    step = recorded_step(model, lambda: state.append(model(state.last, cache=cache).logits), max_new_tokens - 1, generator)
+    run = recorded_step(model, cache, lambda: state.append(model(state.last, cache=cache).logits), max_new_tokens - 1, generator)
+
+    def step() -> None:
+        cache.reserve(batch_size, 1, max_length)
+        run()
+
     new = _follow(reports(step, max_new_tokens, state.report, HostCopies(device)), state, end_tokens, max_new_tokens, streamer)
     if not state.sums[length : length + new].sum().isfinite():
         raise RuntimeError(f"the logits are NaN or infinite; check the weights, or try another dtype than {model.dtype}")

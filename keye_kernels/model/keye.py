@@ -18,7 +18,7 @@ from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
 from . import checks
-from .cache import KeyeOutput, KVCache
+from .cache import KeyeOutput, KVCache, slots_for
 from .checkpoint import STORED_DTYPES, allocate, load_weights, matching_tensors
 from .config import KeyeConfig, check_number, read_json
 from .decoder import Decoder
@@ -26,9 +26,6 @@ from .generation import Sampler, Streamer, check_streamer, end_token_ids, first_
 from .linear import Linear
 from .positions import check_placeholders, check_position_range, check_seconds, rope_index
 from .vision import Projector, VisionTower
-
-# `forward` allocates caches in multiples of this many tokens, with room for at least this many more than the prompt
-CACHE_BLOCK_TOKENS = 256
 
 
 class Keye(nn.Module):
@@ -127,9 +124,15 @@ class Keye(nn.Module):
         """Dtype of the parameters."""
         return self.lm_head.weight.dtype
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """Allocates an empty cache for `batch_size` sequences of at most `max_length` tokens, padding included."""
-        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """Allocates an empty cache for `batch_size` sequences of at most `max_length` tokens, padding included.
+
+        Without `max_length` it starts small and grows: when it is full, it is copied to one of twice the size, layer by layer.
+        """
+        return self._new_cache(batch_size, slots_for(0) if max_length is None else max_length, max_length is None)
+
+    def _new_cache(self, batch_size: int, slots: int, grows: bool = True) -> KVCache:
+        return KVCache(self.config, batch_size, slots, self.dtype, self.device, grows=grows)
 
     def get_rope_index(
         self,
@@ -208,7 +211,7 @@ class Keye(nn.Module):
             second_per_grid_ts: [n] seconds between the frames of each video. Preview only. Default: 1.0.
             num_frames: accepted because the 1.5 processor returns it; not used.
             position_ids: [3, B, S]. Default: computed by `get_rope_index`, or from the cache.
-            cache: Default: a new cache with room for at least 256 more tokens.
+            cache: Default: a new cache that grows, with room for at least 256 more tokens.
             logits_to_keep: compute logits of only this many last tokens; 0 = all.
 
         Raises:
@@ -222,9 +225,9 @@ class Keye(nn.Module):
         checks.check_given_together("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
         checks.check_given_together("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw)
         if cache is None:
-            cache = self.new_cache(batch_size, (length // CACHE_BLOCK_TOKENS + 2) * CACHE_BLOCK_TOKENS)
+            cache = self._new_cache(batch_size, slots_for(length))
         checks.check_cache(cache)
-        cache.check_capacity(batch_size, length)
+        cache.reserve(batch_size, length)
         if position_ids is not None:
             check_tensor("position_ids", position_ids, (3, batch_size, length), INTEGERS, input_ids)
         has_grids = image_grid_thw is not None or video_grid_thw is not None

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 
+from .cache import KVCache
 from .graphs import capture, logger, runs_triton
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ MIN_STEPS_TO_RECORD = 8  # capturing a graph takes about as long as this many st
 _failed: WeakSet = WeakSet()  # models for which capturing failed
 
 
-def recorded_step(model: "Keye", run: Callable[[], T], steps: int, generator: torch.Generator | None = None) -> Callable[[], T]:
+def recorded_step(
+    model: "Keye", cache: KVCache, run: Callable[[], T], steps: int, generator: torch.Generator | None = None
+) -> Callable[[], T]:
     """Returns a function that does what `run` does: a decoding step of `model` that reads and writes the same tensors each time.
+
+    Of these, only those of `cache` may be replaced between steps, by a larger cache. The graph is then captured again.
 
     With a graph, the result is overwritten by the next call. `generator` is the seeded generator that `run` uses.
     The step runs without a graph if fewer than MIN_STEPS_TO_RECORD `steps` are expected, on a CPU, in a model with
@@ -29,7 +34,7 @@ def recorded_step(model: "Keye", run: Callable[[], T], steps: int, generator: to
     """
     may_record = model.cuda_graphs and model.device.type == "cuda" and model not in _failed
     if may_record and steps >= MIN_STEPS_TO_RECORD and _can_record(model):
-        return _RecordedStep(model, run, generator)
+        return _RecordedStep(model, cache, run, generator)
     return run
 
 
@@ -42,23 +47,29 @@ def _can_record(model: "Keye") -> bool:
 class _RecordedStep(Generic[T]):
     """Runs the first step without a graph, to compile kernels and initialize libraries; captures the second one."""
 
-    def __init__(self, model: "Keye", run: Callable[[], T], generator: torch.Generator | None):
-        self.model, self.run, self.generator = model, run, generator
+    def __init__(self, model: "Keye", cache: KVCache, run: Callable[[], T], generator: torch.Generator | None):
+        self.model, self.cache, self.run, self.generator = model, cache, run, generator
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.is_warm = False
+        self.is_warm, self.slots = False, cache.max_length
 
     def __call__(self) -> T:
+        if self.cache.max_length != self.slots:  # the graph would write to the memory of the smaller cache
+            self.graph, self.is_warm, self.slots = None, False, self.cache.max_length
         if self.is_warm and self.graph is None and self.model not in _failed:
             self._record()
         if self.graph is None:
             self.is_warm = True
             return self.run()
+        self.cache.count += self.tokens
         self.graph.replay()
         return self.result
 
     def _record(self) -> None:
+        count = self.cache.count
         try:
             self.graph, self.result = capture(self.run, self.model.device, generator=self.generator)
+            self.tokens = self.cache.count - count
         except RuntimeError as error:
             _failed.add(self.model)
             logger.warning("decoding runs without CUDA graphs, because a step could not be recorded: %s", error)
+        self.cache.count = count  # a capture runs nothing

@@ -5,8 +5,8 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.model import generation
+from keye_kernels.model.cache import CACHE_BLOCK_TOKENS
 from keye_kernels.model.generation import Sampler
-from keye_kernels.model.keye import CACHE_BLOCK_TOKENS
 from tests.helpers.tiny import prompt, tiny_model
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -109,7 +109,9 @@ def test_generation_computes_the_last_logits_without_gradients_in_a_cache_of_exa
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", record)
-    monkeypatch.setattr(generation, "recorded_step", lambda m, run, n, *rest: steps.append(n) or recorded_step(m, run, n, *rest))
+    monkeypatch.setattr(
+        generation, "recorded_step", lambda m, c, run, n, *rest: steps.append(n) or recorded_step(m, c, run, n, *rest)
+    )
     assert model.generate(ids, max_new_tokens=4, eos_token_id=()).shape == (1, 10)
     assert calls == [(1, 10, False)] + [(None, 10, False)] * 3 and steps == [3]
 

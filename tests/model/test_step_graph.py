@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import keye_kernels as kk
 from keye_kernels.model import graphs, step_graph
 from keye_kernels.model.step_graph import MIN_STEPS_TO_RECORD, _RecordedStep, recorded_step
 from keye_kernels.ops.implementation import use_impl
+from tests.helpers.tiny import CONFIG
 
 
 class ModelOnGpu(nn.Module):
@@ -20,13 +22,17 @@ class ModelOnGpu(nn.Module):
         self.head.impl, self.cuda_graphs = "triton", True
 
 
+def tiny_cache(slots=8, grows=True):
+    return kk.KVCache(kk.KeyeConfig.from_dict(CONFIG), 1, slots, torch.float32, torch.device("cpu"), grows=grows)
+
+
 @pytest.fixture(autouse=True)
 def kernels_can_run(monkeypatch):
     monkeypatch.setattr("keye_kernels.ops.implementation._require_triton", lambda *_: None)
 
 
 def is_recorded(model, steps=MIN_STEPS_TO_RECORD):
-    return isinstance(recorded_step(model, lambda: None, steps), _RecordedStep)
+    return isinstance(recorded_step(model, tiny_cache(), lambda: None, steps), _RecordedStep)
 
 
 def test_steps_are_recorded_from_min_steps_on():
@@ -136,7 +142,7 @@ def calls(monkeypatch):
 def test_the_second_step_is_captured_and_replayed_from_then_on(waits, calls, monkeypatch):
     runs, generator = [], torch.Generator()
     monkeypatch.setattr(FakeGraph, "recorded", lambda: runs.append("replay"))
-    step = recorded_step(ModelOnGpu(), lambda: runs.append("run"), MIN_STEPS_TO_RECORD, generator)
+    step = recorded_step(ModelOnGpu(), tiny_cache(), lambda: runs.append("run"), MIN_STEPS_TO_RECORD, generator)
     step()
     assert runs == ["run"] and step.graph is None
     for _ in range(3):
@@ -148,7 +154,7 @@ def test_the_second_step_is_captured_and_replayed_from_then_on(waits, calls, mon
 
 def test_a_replay_gives_the_result_of_the_capture(waits):
     result = torch.zeros(1)
-    step = _RecordedStep(ModelOnGpu(), lambda: result, None)
+    step = _RecordedStep(ModelOnGpu(), tiny_cache(), lambda: result, None)
     FakeGraph.recorded = lambda: result.add_(1)
     assert [int(step()) for _ in range(3)] == [0, 1, 2]
 
@@ -166,7 +172,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(waits, calls, monke
 
     monkeypatch.setattr(FakeGraph, fails, fail)
     model, runs, generator = ModelOnGpu(), [], torch.Generator()
-    step = recorded_step(model, lambda: runs.append(1), MIN_STEPS_TO_RECORD, generator)
+    step = recorded_step(model, tiny_cache(), lambda: runs.append(1), MIN_STEPS_TO_RECORD, generator)
     for _ in range(4):
         step()
     # Each step, and the capture that ended with a failure
@@ -204,3 +210,23 @@ def test_torch_before_2_8_has_another_name_for_the_end_of_a_capture(waits, calls
     with pytest.raises(RuntimeError, match="operation not permitted"):
         graphs.capture(lambda: None, torch.device("cuda:3"), pool="pool")
     assert calls == [(old, 3, "pool"), ("_cuda_releasePool", 3, "pool")]
+
+
+def test_a_cache_that_grew_is_recorded_again(waits, monkeypatch):
+    """A graph writes to the memory that it was captured with, and counts the tokens of each replay."""
+    cache, slots, replayed = tiny_cache(), [], []
+
+    def run():
+        slots.append(cache.max_length)
+        cache.advance(torch.zeros(1, dtype=torch.int64), torch.ones(1, 1))
+
+    monkeypatch.setattr(FakeGraph, "recorded", lambda: replayed.append(slots[-1]))
+    step = recorded_step(ModelOnGpu(), cache, run, MIN_STEPS_TO_RECORD)
+    counts = []
+    for needed in (1, 1, 1, 9, 1, 1):
+        cache.reserve(1, needed)
+        step()
+        counts.append(cache.count)
+    # Each size: a step, a capture with the replay of it, a replay
+    assert slots == [8, 8, 512, 512] and replayed == [8, 8, 512, 512]
+    assert counts == [1, 2, 3, 4, 5, 6]

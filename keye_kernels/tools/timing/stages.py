@@ -196,7 +196,7 @@ def decode(model: Keye, batch_size: int, cached: int) -> BenchmarkCase:
             cache.keys[index][:, :cached], cache.values[index][:, :cached] = key.transpose(1, 2), value.transpose(1, 2)
         cache.valid[:, :cached] = True
         cache.is_empty = False
-        step = recorded_step(model, lambda: model(token, cache=cache).logits, steps=batch_size * cached)
+        step = recorded_step(model, cache, lambda: model(token, cache=cache).logits, steps=batch_size * cached)
 
         def call() -> Tensor:
             cache.length.fill_(cached)

@@ -6,15 +6,15 @@ CACHE, GENERATION, KEYE = (f"keye_kernels/model/{name}.py" for name in ("cache",
 CAPTURE, STATE, COPIES = "keye_kernels/model/graphs.py", "keye_kernels/model/token_state.py", "keye_kernels/host_copy.py"
 STATES = "tests/model/test_token_state.py"
 GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
-CALLS, TESTS = "tests/model/test_calls.py", "tests/model/test_generation.py"
+CALLS, TESTS, GROWTH = (f"tests/model/test_{name}.py" for name in ("calls", "generation", "cache_growth"))
 TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
 GRAPHS, SIZES, WARMUPS = (f"tests/model/test_{name}.py" for name in ("step_graph", "warmup_sizes", "warmup"))
 OPTIONS = "tests/model/test_small.py -k options"
 
 FAULTS = [
     # Cache
-    Fault(CACHE, "if used + tokens > self.max_length:", "if used + tokens >= self.max_length:", CALLS),
-    Fault(CACHE, "if used + tokens > self.max_length:", "if tokens > self.max_length:", CALLS),
+    Fault(CACHE, "if used + tokens <= self.max_length:", "if used + tokens < self.max_length:", CALLS),
+    Fault(CACHE, "if used + tokens <= self.max_length:", "if tokens <= self.max_length:", CALLS),
     Fault(CACHE, "stored.index_copy_(1, slots, new.detach()", "stored.index_copy_(1, slots, new", CALLS),
     Fault(
         CACHE,
@@ -71,10 +71,24 @@ FAULTS = [
     Fault(GENERATION, "cache=cache, logits_to_keep=1)", "cache=cache)", CALLS),
     Fault(
         GENERATION,
-        "model.new_cache(batch_size, max_length)",
-        "model.new_cache(batch_size, 2 * max_length)",
+        "min(slots_for(length), max_length)",
+        "slots_for(length)",
         CALLS,
     ),
+    Fault(GENERATION, "min(slots_for(length), max_length)", "max_length", GROWTH),
+    Fault(GENERATION, "cache.reserve(batch_size, 1, max_length)", "cache.reserve(batch_size, 1)", GROWTH),
+    Fault(CACHE, "slots = max(2 * self.max_length, slots_for(used + tokens))", "slots = slots_for(used + tokens)", GROWTH),
+    Fault(
+        CACHE,
+        "self.keys[layer], self.values[layer]\n            self",
+        "self.keys[layer], self.keys[layer]\n            self",
+        GROWTH,
+    ),
+    Fault(CACHE, "    @torch.inference_mode(False)\n", "", GROWTH),
+    Fault(CACHE, "self.is_empty, self.count = True, 0", "self.is_empty = True", GROWTH),
+    Fault(GRAPH, "if self.cache.max_length != self.slots:", "if False:", GRAPHS),
+    Fault(GRAPH, "self.graph, self.is_warm, self.slots = None, False,", "self.graph, self.slots = None,", GRAPHS),
+    Fault(GRAPH, "        self.cache.count = count  # a capture runs nothing\n", "", GRAPHS),
     Fault(GENERATION, "max_new_tokens - 1, generator)", "max_new_tokens, generator)", CALLS),
     Fault(GENERATION, "            streamer.put(chosen)\n", "            streamer.put(chosen[:1])\n", TESTS),
     Fault(GENERATION, "        self._write_new(self.decode(self.ids))\n        self.ids", "        self.ids", CALLS),

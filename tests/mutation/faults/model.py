@@ -79,7 +79,7 @@ FAULTS = [
     Fault(CHECKS, "if len(given) == 2:", "if len(given) == 3:", OFFICIAL),
     Fault(CHECKS, "    if device is not None:\n", "    if False:\n", OFFICIAL),
     Fault(CHECKS, "starts.sum(1) > 1", "starts.sum(1) > 2", GENERATION),
-    Fault(KEYE, "(length // CACHE_BLOCK_TOKENS + 2)", "(length // CACHE_BLOCK_TOKENS + 1)", CALLS),
+    Fault("keye_kernels/model/cache.py", "(tokens // CACHE_BLOCK_TOKENS + 2)", "(tokens // CACHE_BLOCK_TOKENS + 1)", CALLS),
     Fault(KEYE, "if length == 1 and not cache.is_empty and not has_grids:", "if length == 1 and not cache.is_empty:", TURNS),
     Fault(KEYE, "cache.rope_deltas + (deltas if has_grids", "(deltas if has_grids", TURNS),
     Fault(KEYE, "else mask.sum(1, keepdim=True) - length)", "else 0)", TURNS),

@@ -73,7 +73,7 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: TextBatch, cache: KVCache | None) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in self.qkv_proj(x))
+        q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in fused.split_linear(x, self.qkv_proj, self.impl))
         rotation = batch.position_ids, batch.inv_freq, self.mrope_section
         norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight, "eps": self.q_norm.eps}
         if cache is not None and self._writes_with_rope(k, batch, cache):
@@ -90,7 +90,7 @@ class TextAttention(nn.Module):
             out = ops.varlen_attention(q, k, v, batch.segments, causal=True, impl=impl)
         else:
             out = self._attend_to_cache(q, batch, cache)
-        return self.o_proj(out.flatten(1))
+        return fused.linear(out.flatten(1), self.o_proj, self.impl)
 
     def _writes_with_rope(self, k: Tensor, batch: TextBatch, cache: KVCache) -> bool:
         """Whether k and v are needed in the cache only, and one launch can write them."""
@@ -119,8 +119,7 @@ class TextMLP(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The input of `down_proj`."""
-        gate, up = self.gate_up_proj(x)
-        return fused.silu_mul(gate, up, self.impl)
+        return fused.linear_silu_mul(x, self.gate_up_proj, self.impl)
 
 
 class TextLayer(nn.Module):

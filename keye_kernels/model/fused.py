@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.ops.implementation import impl_for, resolve
+from keye_kernels.ops.linear_few_rows import MAX_ROWS, prefers_triton
 from keye_kernels.plain import PLAIN_TENSORS, calls_forward, has_plain_weights
 
-from .linear import Linear
+from .linear import FusedLinear, Linear
 
 QUICK_GELU = 1.702
 # Layers whose weights are read. `patching` adds the RMSNorm classes of models that it knows.
-FUSED_TYPES: set[type[nn.Module]] = {nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear}
+FUSED_TYPES: set[type[nn.Module]] = {nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear, FusedLinear}
 
 
 def impl_for_layer(layer: nn.Module) -> str:
@@ -53,10 +54,29 @@ def silu_mul(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
     return F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
 
 
+def linear(x: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
+    """module(x) for a linear layer with one output."""
+    return _few_rows(x, module) if _runs_few_rows(x, module, impl) else module(x)
+
+
+def split_linear(x: Tensor, module: FusedLinear, impl: str = "auto") -> tuple[Tensor, ...]:
+    """module(x): each projection."""
+    return _few_rows(x, module).split(module.sizes, dim=-1) if _runs_few_rows(x, module, impl) else module(x)
+
+
+def linear_silu_mul(x: Tensor, module: FusedLinear, impl: str = "auto") -> Tensor:
+    """silu(gate) * up of the two projections of `module`."""
+    if _runs_few_rows(x, module, impl, silu_mul=True):
+        return _few_rows(x, module, silu_mul=True)
+    return silu_mul(*module(x), impl)
+
+
 def add_linear(x: Tensor, residual: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
     """residual + module(x), for a linear layer without a bias. `residual` is overwritten where the matmul adds to it."""
     is_simple = module.bias is None and (residual.ndim == 2 or residual.is_contiguous())
     if is_simple and _fuses(x, impl, module) and x.dtype == residual.dtype:
+        if _runs_few_rows(x, module, impl):
+            return _few_rows(x, module, residual=_rows(residual))
         _rows(residual).addmm_(_rows(x), module.weight.t())
         return residual
     return residual + module(x)
@@ -90,6 +110,15 @@ def has_gelu_epilogue(x: Tensor, weight: Tensor, impl: str = "auto") -> bool:
 def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of x @ weightᵀ + bias, in the epilogue of the matmul."""
     return _shaped(torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True), x)
+
+
+def _runs_few_rows(x: Tensor, module: nn.Linear, impl: str, silu_mul: bool = False) -> bool:
+    """Whether a table of launch configs says that the kernel for few rows is faster than torch's matmul."""
+    return x.numel() <= MAX_ROWS * x.shape[-1] and _fuses(x, impl, module) and prefers_triton(_rows(x), module.weight, silu_mul)
+
+
+def _few_rows(x: Tensor, module: nn.Linear, **options: Any) -> Tensor:
+    return _shaped(ops.linear_few_rows(_rows(x), module.weight, module.bias, **options, impl="triton"), x)
 
 
 def _fuses(x: Tensor, impl: str, *modules: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from .elementwise import add_norm, silu_mul
 from .implementation import use_impl
+from .linear_few_rows import linear_few_rows
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
 from .rope import rope_2d, rope_3d
@@ -11,6 +12,7 @@ from .vision_batch import build_vision_batch as build_vision_batch
 
 __all__ = [
     "add_norm",
+    "linear_few_rows",
     "patch_merge_projection",
     "position_embedding_2d",
     "rope_2d",

@@ -13,9 +13,10 @@ from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "KEYE_KERNELS_IMPL"
 # The names that each operator takes besides "auto". "torch" stands for torch's own library: its FlashAttention-2 in
-# varlen_attention, its matmuls (cuBLAS or hipBLAS) in patch_merge_projection. "flash_attn" is the package of that name.
+# varlen_attention, its matmuls (cuBLAS or hipBLAS) in TORCH_MATMULS. "flash_attn" is the package of that name.
 IMPLEMENTATIONS = {
     "add_norm": ("reference", "triton"),
+    "linear_few_rows": ("reference", "triton", "torch"),
     "patch_merge_projection": ("reference", "triton", "torch"),
     "position_embedding_2d": ("reference", "triton"),
     "rope_2d": ("reference", "triton"),
@@ -24,7 +25,8 @@ IMPLEMENTATIONS = {
     "silu_mul": ("reference", "triton"),
     "varlen_attention": ("reference", "triton", "torch", "flash_attn"),
 }
-LIBRARY_OPERATORS = ("patch_merge_projection", "varlen_attention")  # on a GPU, "auto" may choose a library for a call of these
+TORCH_MATMULS = ("linear_few_rows", "patch_merge_projection")  # with "torch", these still run Triton kernels besides the matmuls
+LIBRARY_OPERATORS = (*TORCH_MATMULS, "varlen_attention")  # on a GPU, "auto" may choose a library for a call of these
 ALL_IMPLEMENTATIONS = ("auto", "reference", "triton", "torch", "flash_attn")
 
 _default: ContextVar[str | None] = ContextVar("keye_kernels_impl", default=None)
@@ -76,7 +78,7 @@ def resolve(impl: str, operator: str, device: torch.device, dtype: torch.dtype =
         impl = "triton" if device.type == "cuda" and has_triton() and dtype != torch.float64 else "reference"
         if impl == "reference" or operator not in LIBRARY_OPERATORS:
             log_choice(operator, impl, device.type)
-    if impl == "triton" or (impl == "torch" and operator == "patch_merge_projection"):
+    if impl == "triton" or (impl == "torch" and operator in TORCH_MATMULS):
         _require_triton(impl, operator, device)
         if dtype == torch.float64:  # the kernels accumulate in float32
             types = "float32, float16 or bfloat16"

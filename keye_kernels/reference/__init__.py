@@ -6,7 +6,7 @@ Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 """
 
 from .elementwise import add_norm, silu_mul
-from .linear import linear
+from .linear import linear, linear_few_rows
 from .patch_merge import patch_merge_projection
 from .position_embedding_2d import position_embedding_2d
 from .rope import compute_dtype, rms_norm, rope, rope_to_cache, rotate, rotation_tables, write_slots
@@ -16,6 +16,7 @@ __all__ = [
     "add_norm",
     "compute_dtype",
     "linear",
+    "linear_few_rows",
     "patch_merge_projection",
     "position_embedding_2d",
     "rms_norm",

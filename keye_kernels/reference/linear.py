@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rope import compute_dtype
+
 # Below this, the call overhead of oneDNN or of a split GEMV is larger than the gain
 MIN_MULTIPLY_ADDS = 1 << 20
 MAX_GEMV_PARTS = 32
@@ -24,6 +26,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def linear_few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+) -> Tensor:  # fmt: skip
+    """linear(x [T, in]) + residual [T, out]; with `silu_mul`, silu(gate) * up of the halves of the linear layer, in its place."""
+    wide = compute_dtype(x)
+    if not silu_mul and residual is None:
+        return linear(x, weight, bias)
+    out = linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    if silu_mul:
+        gate, up = out.chunk(2, dim=1)
+        out = F.silu(gate) * up
+    return (out if residual is None else out + residual).to(x.dtype)
 
 
 def uses_cpu_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

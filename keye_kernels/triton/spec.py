@@ -46,7 +46,7 @@ class CompileVariant:
 
 @dataclass(frozen=True)
 class TuningShape:
-    """One launch to tune for: `count` segments of `size` rows each. `part`: "vision", "text", "linear_1" or "linear_2"."""
+    """One launch to tune for: `count` segments of `size` rows each. `part`: "vision", "text", or the name of a linear layer."""
 
     kernel: str
     part: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keye_kernels import ops
 from keye_kernels.ops.implementation import impl_for, resolve
-from keye_kernels.ops.linear_few_rows import MAX_ROWS, prefers_triton
+from keye_kernels.ops.linear_few_rows import prefers_triton
 from keye_kernels.plain import PLAIN_TENSORS, calls_forward, has_plain_weights
 
 from .linear import FusedLinear, Linear
@@ -68,7 +68,8 @@ def linear_silu_mul(x: Tensor, module: FusedLinear, impl: str = "auto") -> Tenso
     """silu(gate) * up of the two projections of `module`."""
     if _runs_few_rows(x, module, impl, silu_mul=True):
         return _few_rows(x, module, silu_mul=True)
-    return silu_mul(*module(x), impl)
+    gate, up = module(x)
+    return silu_mul(gate, up, impl)
 
 
 def add_linear(x: Tensor, residual: Tensor, module: nn.Linear, impl: str = "auto") -> Tensor:
@@ -114,7 +115,7 @@ def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _runs_few_rows(x: Tensor, module: nn.Linear, impl: str, silu_mul: bool = False) -> bool:
     """Whether a table of launch configs says that the kernel for few rows is faster than torch's matmul."""
-    return x.numel() <= MAX_ROWS * x.shape[-1] and _fuses(x, impl, module) and prefers_triton(_rows(x), module.weight, silu_mul)
+    return _fuses(x, impl, module) and prefers_triton(_rows(x), module.weight, silu_mul)
 
 
 def _few_rows(x: Tensor, module: nn.Linear, **options: Any) -> Tensor:

@@ -17,7 +17,7 @@ from keye_kernels.ops.checks import INTEGERS, check_tensor
 from keye_kernels.ops.implementation import check_impl, impl_for
 from keye_kernels.pixel_norm import PixelNorm
 
-from . import checks
+from . import checks, fused
 from .cache import KeyeOutput, KVCache, slots_for
 from .checkpoint import STORED_DTYPES, allocate, load_weights, matching_tensors
 from .config import KeyeConfig, check_number, read_json
@@ -41,7 +41,7 @@ class Keye(nn.Module):
         check_impl(impl)
         if not isinstance(cuda_graphs, bool):
             raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r:.100}")
-        self.config, self.cuda_graphs = config, cuda_graphs
+        self.config, self.impl, self.cuda_graphs = config, impl, cuda_graphs
         self.generation_config: dict = {}
         self.visual = VisionTower(config.vision_config, edition_of(config.model_type).segment_by_frame, impl)
         self.mlp_AR = Projector(config, impl_for("patch_merge_projection", impl))
@@ -261,7 +261,8 @@ class Keye(nn.Module):
         if hidden is None:
             hidden = self.model(*inputs)
         cache.rope_deltas = deltas
-        return KeyeOutput(self.lm_head(hidden[:, -logits_to_keep:]), cache, cache.rope_deltas)
+        logits = fused.linear(hidden[:, -logits_to_keep:], self.lm_head, self.impl)
+        return KeyeOutput(logits, cache, cache.rope_deltas)
 
     @torch.no_grad()
     def generate(

@@ -71,7 +71,8 @@ def prefers_triton(x: Tensor, weight: Tensor, silu_mul: bool) -> bool:
     """Whether impl="auto" runs the kernel on a GPU with Triton. Arguments are not checked."""
     from keye_kernels.triton.linear_few_rows import runs_in_triton
 
-    return weight.is_contiguous() and runs_in_triton(x.device, x.dtype, x.shape[0], *weight.shape, silu_mul)
+    rows, (columns, width) = x.shape[0], weight.shape
+    return rows <= MAX_ROWS and weight.is_contiguous() and runs_in_triton(x.device, x.dtype, rows, (columns, width), silu_mul)
 
 
 def _backend(x, impl):

@@ -1,4 +1,4 @@
-"""Linear layer of at most MAX_ROWS rows, whose time is that of reading the weight. Symbols: T rows, IN and OUT features."""
+"""Linear layer of at most 16 rows, whose time is that of reading the weight. Symbols: T rows, IN and OUT features."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from torch import Tensor
 from .device import Arch, device_arch
 from .launch import Kernel
 from .launch_config import Config, ConfigKey, cache_config, cdiv, dtype_name, launch_config, log_once, next_power_of_2
-from .linear_few_rows_cases import MAX_ROWS
 from .linear_few_rows_kernel import linear_few_rows_kernel
 from .silu_mul import silu_mul as silu_mul_kernel
 from .spec import TRITON_VERSION
@@ -79,10 +78,10 @@ def _torch_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return out if residual is None else out.add_(residual)
 
 
-def runs_in_triton(device: torch.device, dtype: torch.dtype, rows: int, weight_rows: int, width: int, silu_mul: bool) -> bool:
-    """Whether the launch config of a call chooses the kernel."""
-    columns = weight_rows // 2 if silu_mul else weight_rows
-    return rows <= MAX_ROWS and _config(device, dtype, rows, columns, width, silu_mul)["backend"] == "triton"
+def runs_in_triton(device: torch.device, dtype: torch.dtype, rows: int, weight: tuple[int, int], silu_mul: bool) -> bool:
+    """Whether the launch config of a call chooses the kernel; `weight` is the shape of the weight."""
+    columns = weight[0] // 2 if silu_mul else weight[0]
+    return _config(device, dtype, rows, columns, weight[1], silu_mul)["backend"] == "triton"
 
 
 def launch_constants(config: Config, dtype: torch.dtype, rows: int, width: int, arch: Arch) -> Config:

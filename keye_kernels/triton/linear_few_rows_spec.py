@@ -7,9 +7,9 @@ from torch import Tensor
 
 from . import spec
 from .device import Arch
-from .launch_config import Config, ConfigKey
+from .launch_config import Config, ConfigKey, next_power_of_2
 from .linear_few_rows import config_key, has_pdl, heuristic, launch_constants, linear_few_rows, linear_few_rows_kernel, uses_dot
-from .linear_few_rows_cases import LAYERS, MAX_ROWS
+from .linear_few_rows_cases import LAYERS, MAX_ROWS, Layer
 
 SHIPPED_ROWS = (1, 4, 8, 16)  # one for each kind of loop and number of sums
 COUNTED_COLUMNS, COUNTED_WIDTH = 64, 4096
@@ -20,17 +20,18 @@ class LinearFewRowsSpec(spec.KernelSpec):
 
     def shapes(self, workload: spec.Workload) -> list[spec.TuningShape]:
         rows = [batch for batch in workload.get("decode", []) if batch <= MAX_ROWS]
-        return [spec.TuningShape(self.name, part, 1, count) for part in LAYERS for count in rows]
+        return [spec.TuningShape(self.name, part_of(layer, count), 1, count) for layer in LAYERS for count in rows]
 
     def config_key(self, shape: spec.TuningShape, dtype: str) -> ConfigKey:
-        layer = LAYERS[shape.part]
+        layer, _ = layer_and_rows(shape.part)
         return config_key(shape.total, layer.columns, layer.width, spec.TORCH_DTYPES[dtype], layer.silu_mul)
 
     def part_of(self, key: ConfigKey) -> str:
-        return next(part for part, layer in LAYERS.items() if (layer.columns, layer.width) == (key["columns"], key["width"]))
+        found = (name for name, layer in LAYERS.items() if (layer.columns, layer.width) == (key["columns"], key["width"]))
+        return part_of(next(found), int(key["block_rows"]))
 
     def heuristic(self, shape: spec.TuningShape, dtype: str, arch: Arch) -> Config:
-        return heuristic(arch, shape.total, spec.TORCH_DTYPES[dtype], LAYERS[shape.part].silu_mul)
+        return heuristic(arch, shape.total, spec.TORCH_DTYPES[dtype], layer_and_rows(shape.part)[0].silu_mul)
 
     def candidates(self, shape: spec.TuningShape, arch: Arch, heuristic: Config) -> list[Config]:
         warps = heuristic["num_warps"]
@@ -47,7 +48,8 @@ class LinearFewRowsSpec(spec.KernelSpec):
     def tuning_problem(
         self, shape: spec.TuningShape, dtype: str, device: torch.device, reference: ModuleType
     ) -> spec.TuningProblem:
-        normal, (columns, width, silu_mul, has_residual) = spec.random_inputs(dtype, device), LAYERS[shape.part]
+        columns, width, silu_mul, has_residual = layer_and_rows(shape.part)[0]
+        normal = spec.random_inputs(dtype, device)
         x, weight = normal(shape.total, width), normal(columns * (1 + silu_mul), width, scale=width**-0.5)
         residual = normal(shape.total, columns) if has_residual else None
 
@@ -61,21 +63,17 @@ class LinearFewRowsSpec(spec.KernelSpec):
         return spec.TuningProblem(launch, expect, torch.arange(shape.total, device=device))
 
     def variants(self, part: str, dtype: str, arch: Arch, config: Config) -> list[spec.CompileVariant]:
-        """Launches with as many rows as a config of this kind is for at most."""
-        if config["backend"] != "triton":
-            return []
-        return [_variant(part, dtype, arch, config, MAX_ROWS if "BLOCK_N" in config else 1)]
+        return [_variant(part, dtype, arch, config)] if config["backend"] == "triton" else []
 
     def shipped_variants(self, arch: Arch) -> list[spec.CompileVariant]:
-        """Both epilogues in each dtype. The other parts differ from qkv in the number of programs only."""
-        kinds = [(part, dtype) for part in ("gate_up", "down") for dtype in spec.TORCH_DTYPES] + [("qkv", "bf16")]
+        """Both epilogues in each dtype. The other layers differ from qkv in the number of programs only."""
+        kinds = [(layer, dtype) for layer in ("gate_up", "down") for dtype in spec.TORCH_DTYPES] + [("qkv", "bf16")]
         found = []
-        for part, dtype in kinds:
+        for layer, dtype in kinds:
             for rows in SHIPPED_ROWS:
-                config = heuristic(arch, rows, spec.TORCH_DTYPES[dtype], LAYERS[part].silu_mul)
-                found.append(_variant(part, dtype, arch, config, rows))
-                if dtype == "bf16" and has_pdl(arch):
-                    found.append(_variant(part, dtype, arch, config | {"use_pdl": True}, rows))
+                config = heuristic(arch, rows, spec.TORCH_DTYPES[dtype], LAYERS[layer].silu_mul)
+                for use_pdl in (False, True) if dtype == "bf16" and has_pdl(arch) else (False,):
+                    found.append(_variant(part_of(layer, rows), dtype, arch, config | {"use_pdl": use_pdl}))
         return found
 
     def counted_cases(self, vision_batch: spec.BuildBatch) -> list[spec.CountedCase]:
@@ -94,8 +92,18 @@ class LinearFewRowsSpec(spec.KernelSpec):
         return cases
 
 
-def _variant(part: str, dtype: str, arch: Arch, config: Config, rows: int) -> spec.CompileVariant:
-    layer, data = LAYERS[part], f"*{dtype}:16"
+def part_of(layer: str, rows: int) -> str:
+    """The number of rows is in the name of a part, because a config may need too many registers for more rows."""
+    return f"{layer} {next_power_of_2(rows)} rows"
+
+
+def layer_and_rows(part: str) -> tuple[Layer, int]:
+    layer, rows, _ = part.split()
+    return LAYERS[layer], int(rows)
+
+
+def _variant(part: str, dtype: str, arch: Arch, config: Config) -> spec.CompileVariant:
+    (layer, rows), data = layer_and_rows(part), f"*{dtype}:16"
     constants = launch_constants(config, spec.TORCH_DTYPES[dtype], rows, layer.width, arch)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages", 3)
     constants.pop("launch_pdl", None)
@@ -103,9 +111,9 @@ def _variant(part: str, dtype: str, arch: Arch, config: Config, rows: int) -> sp
         "out_ptr": data, "x_ptr": data, "weight_ptr": data, "bias_ptr": None, "residual_ptr": data if layer.residual else None,
         "num_rows": "i32", "IN": layer.width, "OUT": layer.columns, "SILU_MUL": layer.silu_mul, **constants,
     }  # fmt: skip
-    label = f"{part} {dtype} {constants['BLOCK_T']} rows{' PDL' if constants['USE_PDL'] else ''}"
+    label = f"{part} {dtype}{' PDL' if constants['USE_PDL'] else ''}"
     # Those with a loop that is not unrolled: its accesses are counted
-    in_forward = label in ("down bf16 1 rows", "down bf16 8 rows", "gate_up bf16 8 rows")
+    in_forward = label in ("down 1 rows bf16", "down 8 rows bf16", "gate_up 8 rows bf16")
     return spec.CompileVariant(linear_few_rows_kernel, label, signature, warps, stages, constants["SLICES"] > 0, in_forward)
 
 

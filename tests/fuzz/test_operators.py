@@ -279,3 +279,25 @@ def test_add_norm(arguments: dict[str, Any]) -> None:
 @given(arguments=row_arguments(("gate", "up")))
 def test_silu_mul(arguments: dict[str, Any]) -> None:
     check_operator(ops.silu_mul, arguments)
+
+
+@st.composite
+def few_rows_arguments(draw: Any) -> dict[str, Any]:
+    rows, width, columns = draw(SIZES), draw(st.sampled_from([1, 8, 17, 40, 0])), draw(st.sampled_from([0, 1, 2, 7, 20]))
+    dtype, silu_mul = draw(FLOATS), draw(st.booleans())
+    arguments = {
+        "x": random((rows, width), dtype, 0),
+        "weight": random((columns * 2 if silu_mul else columns, width), dtype, 1),
+        "silu_mul": silu_mul,
+    }
+    if draw(st.booleans()):
+        arguments["bias"] = random((len(arguments["weight"]),), dtype, 2)
+    if draw(st.booleans()):
+        arguments["residual"] = random((rows, columns), dtype, 3)
+    return with_changes(draw, arguments)
+
+
+@fuzz(40)
+@given(arguments=few_rows_arguments())
+def test_linear_few_rows(arguments: dict[str, Any]) -> None:
+    check_operator(ops.linear_few_rows, arguments)

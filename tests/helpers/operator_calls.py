@@ -42,6 +42,10 @@ def cases():
     yield "add-layer-norm", kk.ops.add_norm, (x, residual, norm_weight, bias), {}
     yield "rms-norm", kk.ops.add_norm, (x, None, norm_weight), {}
     yield "silu-mul", kk.ops.silu_mul, (x.clone(), up), {}
+    weight, residual = torch.randn(6, 8, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    few_rows = x.clone(), weight, torch.randn(6, dtype=torch.float64)
+    yield "few-rows", kk.ops.linear_few_rows, few_rows, {"residual": residual}
+    yield "few-rows-silu-mul", kk.ops.linear_few_rows, few_rows[:2], {"silu_mul": True}
     yield "positions", kk.ops.position_embedding_2d, (features, table, grid), {}
 
 

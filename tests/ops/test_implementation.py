@@ -19,6 +19,7 @@ from keye_kernels.ops.implementation import (
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 VARIABLE = "KEYE_KERNELS_IMPL"
+TORCH = (("torch", "patch_merge_projection"), ("torch", "linear_few_rows"))
 
 
 class OnGpu(torch.Tensor):
@@ -89,7 +90,7 @@ def test_kernels_on_a_cpu_need_the_interpreter(interpret, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
     else:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    for impl, operator in (("triton", "rope_2d"), ("triton", "varlen_attention"), ("torch", "patch_merge_projection")):
+    for impl, operator in (("triton", "rope_2d"), ("triton", "varlen_attention"), *TORCH):
         with pytest.raises(ValueError, match=f"impl='{impl}' of {operator} needs tensors on a CUDA or ROCm device, got cpu"):
             resolve(impl, operator, CPU)
         assert resolve(impl, operator, GPU) == impl
@@ -98,12 +99,12 @@ def test_kernels_on_a_cpu_need_the_interpreter(interpret, monkeypatch):
 
 
 def test_kernels_need_triton_and_no_float64(monkeypatch):
-    for impl, operator in (("triton", "rope_3d"), ("torch", "patch_merge_projection")):
+    for impl, operator in (("triton", "rope_3d"), *TORCH):
         with pytest.raises(TypeError, match=r"takes float32, float16 or bfloat16 tensors, got torch\.float64"):
             resolve(impl, operator, GPU, torch.float64)
     assert resolve("reference", "rope_3d", GPU, torch.float64) == "reference"
     monkeypatch.setattr(implementation, "has_triton", lambda: False)
-    for impl, operator in (("triton", "rope_3d"), ("torch", "patch_merge_projection")):
+    for impl, operator in (("triton", "rope_3d"), *TORCH):
         with pytest.raises(ValueError, match="needs Triton, which is not installed"):
             resolve(impl, operator, GPU)
 

@@ -29,7 +29,7 @@ def prepare_on_cpu(monkeypatch):
 def checked(monkeypatch):
     """The operators whose arguments were checked."""
     names = []
-    files = "elementwise", "patch_merge", "position_embedding_2d", "rope", "rope_cache", "varlen_attention"
+    files = "elementwise", "linear_few_rows", "patch_merge", "position_embedding_2d", "rope", "rope_cache", "varlen_attention"
     for module in map(import_module, (f"keye_kernels.ops.{name}" for name in files)):
         check = module.check_impl
         monkeypatch.setattr(module, "check_impl", lambda impl, name, check=check: names.append(name) or check(impl, name))
@@ -70,6 +70,12 @@ def silu_mul(seed=0, impl="triton", **_):
     return (ops.silu_mul(heads(5, 24, seed=seed), heads(5, 24, seed=seed + 1), impl=impl),)
 
 
+def few_rows(seed=0, silu_mul=False, residual=True, impl="triton", **_):
+    x, weight, bias = heads(3, 24, seed=seed), heads(10, 24, seed=seed + 1), heads(10, seed=seed + 2)
+    added = heads(3, 5 if silu_mul else 10, seed=seed + 3) if residual else None
+    return (ops.linear_few_rows(x, weight, bias, residual=added, silu_mul=silu_mul, impl=impl),)
+
+
 def rotate_to_cache(seed=0, cache_slots=5, slots=(4, 0, 2), sections=(2, 2, 4), impl="triton", **options):
     q, k, v = (heads(6, count, 16, seed=seed + i) for i, count in enumerate((4, 2, 2)))
     caches = [torch.zeros(2, cache_slots, 2, 16) for _ in range(2)]
@@ -98,6 +104,7 @@ CALLS = {
     "position_embedding_2d": add_positions,
     "add_norm": add_norm,
     "silu_mul": silu_mul,
+    "linear_few_rows": few_rows,
     "rope_2d": lambda **options: rotate_2d(**options)[2],
     "rope_3d": rotate_3d,
     "rope_3d_to_cache": rotate_to_cache,
@@ -121,7 +128,7 @@ def test_a_repeated_call_skips_the_checks_and_computes_with_the_new_values(name,
 def test_results_of_repeated_calls_are_new_tensors():
     segments = Segments.from_lengths((3, 5), CPU)
     with torch.no_grad():
-        for call in (lambda: attend(segments=segments, lse=True), rotate_2d_outputs, add_norm, silu_mul):
+        for call in (lambda: attend(segments=segments, lse=True), rotate_2d_outputs, add_norm, silu_mul, few_rows):
             first, second = call(), call()
             assert {x.data_ptr() for x in first}.isdisjoint(x.data_ptr() for x in second)
 

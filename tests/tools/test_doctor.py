@@ -17,8 +17,8 @@ from keye_kernels.triton import device, launch_config, varlen_attention
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
 OPERATORS = [
-    "add_norm", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache", "silu_mul",
-    "varlen_attention",
+    "add_norm", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache",
+    "silu_mul", "varlen_attention",
 ]  # fmt: skip
 
 
@@ -195,7 +195,9 @@ def test_the_launch_config_table_in_effect_is_named(h100, monkeypatch):
 
 def test_the_backends_of_impl_auto_are_shown(h100):
     rows = machine.find_backends("cuda")
-    assert {(row["kernel"], row["backend"]) for row in rows} == {("linear", "torch"), ("varlen_attention", "triton")}
+    assert {(row["kernel"], row["backend"]) for row in rows} == {
+        ("linear", "torch"), ("linear_few_rows", "torch"), ("varlen_attention", "triton")
+    }  # fmt: skip
     key = varlen_attention.config_key(torch.bfloat16, 72, 1024, False)
     h100.parent.mkdir()
     entry = {**key, "config": {"backend": "torch"}, "median_us": 1.0}
@@ -209,16 +211,18 @@ def test_the_backends_of_impl_auto_are_shown(h100):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_implementation_of_the_projector_names_the_backend_of_its_matmuls(backend, h100, monkeypatch):
+def test_the_implementation_names_the_backend_of_the_matmuls(backend, h100, monkeypatch):
     monkeypatch.setattr(doctor, "find_device", lambda packages: ({"type": "cuda"}, []))
     monkeypatch.setattr(
         doctor, "self_test", lambda device, impl: ({"implementation": impl, "operators": 5, "failed": [], "seconds": 0}, [])
     )
     linear = {"kernel": "linear", "use": "linear_1, 1 x 256", "backend": backend}
-    monkeypatch.setattr(doctor, "find_backends", lambda device: [linear])
+    few_rows = [{"kernel": "linear_few_rows", "use": "o 1 rows, 1 x 1", "backend": name} for name in ("torch", "triton")]
+    monkeypatch.setattr(doctor, "find_backends", lambda device: [linear, *few_rows])
     found = doctor.diagnose()
     implementations = {row["operator"]: row["implementation"] for row in found.operators}
     projector = "triton, matmuls: torch" if backend == "torch" else "triton"
     assert implementations.pop("patch_merge_projection") == projector
+    assert implementations.pop("linear_few_rows") == "triton, matmuls: torch or triton"
     assert set(implementations.values()) == {"triton"} and found.self_test["implementation"] == "triton"
     assert f"patch_merge_projection   {projector} (" in doctor.to_text(found)

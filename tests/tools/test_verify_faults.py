@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_FAULTS = {
     "add_norm": (2e-7, 1.5),
     "silu_mul": (1.2e-5, 1.5),
+    "linear_few_rows": (1e-5, 1.5),
     "position_embedding_2d": (1.6e-6, 1.5),
     "rope_2d": (7e-6, 1.5),
     "rope_3d": (1e-5, 1.5),

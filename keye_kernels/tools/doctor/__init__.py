@@ -17,6 +17,9 @@ from keye_kernels.tools.running import summary
 from .machine import find_backends, find_device, find_operators, find_tables, self_test
 from .versions import Problem, find_packages, guarded, torchs_triton, version_problems
 
+# The kernel whose launch config chooses the backend of an operator's matmuls
+MATMUL_KERNELS = {"patch_merge_projection": "linear", "linear_few_rows": "linear_few_rows"}
+
 
 @dataclass
 class Diagnosis:
@@ -58,9 +61,10 @@ def diagnose() -> Diagnosis:
     used = {row["implementation"] for row in found.operators if row["implementation"] not in ("flash_attn", "torch")}
     if len(used) == 1 and None not in used:
         found.self_test = probe("the self-test cannot run", lambda: self_test(kind, used.pop()), {})
-    matmuls = sorted({row["backend"] for row in found.backends if row["kernel"] == "linear"})
     for row in found.operators:
-        if (row["operator"], row["implementation"]) == ("patch_merge_projection", "triton") and matmuls not in ([], ["triton"]):
+        kernel = MATMUL_KERNELS.get(row["operator"])
+        matmuls = sorted({backend["backend"] for backend in found.backends if backend["kernel"] == kernel})
+        if row["implementation"] == "triton" and matmuls not in ([], ["triton"]):
             row["implementation"] = f"triton, matmuls: {' or '.join(matmuls)}"
     return found
 

@@ -13,7 +13,10 @@ from keye_kernels.triton.device import MULTIPROCESSORS, Arch
 from keye_kernels.triton.registry import kernel_names, kernel_spec
 from keye_kernels.triton.spec import TuningShape
 
-BUCKET = {"rope": "tokens", "position_embedding_2d": "patches", "varlen_attention": "max_seqlen"}  # else rows
+# else rows
+BUCKET = {
+    "rope": "tokens", "position_embedding_2d": "patches", "varlen_attention": "max_seqlen", "linear_few_rows": "block_rows"
+}  # fmt: skip
 H100 = Arch("sm_90")
 
 
@@ -42,6 +45,7 @@ def test_the_workload_of_keye_8b_covers_small_and_large_sizes():
         sizes[shape.kernel].append(config_key(shape)[BUCKET.get(shape.kernel, "rows")])
     assert min(sizes["rope"]) == 1 and max(sizes["rope"]) == 2**19  # one decoded token; 64 images of 5120 patches
     assert min(sizes["varlen_attention"]) <= 256 and max(sizes["varlen_attention"]) == 2**15
+    assert sorted(sizes["linear_few_rows"]) == sorted([1, 2, 4, 8, 16] * 5)
     for kernel in ("patch_merge_norm", "linear"):
         assert min(sizes[kernel]) == 64 and max(sizes[kernel]) == 2**17
 
@@ -78,7 +82,10 @@ def test_a_bad_workload_file_is_rejected_with_the_expected_form(content, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "softmax"], "add_norm, linear, patch_merge_norm, position_embedding_2d, rope, silu_mul, varlen_attention"),
+        (
+            ["--kernel", "softmax"],
+            "add_norm, linear, linear_few_rows, patch_merge_norm, position_embedding_2d, rope, silu_mul, varlen_attention",
+        ),
         (["--dry-run", "--target", "sm_99"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--dry-run"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--shapes", "large"], "keye-8b, small or a JSON file"),

@@ -55,28 +55,28 @@ def segments(*offsets):
     return Segments(torch.empty(len(offsets), dtype=torch.int32, device=CUDA), TOKENS)
 
 
-def run(layer, config, *arguments):
-    x = torch.empty(TOKENS, config.hidden_size, device=CUDA)
+def run(layer, config, *arguments, tokens=TOKENS):
+    x = torch.empty(tokens, config.hidden_size, device=CUDA)
     with Launches() as launches:
         layer(x, *arguments)
     return launches.names
 
 
-def decoder_layer(batch_size, is_prompt):
+def decoder_layer(batch_size, is_prompt, tokens=TOKENS):
     config = KeyeConfig.from_dict(CONFIG)
     with CUDA:
         layer = TextLayer(config, 0, "auto")
     cache = KVCache(config, batch_size, 64, torch.float32, CUDA)
-    length = TOKENS // batch_size
+    length = tokens // batch_size
     batch = TextBatch(
         batch_size=batch_size,
-        position_ids=torch.empty(3, TOKENS, dtype=torch.int64, device=CUDA),
+        position_ids=torch.empty(3, tokens, dtype=torch.int64, device=CUDA),
         inv_freq=torch.empty(config.head_dim // 2, device=CUDA),
         slots=torch.empty(length, dtype=torch.int64, device=CUDA),
-        segments=segments(0, 0, TOKENS, TOKENS) if is_prompt else None,
+        segments=segments(0, 0, tokens, tokens) if is_prompt else None,
         cache_mask=None if is_prompt else torch.empty(batch_size, 1, length, 64, dtype=torch.bool, device=CUDA),
     )
-    return run(layer, config, batch, cache)
+    return run(layer, config, batch, cache, tokens=tokens)
 
 
 def test_a_decoder_layer_launches_nine_kernels_for_a_prompt():
@@ -89,6 +89,16 @@ def test_a_decoder_layer_launches_nine_kernels_for_a_prompt():
 def test_later_tokens_are_written_by_the_launch_that_rotates_them(batch_size):
     names = decoder_layer(batch_size, False)
     assert names[:3] == ["add_norm", "mm", "rope_to_cache"] and not {"index_copy_", "rope"} & set(names)
+
+
+def test_linear_layers_of_few_rows_are_one_launch_each_with_what_follows_them(monkeypatch):
+    """Where a table of launch configs chooses the kernel: gate and up with their product, `down_proj` with the residual."""
+    monkeypatch.setattr(fused, "prefers_triton", lambda x, weight, silu_mul: True)
+    for batch_size in (1, 16):
+        names = decoder_layer(batch_size, False, tokens=batch_size)
+        assert names[:3] == ["add_norm", "linear_few_rows", "rope_to_cache"], names
+        assert names[-4:] == ["linear_few_rows", "add_norm", "linear_few_rows", "linear_few_rows"], names
+        assert not {"mm", "addmm_", "silu_mul"} & set(names)
 
 
 def test_a_prompt_of_several_sequences_is_copied():

@@ -137,7 +137,7 @@ FAULTS = [
     Fault(DECODER, "inverse_frequencies(self.config.rope_theta,", "inverse_frequencies(1e6,", VALUES),
     Fault(DECODER, "list(config.mrope_section)", "[config.head_dim // 8, *[3 * config.head_dim // 16] * 2]", VALUES),
     Fault(DECODER, "is_prompt = cache is None or cache.is_empty", "is_prompt = cache is None or length > 1", GENERATION),
-    Fault(DECODER, "        gate, up = self.gate_up_proj", "        up, gate = self.gate_up_proj", PREVIEW),
+    Fault("keye_kernels/model/fused.py", "    gate, up = module(x)", "    up, gate = module(x)", PREVIEW),
     Fault(
         LINEAR,
         "return super().forward(x).split(self.sizes, dim=-1)",

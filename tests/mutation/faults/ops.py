@@ -22,7 +22,7 @@ FAULTS = [
     Fault(IMPLEMENTATION, "if (impl := _default.get()) is not None:", 'if (impl := _default.get()) not in (None, "auto"):', CHOICE),
     Fault(IMPLEMENTATION, "        _default.reset(token)", "        _default.set(None)", CHOICE),
     Fault(IMPLEMENTATION, " and has_triton() and dtype != torch.float64", " and has_triton()", CHOICE),
-    Fault(IMPLEMENTATION, ' or (impl == "torch" and operator == "patch_merge_projection")', "", CHOICE),
+    Fault(IMPLEMENTATION, ' or (impl == "torch" and operator in TORCH_MATMULS)', "", CHOICE),
     Fault(IMPLEMENTATION, 'x.dtype == torch.bfloat16 and x.device.type == "cpu"', "x.dtype == torch.bfloat16", CHOICE),
     Fault(IMPLEMENTATION, 'return tensors if tensors[0].device.type != "cpu" else', "return", CHOICE),
     Fault(IMPLEMENTATION, 'os.environ.get("TRITON_INTERPRET") != "1"', 'os.environ.get("TRITON_INTERPRET") == "0"', CHOICE),

@@ -70,6 +70,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("seed", int)):
         default = "random" if name == "seed" else "that of the checkpoint"
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"for --sample; default: {default}")
+    parser.add_argument("--prompt-lookup", type=int, metavar="N", help="verify up to N copied tokens in each step, 1 to 15")
     parser.add_argument("--stream", action="store_true", help="print the answer during generation")
     parser.add_argument("--json", action="store_true", help="print the answer and its token counts as JSON")
 

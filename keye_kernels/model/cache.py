@@ -106,6 +106,11 @@ class KVCache:
         self.length.zero_()
         self.is_empty, self.count = True, 0
 
+    def truncate(self, length: Tensor) -> None:
+        """Forgets the tokens from slot `length` [1] on."""
+        self.valid.logical_and_(torch.arange(self.max_length, device=length.device) < length)
+        self.length.copy_(length[0])
+
     def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
         """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""
         self.valid.index_copy_(1, slots, attention_mask.bool())

@@ -17,6 +17,7 @@ from keye_kernels.host_copy import HostCopies
 
 from .cache import KVCache, slots_for
 from .config import check_number, read_json
+from .prompt_lookup import LookupState
 from .step_graph import recorded_step
 from .token_state import TokenState, reports
 
@@ -176,6 +177,7 @@ def generate_tokens(
     end_tokens: list[int],
     pad_token_id: int,
     streamer: Streamer | None,
+    prompt_lookup: int | None = None,
 ) -> Tensor:
     """Prefills a prompt, then decodes one token per sequence and step; returns [B, S + number of new tokens].
 
@@ -187,19 +189,20 @@ def generate_tokens(
     """
     input_ids, device = inputs["input_ids"], model.device
     batch_size, length = input_ids.shape
-    max_length = length + max_new_tokens
+    arguments = length + max_new_tokens, sampler, end_tokens, pad_token_id, device
+    state = LookupState(prompt_lookup, *arguments) if prompt_lookup else TokenState(batch_size, *arguments)
     # It grows to the size of all tokens, because few answers have `max_new_tokens`
-    cache = KVCache(model.config, batch_size, min(slots_for(length), max_length), model.dtype, device, grows=True)
-    state = TokenState(batch_size, max_length, sampler, end_tokens, pad_token_id, device)
+    slots = min(slots_for(length), state.max_length)
+    cache = KVCache(model.config, batch_size, slots, model.dtype, device, grows=True)
     state.start(input_ids)
     if streamer is not None:
         streamer.put(input_ids)
     state.append(model(**inputs, cache=cache, logits_to_keep=1).logits)
     generator = sampler.generator if sampler.do_sample else None
-    run = recorded_step(model, cache, lambda: state.append(model(state.last, cache=cache).logits), max_new_tokens - 1, generator)
+    run = recorded_step(model, cache, lambda: state.step(model, cache), max_new_tokens - 1, generator)
 
     def step() -> None:
-        cache.reserve(batch_size, 1, max_length)
+        cache.reserve(batch_size, state.rows, state.max_length)
         run()
 
     new = _follow(reports(step, max_new_tokens, state.report, HostCopies(device)), state, end_tokens, max_new_tokens, streamer)

@@ -25,6 +25,7 @@ from .decoder import Decoder
 from .generation import Sampler, Streamer, check_streamer, end_token_ids, first_given, generate_tokens, read_generation_config
 from .linear import Linear
 from .positions import check_placeholders, check_position_range, check_seconds, rope_index
+from .prompt_lookup import check_prompt_lookup
 from .vision import Projector, VisionTower
 
 
@@ -279,6 +280,7 @@ class Keye(nn.Module):
         pad_token_id: int | None = None,
         seed: int | None = None,
         streamer: Streamer | None = None,
+        prompt_lookup: int | None = None,
         **vision_inputs: Tensor,
     ) -> Tensor:
         """Generates tokens after each prompt. Arguments that are None are read from generation_config.json, if it has them.
@@ -295,13 +297,16 @@ class Keye(nn.Module):
             pad_token_id: fills a sequence after its end token. Default: also from config.json, else the first end token, else 0.
             seed: makes sampling reproducible.
             streamer: receives the prompt, then the tokens [B] of each step on the CPU, then a call of `end()`.
+            prompt_lookup: up to this many tokens (1 to 15), copied from what followed the same tokens earlier in the prompt or in
+                the answer, are verified in each step. Greedy decoding of one sequence only; its tokens do not change.
             vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`.
 
         Returns:
             [B, S + number of new tokens]: the prompts and the generated tokens.
 
         Raises:
-            ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument.
+            ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument or
+                prompt_lookup.
             RuntimeError: logits were NaN or infinite. Checked after the last token.
         """
         checks.check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
@@ -311,7 +316,8 @@ class Keye(nn.Module):
         given = first_given(eos_token_id, defaults.get("eos_token_id"), self.config.eos_token_id)
         ends = end_token_ids(given, self.config.vocab_size)
         check_streamer(streamer)
+        check_prompt_lookup(prompt_lookup, len(input_ids), do_sample)
         pad_token_id = first_given(pad_token_id, defaults.get("pad_token_id"), self.config.pad_token_id, *ends[:1], 0)
         check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}
-        return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer)
+        return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer, prompt_lookup)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from keye_kernels.host_copy import HostCopies
 
+from .cache import KVCache
+
 if TYPE_CHECKING:
     from .generation import Sampler
+    from .keye import Keye
 
 
 class TokenState:
@@ -25,7 +28,10 @@ class TokenState:
         last: [B, 1] int64, the tokens in the last of them, which the next step processes.
         finished: [B] bool, whether a sequence has had an end token. Then `pad_token_id` follows.
         sums: [M] float32, the sum of all logits of each column: not finite if any of them is not. Read once, at the end.
+        rows: the most tokens of a sequence that a step processes.
     """
+
+    rows = 1
 
     def __init__(
         self, batch_size: int, max_length: int, sampler: "Sampler", end_tokens: list[int], pad_token_id: int, device: torch.device
@@ -37,6 +43,11 @@ class TokenState:
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.sums = torch.zeros(max_length, device=device)
+
+    @property
+    def max_length(self) -> int:
+        """Columns of `tokens`."""
+        return self.tokens.shape[1]
 
     def start(self, prompt: Tensor) -> None:
         """Stores prompts [B, S] in place of all tokens."""
@@ -55,13 +66,16 @@ class TokenState:
             self.finished |= (self.last == self.end_tokens).any(1)
         self.length += 1
 
+    def step(self, model: "Keye", cache: KVCache) -> None:
+        """Runs the last tokens and chooses the next ones."""
+        self.append(model(self.last, cache=cache).logits)
+
     def report(self) -> Tensor:
         """What the CPU needs to know of a step: the tokens [B]."""
         return self.last[:, 0]
 
-    @staticmethod
-    def new_tokens(report: Tensor) -> Iterator[Tensor]:
-        """The tokens [B] of each new column in a report."""
+    def new_tokens(self, report: Tensor) -> Iterator[Tensor]:
+        """The tokens [B] of each new column in a report on the CPU."""
         yield report
 
 

@@ -69,6 +69,7 @@ def answer_question(
         max_new_tokens=options.max_new_tokens,
         do_sample=options.sample,
         streamer=streamer,
+        prompt_lookup=options.prompt_lookup,
         **{name: getattr(options, name) if options.sample else None for name in SAMPLING_OPTIONS},
     )
     seconds = time.perf_counter() - start

@@ -88,6 +88,7 @@ SAMPLING = st.fixed_dictionaries(
         "pad_token_id": SCALARS | st.integers(0, 400),
         "seed": SCALARS | st.integers(-1, 9),
         "streamer": st.sampled_from([None, None, 1, "x", object()]),
+        "prompt_lookup": SCALARS | st.integers(0, 16),
     },
 )
 

@@ -43,8 +43,9 @@ def test_logits_and_tokens_match_the_official_code(edition, name):
         found = model(**inputs).logits.cpu()
     torch.testing.assert_close(found[mask], outputs["logits"][mask], atol=LOGITS_TOLERANCE[edition], rtol=0)
     length, steps = inputs["input_ids"].shape[1], outputs["generated"].shape[1]
-    generated = model.generate(**inputs, max_new_tokens=steps, eos_token_id=())[:, length:]
-    assert torch.equal(generated.cpu(), outputs["generated"])
+    for prompt_lookup in (None,) if len(mask) > 1 else (None, 1, 7):
+        options = {"max_new_tokens": steps, "eos_token_id": (), "prompt_lookup": prompt_lookup}
+        assert torch.equal(model.generate(**inputs, **options)[:, length:].cpu(), outputs["generated"])
 
 
 @pytest.mark.parametrize(
@@ -152,10 +153,27 @@ def test_recorded_and_launched_steps_give_the_same_tokens(monkeypatch, dtype, sa
     assert len(replays) == 2 * 38 + 1 and all(torch.equal(found, expected) for found in recorded)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("num_drafts", [1, 8])
+def test_recorded_steps_with_drafts_give_the_tokens_of_greedy_decoding(monkeypatch, num_drafts):
+    model, ids = tiny_model().to(CUDA), torch.randint(0, 9, (1, 40), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    options = {"max_new_tokens": 60, "eos_token_id": ()}
+    model.cuda_graphs = False
+    expected = model.generate(ids, **options)
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    model.cuda_graphs = True
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options, prompt_lookup=num_drafts), expected)
+    assert replays
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}, {"prompt_lookup": 4}], ids=["greedy", "sampled", "lookup"]
+)
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_synchronizations_of_a_generation_do_not_grow_with_its_tokens(cuda_graphs, sampling):
-    model, ids = tiny_model().to(CUDA), torch.randint(0, 100, (2, 9), device=CUDA)
+    model, ids = tiny_model().to(CUDA), torch.randint(0, 100, (1, 9), device=CUDA)
     model.cuda_graphs = cuda_graphs
     model.generate(ids, max_new_tokens=12, eos_token_id=119, **sampling)
     counts = []

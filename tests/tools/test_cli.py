@@ -61,6 +61,7 @@ def test_generate_json_stream_and_plain_agree(checkpoint, capsys):
     assert answer["new_tokens"] == 12 and answer["prompt_tokens"] > 80
     assert call(capsys, *common) == (0, answer["answer"] + "\n", "")
     assert call(capsys, *common, "--stream") == (0, answer["answer"] + "\n", "")
+    assert call(capsys, *common, "--stream", "--prompt-lookup", 4) == (0, answer["answer"] + "\n", "")
 
 
 def test_generate_accepts_no_image_and_several_images(checkpoint, capsys):

@@ -151,6 +151,8 @@ def test_a_device_that_cannot_be_used_is_named_in_one_line(command, device, monk
         (["--sample", "--seed", str(2**63)], "--seed must be from 0"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--max-new-tokens", str(2**70)], "max_new_tokens"),
+        (["--prompt-lookup", "16"], "prompt_lookup must be an integer from 1 to 15"),
+        (["--prompt-lookup", "4", "--sample"], "prompt_lookup must be None except for greedy decoding"),
         (["--min-pixels", "-1"], "min_pixels"),
         (["--video", str(ASSETS / "clip.mp4"), "--fps", "nan"], "fps must be"),
         (["--video", str(ASSETS / "clip.mp4"), "--fps", "-1"], "fps must be"),

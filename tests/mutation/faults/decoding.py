@@ -5,6 +5,7 @@ from ..fault import Fault
 CACHE, GENERATION, KEYE = (f"keye_kernels/model/{name}.py" for name in ("cache", "generation", "keye"))
 CAPTURE, STATE, COPIES = "keye_kernels/model/graphs.py", "keye_kernels/model/token_state.py", "keye_kernels/host_copy.py"
 STATES = "tests/model/test_token_state.py"
+LOOKUP, LOOKUPS = "keye_kernels/model/prompt_lookup.py", "tests/model/test_prompt_lookup.py"
 GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
 CALLS, TESTS, GROWTH = (f"tests/model/test_{name}.py" for name in ("calls", "generation", "cache_growth"))
 TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
@@ -71,12 +72,12 @@ FAULTS = [
     Fault(GENERATION, "cache=cache, logits_to_keep=1)", "cache=cache)", CALLS),
     Fault(
         GENERATION,
-        "min(slots_for(length), max_length)",
+        "min(slots_for(length), state.max_length)",
         "slots_for(length)",
         CALLS,
     ),
-    Fault(GENERATION, "min(slots_for(length), max_length)", "max_length", GROWTH),
-    Fault(GENERATION, "cache.reserve(batch_size, 1, max_length)", "cache.reserve(batch_size, 1)", GROWTH),
+    Fault(GENERATION, "min(slots_for(length), state.max_length)", "state.max_length", GROWTH),
+    Fault(GENERATION, "state.rows, state.max_length)", "state.rows)", GROWTH),
     Fault(CACHE, "slots = max(2 * self.max_length, slots_for(used + tokens))", "slots = slots_for(used + tokens)", GROWTH),
     Fault(
         CACHE,
@@ -100,6 +101,20 @@ FAULTS = [
     ),
     Fault(GENERATION, 'if not text.endswith("\\ufffd"):', "if text:", TESTS),
     Fault(KEYE, "    @torch.no_grad()\n    def generate(", "    def generate(", CALLS),
+    # Prompt lookup
+    Fault(LOOKUP, "    matches = places < length\n", "    matches = places <= length\n", LOOKUPS),
+    Fault(LOOKUP, "matched * total + places", "matched * total - places", LOOKUPS),
+    Fault(LOOKUP, "matches = matches & (tokens", "matches = places.lt(length) & (tokens", LOOKUPS),
+    Fault(LOOKUP, " % period)", ")", LOOKUPS),
+    Fault(LOOKUP, ".cumprod(0).sum(0", ".sum(0", LOOKUPS),
+    Fault(LOOKUP, "index_select(0, new - 1)", "index_select(0, new * 0)", LOOKUPS),
+    Fault(LOOKUP, "        cache.truncate(self.length - 1)\n", "        cache.truncate(self.length)\n", LOOKUPS),
+    Fault(LOOKUP, "max_length + 2 * num_drafts + 1", "max_length", LOOKUPS),
+    Fault(LOOKUP, "self.cache.count -= int(rejected)", "pass", LOOKUPS),
+    Fault(LOOKUP, "yield from tokens[: int(new)]", "yield from tokens", LOOKUPS),
+    Fault(LOOKUP, "            drafts = drafts[:0]\n", "            pass\n", LOOKUPS),
+    Fault(LOOKUP, "if do_sample or batch_size != 1:", "if do_sample:", LOOKUPS),
+    Fault(CACHE, "self.valid.logical_and_(", "self.valid.logical_or_(", LOOKUPS),
     # Recorded steps
     Fault(GRAPH, "            self.is_warm = True\n", "", GRAPHS),
     Fault(GRAPH, "        self.graph.replay()\n", "", GRAPHS),

@@ -70,11 +70,12 @@ def varlen_attention(
         TypeError: wrong dtype or type.
     """
     segments, offsets = (cu_seqlens, cu_seqlens.cu_seqlens) if isinstance(cu_seqlens, Segments) else (None, cu_seqlens)
-    # A call with a schedule depends on the values of its segments
-    has_schedule = segments is not None and segments.lengths is not None
-    calls = segments.prepared_calls if segments is not None and has_schedule else PREPARED
+    calls, covers_all_tokens = PREPARED, segments is not None and segments.covers_all_tokens
+    # is_compiling comes first: a guard on the lengths would compile anew for every batch
+    if not torch.compiler.is_compiling() and segments is not None and segments.lengths is not None:
+        calls = segments.prepared_calls  # a call with a schedule depends on the values of its segments
     longest = max_seqlen if segments is None else segments.max_seqlen
-    key = call_key("varlen_attention", impl, (segments is None, longest, softmax_scale, causal, return_lse), q, k, v, offsets)
+    key = call_key("varlen_attention", impl, (covers_all_tokens, longest, softmax_scale, causal, return_lse), q, k, v, offsets)
     if run := find(key, calls):
         out, lse = run(q, k, v, offsets)
         return (out, lse) if return_lse else out
@@ -106,14 +107,12 @@ def varlen_attention(
         check_number("softmax_scale", softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     schedule, block_m = None, 0
-    # is_compiling comes first: a guard on the lengths would compile anew for every batch
     if not torch.compiler.is_compiling() and segments is not None and segments.lengths is not None:
         if segments.num_tokens != q.shape[0]:
             raise ValueError(f"cu_seqlens must have segments of q's {q.shape[0]} tokens, got {segments.num_tokens} tokens in all")
         impl, block_m = _choose(impl, q, k, v, offsets, max_seqlen, scale, causal)
         schedule = segments.schedule(block_m, causal) if block_m else None
     common = q, k, v, offsets, max_seqlen, scale, causal, return_lse
-    covers_all_tokens = segments is not None and segments.covers_all_tokens
     if key is not None and _choose(impl, *common[:-1])[0] == "triton":
         from keye_kernels.triton.varlen_attention import prepare
 

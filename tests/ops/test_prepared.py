@@ -246,6 +246,18 @@ def test_offsets_in_a_tensor_are_read_in_every_call():
         torch.testing.assert_close(attend(raw=True, lengths=(5, 3)), attend(raw=True, lengths=(5, 3), impl="reference"))
 
 
+def test_segments_that_leave_tokens_out_are_another_call():
+    """Rows of no segment are 0 then."""
+    q = heads(8, 2, 16)
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    with torch.no_grad():
+        ops.varlen_attention(q, q, q, Segments(torch.tensor([0, 8], dtype=torch.int32), 8), impl="triton")
+        for segments in (Segments(offsets, 8, covers_all_tokens=False), Segments(torch.tensor([0, 8], dtype=torch.int32), 8)):
+            out = ops.varlen_attention(q, q, q, segments, impl="triton")
+            assert out[5:].any() == segments.covers_all_tokens
+        assert len(prepared.PREPARED) == 2
+
+
 def test_gradients_take_the_general_path():
     with torch.no_grad():
         rotate_2d()

@@ -61,10 +61,12 @@ def operator_calls() -> dict[str, Callable[[], object]]:
     batch = VisionBatch.build(torch.tensor([(1, 2, TOKENS // 2)]), TOKENS, table_side=27)
     x, table = torch.zeros(TOKENS, 1152, dtype=torch.bfloat16), torch.zeros(27**2, 1152, dtype=torch.bfloat16)
     residual, weight = x.clone(), torch.ones(1152, dtype=torch.bfloat16)
+    few_columns = torch.zeros(64, 1152, dtype=torch.bfloat16)
     return {
         "position_embedding_2d": lambda: ops.position_embedding_2d(x, table, batch, impl="triton"),
         "add_norm": lambda: ops.add_norm(x, residual, weight, weight, impl="triton"),
         "silu_mul": lambda: ops.silu_mul(x, residual, impl="triton"),
+        "linear_few_rows": lambda: ops.linear_few_rows(x[:1], few_columns, impl="triton"),
         "rope_2d": lambda: ops.rope_2d(q, k, row_column, inv_freq, impl="triton"),
         "rope_3d": lambda: ops.rope_3d(text_q, text_k, positions, text_freq, [16, 24, 24], **norms, impl="triton"),
         "rope_3d_to_cache": lambda: ops.rope_3d_to_cache(

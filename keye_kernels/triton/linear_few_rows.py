@@ -114,7 +114,7 @@ def block_rows(rows: int, dtype: torch.dtype, arch: Arch) -> int:
 
 
 def heuristic(arch: Arch, rows: int, dtype: torch.dtype, silu_mul: bool) -> Config:
-    """The launch config where no table has an entry: 128 threads, each with 8 loads of 16 bytes in flight.
+    """The launch config where no table has an entry: 128 threads, each with 2 to 8 loads of 16 bytes for a block of the weight.
 
     The backend is torch, because the kernel has not been timed. BLOCK_C columns of multiply-adds, or BLOCK_N columns and BLOCK_K
     of each warp in `tl.dot`.

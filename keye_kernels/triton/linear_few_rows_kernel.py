@@ -45,7 +45,7 @@ def linear_few_rows_kernel(
     o_t = tl.arange(0, BLOCK_T)
     # Rows and columns past the edge repeat the last one, so that loads need no mask for them; they are not stored.
     o_row = tl.minimum(o_n, OUT - 1).to(tl.int64) * IN
-    o_token = tl.minimum(o_t, num_rows - 1) * IN
+    o_token = tl.minimum(o_t, num_rows - 1).to(tl.int64) * IN
     if SLICES:  # weight [SLICES, BLOCK_N, K], x [SLICES, BLOCK_T, K]
         SLICE: tl.constexpr = BLOCK_K // SLICES
         o_k = (tl.arange(0, SLICES) * SLICE)[:, None, None] + tl.arange(0, SLICE)[None, None, :]
@@ -96,7 +96,7 @@ def linear_few_rows_kernel(
             b_up_out = _add_columns(b_up_out, bias_ptr + OUT + o_n[:, None], m_n)
         b_out = b_out / (1.0 + tl.exp(-b_out)) * b_up_out
     mask = m_n & (o_t < num_rows)[None, :]
-    o_out = o_t[None, :] * OUT + o_n[:, None]
+    o_out = o_t.to(tl.int64)[None, :] * OUT + o_n[:, None]
     if residual_ptr is not None:
         b_out = _add_columns(b_out, residual_ptr + o_out, mask)
     tl.store(out_ptr + o_out, b_out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from keye_kernels import reference
 from keye_kernels.triton.add_norm import add_norm_kernel
 from keye_kernels.triton.linear import linear_kernel
+from keye_kernels.triton.linear_few_rows_kernel import linear_few_rows_kernel
 from keye_kernels.triton.patch_merge_norm import patch_merge_norm_kernel
 from keye_kernels.triton.position_embedding_2d import position_embedding_2d_kernel
 from keye_kernels.triton.rope import rope_kernel
@@ -50,6 +51,23 @@ def test_linear(only_program):
         linear_kernel[(1,)](out, x, weight, None, None, bias, len(x), **options)
         expected = F.linear(rows, weight, bias)
         torch.testing.assert_close(out[-LAST:], F.gelu(expected) if gelu else expected, **FP16)
+
+
+@pytest.mark.parametrize("slices", [0, 1])
+def test_linear_of_few_rows(slices, only_program):
+    """Its weight is far, and `up` starts at 2**31 elements."""
+    x, (weight, rows) = torch.randn(8, WIDTH).half(), far_rows()
+    out = torch.empty(8, len(weight), dtype=HALF)
+    only_program(FIRST // 16)
+    options = {"IN": WIDTH, "USE_PDL": False, "BLOCK_T": 8, "BLOCK_N": 16, "BLOCK_K": 16, "SLICES": slices}
+    linear_few_rows_kernel[(1,)](out, x, weight, None, None, 8, OUT=len(weight), SILU_MUL=False, **options)
+    torch.testing.assert_close(out[:, -LAST:], F.linear(x, rows), **FP16)
+    only_program(0)
+    weight = torch.empty(2 * FIRST, WIDTH, dtype=HALF)
+    weight[:16], weight[FIRST : FIRST + 16] = rows, rows.flip(0)
+    linear_few_rows_kernel[(1,)](out, x, weight, None, None, 8, OUT=FIRST, SILU_MUL=True, **options)
+    expected = F.silu(F.linear(x, rows)) * F.linear(x, rows.flip(0))
+    torch.testing.assert_close(out.view(-1)[: 8 * FIRST].view(8, FIRST)[:, :16], expected, **FP16)
 
 
 @pytest.mark.parametrize("gathered", [False, True])

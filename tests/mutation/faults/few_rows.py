@@ -23,6 +23,7 @@ FAULTS = [
     Fault(KERNEL, "tl.arange(0, SLICES) * SLICE)", "tl.arange(0, SLICES))", KERNELS),
     Fault(KERNEL, "b_out / (1.0 + tl.exp(-b_out)) * b_up_out", "b_up_out / (1.0 + tl.exp(-b_up_out)) * b_out", KERNELS),
     Fault(KERNEL, "        tl.extra.cuda.gdc_wait()\n", "        tl.static_assert(True)\n", KERNELS),
+    Fault(KERNEL, "tl.minimum(o_n, OUT - 1).to(tl.int64)", "tl.minimum(o_n, OUT - 1)", "tests/triton/test_large_offsets.py"),
     Fault(LAUNCHER, "x.contiguous(), weight.contiguous()", "x, weight.contiguous()", KERNELS),
     Fault(LAUNCHER, "x.contiguous(), weight.contiguous()", "x.contiguous(), weight", KERNELS),
     Fault(LAUNCHER, "None if extra is None else extra.contiguous()", "extra", KERNELS),

@@ -56,6 +56,7 @@ def operator_calls() -> dict[str, Callable[[], object]]:
     row_column, inv_freq = torch.zeros(2, TOKENS, dtype=torch.int32), torch.ones(HEAD_DIM // 4)
     text_q, text_k, text_v = torch.randn(TOKENS, 48, 128, dtype=torch.bfloat16).split((32, 8, 8), dim=1)
     caches, slots = torch.zeros(2, 1, 64, 8, 128, dtype=torch.bfloat16).unbind(0), torch.arange(TOKENS)
+    text_queries, valid = text_q.contiguous(), torch.ones(1, 64, dtype=torch.bool)
     positions, text_freq = torch.zeros(3, TOKENS, dtype=torch.int64), torch.ones(64)
     norms = {"q_norm_weight": torch.ones(128, dtype=torch.bfloat16), "k_norm_weight": torch.ones(128, dtype=torch.bfloat16)}
     batch = VisionBatch.build(torch.tensor([(1, 2, TOKENS // 2)]), TOKENS, table_side=27)
@@ -72,6 +73,7 @@ def operator_calls() -> dict[str, Callable[[], object]]:
         "rope_3d_to_cache": lambda: ops.rope_3d_to_cache(
             text_q, text_k, text_v, positions, text_freq, [16, 24, 24], *caches, slots, **norms, impl="triton"
         ),
+        "cache_attention": lambda: ops.cache_attention(text_queries, *caches, valid, slots, impl="triton"),
         "varlen_attention": lambda: ops.varlen_attention(q, k, v, segments, impl="triton"),
         "varlen_attention, offsets": lambda: ops.varlen_attention(q, k, v, segments.cu_seqlens, TOKENS, impl="triton"),
     }

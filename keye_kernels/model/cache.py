@@ -28,7 +28,7 @@ class KVCache:
     Attributes:
         keys: one [B, M, Hk, D] tensor per layer.
         values: likewise.
-        valid: [B, M] bool; False for padding and unused slots.
+        valid: [B, M] bool; False for padding. Slots from `length` on do not count.
         length: 0-dim int64 tensor, the number of used slots. Not a Python int, so that compiled steps and CUDA graphs do not
             depend on its value.
         rope_deltas: [B, 1] int64.
@@ -111,13 +111,16 @@ class KVCache:
         self.valid.logical_and_(torch.arange(self.max_length, device=length.device) < length)
         self.length.copy_(length[0])
 
-    def advance(self, slots: Tensor, attention_mask: Tensor) -> None:
-        """Marks `slots` [S] as used, once all layers have written them. `attention_mask` [B, S]: 0 = padding."""
+    def mark(self, slots: Tensor, attention_mask: Tensor) -> None:
+        """Says which of the new tokens in `slots` [S] are valid. `attention_mask` [B, S]: 0 = padding."""
         self.valid.index_copy_(1, slots, attention_mask.bool())
-        self.length.add_(slots.shape[0])
+
+    def advance(self, tokens: int) -> None:
+        """Adds `tokens` to the used slots, once all layers have written them."""
+        self.length.add_(tokens)
         self.is_empty = False
         if not torch.compiler.is_compiling():
-            self.count += slots.shape[0]
+            self.count += tokens
 
 
 def cache_shape(config: KeyeConfig, batch_size: int, max_length: int) -> tuple[int, ...]:

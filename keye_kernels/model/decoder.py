@@ -22,13 +22,16 @@ from .linear import FusedLinear, Linear, embedding
 from .positions import inverse_frequencies
 from .prompt_graphs import PromptGraphs
 
+# More new tokens fill the GPU without dividing the keys, and torch's attention takes larger tiles of them
+MAX_NEW_TOKENS_OF_KERNEL = 16
+
 
 @dataclass
 class TextBatch:
     """What every layer needs to know of a batch of tokens.
 
     A prompt attends within its sequences (`segments`: left padding, tokens and right padding of each). Later tokens attend to
-    the cache through `cache_mask`. The other one is None.
+    the cache (`segments` is None): through `cache_mask`, or where it is None as well, in `ops.cache_attention`.
     """
 
     batch_size: int
@@ -50,11 +53,10 @@ def prompt_segments(attention_mask: Tensor) -> Segments:
     return Segments(F.pad(ends, (1, 0)).to(torch.int32), length)
 
 
-def cache_mask(cache: KVCache, slots: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, 1, S, M]: the slots that each new token attends to. `attention_mask` [B, S] is the mask of the new tokens."""
-    valid = cache.valid.index_copy(1, slots, attention_mask.bool())
+def cache_mask(cache: KVCache, slots: Tensor) -> Tensor:
+    """[B, 1, S, M]: the slots that each new token attends to."""
     causal = torch.arange(cache.max_length, device=slots.device) <= slots[:, None]  # [S, M]
-    return (valid[:, None] & causal)[:, None]
+    return (cache.valid[:, None] & causal)[:, None]
 
 
 class TextAttention(nn.Module):
@@ -85,16 +87,19 @@ class TextAttention(nn.Module):
             q, k = ops.rope_3d(q, k, *rotation, **norms, impl=impl_for("rope_3d", self.impl))
             if cache is not None:
                 cache.write(self.layer, batch.slots, *(x.unflatten(0, (batch.batch_size, -1)) for x in (k, v)))
-        if batch.cache_mask is None:
+        if batch.segments is not None:
             impl = impl_for("varlen_attention", self.impl)
             out = ops.varlen_attention(q, k, v, batch.segments, causal=True, impl=impl)
+        elif batch.cache_mask is None:
+            caches = cache.keys[self.layer], cache.values[self.layer]
+            out = ops.cache_attention(q, *caches, cache.valid, batch.slots, impl="triton")
         else:
             out = self._attend_to_cache(q, batch, cache)
         return fused.linear(out.flatten(1), self.o_proj, self.impl)
 
     def _writes_with_rope(self, k: Tensor, batch: TextBatch, cache: KVCache) -> bool:
         """Whether k and v are needed in the cache only, and one launch can write them."""
-        reads_cache = batch.cache_mask is not None or batch.batch_size == 1
+        reads_cache = batch.segments is None or batch.batch_size == 1
         return reads_cache and cache.keys[self.layer].dtype == k.dtype and fused.runs_kernels(k, self.impl)
 
     def _attend_to_cache(self, q: Tensor, batch: TextBatch, cache: KVCache) -> Tensor:
@@ -146,7 +151,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: KeyeConfig, impl: str):
         super().__init__()
-        self.config = config
+        self.config, self.impl = config, impl
         self.graphs = PromptGraphs()
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, i, impl) for i in range(config.num_hidden_layers))
@@ -161,17 +166,22 @@ class Decoder(nn.Module):
         batch_size, length = embeds.shape[:2]
         is_prompt = cache is None or cache.is_empty
         slots = torch.arange(length, device=embeds.device) if cache is None else cache.slots(length)
+        if cache is not None:
+            cache.mark(slots, attention_mask)
+        # runs_kernels comes first: a guard on the length would compile anew for others
+        uses_kernel = fused.runs_kernels(embeds, self.impl) and not is_prompt and length <= MAX_NEW_TOKENS_OF_KERNEL
+        uses_kernel = uses_kernel and cache.keys[0].dtype == embeds.dtype
         batch = TextBatch(
             batch_size=batch_size,
             position_ids=position_ids.flatten(1),
             inv_freq=inverse_frequencies(self.config.rope_theta, self.config.head_dim // 2, embeds.device),
             slots=slots,
             segments=prompt_segments(attention_mask) if is_prompt else None,
-            cache_mask=None if is_prompt else cache_mask(cache, slots, attention_mask),
+            cache_mask=None if is_prompt or uses_kernel else cache_mask(cache, slots),
         )
         x = embeds.flatten(0, 1)
         for layer in self.layers:
             x = layer(x, batch, cache)
         if cache is not None:
-            cache.advance(slots, attention_mask)
+            cache.advance(length)
         return self.norm(x).unflatten(0, (batch_size, length))

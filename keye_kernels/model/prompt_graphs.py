@@ -64,7 +64,8 @@ class PromptGraphs(GraphCache):
             for to, of in ((cache.keys, entry.cache.keys), (cache.values, entry.cache.values)):
                 # One launch for many layers
                 torch._foreach_copy_([x[:, :length] for x in to], [x[:, :length] for x in of])
-            cache.advance(cache.slots(length), attention_mask)
+            cache.mark(cache.slots(length), attention_mask)
+            cache.advance(length)
             return hidden[:, :length].clone()
 
         return self.run(

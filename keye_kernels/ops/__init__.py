@@ -1,5 +1,6 @@
 """The public operators. Each checks its arguments, chooses an implementation and calls one registered torch.library operator."""
 
+from .cache_attention import cache_attention
 from .elementwise import add_norm, silu_mul
 from .implementation import use_impl
 from .linear_few_rows import linear_few_rows
@@ -12,6 +13,7 @@ from .vision_batch import build_vision_batch as build_vision_batch
 
 __all__ = [
     "add_norm",
+    "cache_attention",
     "linear_few_rows",
     "patch_merge_projection",
     "position_embedding_2d",

@@ -16,6 +16,7 @@ ENVIRONMENT_VARIABLE = "KEYE_KERNELS_IMPL"
 # varlen_attention, its matmuls (cuBLAS or hipBLAS) in TORCH_MATMULS. "flash_attn" is the package of that name.
 IMPLEMENTATIONS = {
     "add_norm": ("reference", "triton"),
+    "cache_attention": ("reference", "triton"),
     "linear_few_rows": ("reference", "triton", "torch"),
     "patch_merge_projection": ("reference", "triton", "torch"),
     "position_embedding_2d": ("reference", "triton"),

@@ -5,6 +5,7 @@ linear in the number of tokens, and works under autograd. Arguments are checked 
 Symbols: T tokens or patches, H heads, D head dim, C channels, S segments.
 """
 
+from .cache_attention import cache_attention
 from .elementwise import add_norm, silu_mul
 from .linear import linear, linear_few_rows
 from .patch_merge import patch_merge_projection
@@ -14,6 +15,7 @@ from .varlen_attention import varlen_attention
 
 __all__ = [
     "add_norm",
+    "cache_attention",
     "compute_dtype",
     "linear",
     "linear_few_rows",

@@ -161,6 +161,31 @@ def test_rope_3d_to_cache(arguments: dict[str, Any]) -> None:
     check_operator(rope_3d_to_copied_cache, arguments)
 
 
+@st.composite
+def cache_attention_arguments(draw: Any) -> dict[str, Any]:
+    dtype, seed = draw(FLOATS), draw(st.integers(0, 9))
+    sequences, new, key_heads, group = (draw(st.sampled_from([1, 1, 2, 3])) for _ in range(4))
+    dim, free = draw(st.sampled_from([8, 16, 72, 12, 0])), draw(st.integers(0, 30))
+    cache_slots = new + free
+    generator = torch.Generator().manual_seed(seed)
+    first = draw(st.integers(0, free))
+    arguments = {
+        "q": random((sequences * new, key_heads * group, dim), dtype, seed),
+        "key_cache": random((sequences, cache_slots, key_heads, dim), dtype, seed + 1),
+        "value_cache": random((sequences, cache_slots, key_heads, dim), dtype, seed + 2),
+        "valid": torch.rand(sequences, cache_slots, generator=generator) > 0.3,
+        "slots": torch.arange(first, first + new),
+        "softmax_scale": draw(st.sampled_from([None, 0.5, -0.5, 0.0])),
+    }
+    return with_changes(draw, arguments)
+
+
+@fuzz(40)
+@given(arguments=cache_attention_arguments())
+def test_cache_attention(arguments: dict[str, Any]) -> None:
+    check_operator(ops.cache_attention, arguments)
+
+
 @fuzz(40)
 @given(arguments=rope_arguments(2))
 def test_rope_2d(arguments: dict[str, Any]) -> None:

@@ -29,7 +29,10 @@ def prepare_on_cpu(monkeypatch):
 def checked(monkeypatch):
     """The operators whose arguments were checked."""
     names = []
-    files = "elementwise", "linear_few_rows", "patch_merge", "position_embedding_2d", "rope", "rope_cache", "varlen_attention"
+    files = (
+        "cache_attention", "elementwise", "linear_few_rows", "patch_merge", "position_embedding_2d", "rope", "rope_cache",
+        "varlen_attention",
+    )  # fmt: skip
     for module in map(import_module, (f"keye_kernels.ops.{name}" for name in files)):
         check = module.check_impl
         monkeypatch.setattr(module, "check_impl", lambda impl, name, check=check: names.append(name) or check(impl, name))
@@ -99,7 +102,16 @@ def project(seed=0, eps=1e-5, order="raster", impl="triton", **_):
     return (ops.patch_merge_projection(heads(24, 16, seed=seed), batch, *weights, eps=eps, impl=impl),)
 
 
+def attend_to_cache(seed=0, slots=(2, 3), scale=None, impl="triton", **_):
+    caches = [heads(2, 5, 2, 16, seed=seed + i) for i in range(2)]
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 0] = seed > 0
+    where = torch.tensor(slots)
+    return (ops.cache_attention(heads(4, 4, 16, seed=seed), *caches, valid, where, softmax_scale=scale, impl=impl),)
+
+
 CALLS = {
+    "cache_attention": attend_to_cache,
     "patch_merge_projection": project,
     "position_embedding_2d": add_positions,
     "add_norm": add_norm,
@@ -190,6 +202,13 @@ def test_eps_of_add_norm_is_part_of_the_call():
         add_norm()
         for one, other in zip(add_norm(eps=1.0), add_norm(eps=1.0, impl="reference"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [dict(scale=0.5), dict(slots=(0, 4))], ids=["scale", "slots"])
+def test_scale_and_slots_of_attention_to_the_cache_are_used(change):
+    with torch.no_grad():
+        attend_to_cache()
+        torch.testing.assert_close(attend_to_cache(**change), attend_to_cache(**change, impl="reference"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [dict(eps=1.0), dict(order="block")], ids=["eps", "order"])

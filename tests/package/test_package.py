@@ -31,8 +31,8 @@ PUBLIC = {
     "warmup": "warm_up",
 }
 OPERATORS = [
-    "add_norm", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache",
-    "silu_mul", "varlen_attention",
+    "add_norm", "cache_attention", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d",
+    "rope_3d_to_cache", "silu_mul", "varlen_attention",
 ]  # fmt: skip
 
 

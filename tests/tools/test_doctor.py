@@ -17,8 +17,8 @@ from keye_kernels.triton import device, launch_config, varlen_attention
 
 GOOD = {"torch": "2.13.0+cu130", "triton": "3.9.0", "numpy": "2.3.5", "transformers": "5.23.0"}
 OPERATORS = [
-    "add_norm", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache",
-    "silu_mul", "varlen_attention",
+    "add_norm", "cache_attention", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d",
+    "rope_3d_to_cache", "silu_mul", "varlen_attention",
 ]  # fmt: skip
 
 

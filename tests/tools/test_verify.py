@@ -20,8 +20,8 @@ from keye_kernels.triton.registry import verify_cases
 EMPTY = torch.empty  # while `verify` guards allocations, torch.empty is another function
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = [
-    "add_norm", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d", "rope_3d_to_cache",
-    "silu_mul", "varlen_attention",
+    "add_norm", "cache_attention", "linear_few_rows", "patch_merge_projection", "position_embedding_2d", "rope_2d", "rope_3d",
+    "rope_3d_to_cache", "silu_mul", "varlen_attention",
 ]  # fmt: skip
 
 

@@ -188,6 +188,7 @@ def test_the_shapes_of_a_workload(kernel, expected):
 
 
 KEYS = {
+    ("cache_attention", "text"): {"dtype": "bfloat16", "head_dim": 128, "tokens": 2},
     ("rope", "text"): {"dtype": "bfloat16", "head_dim": 128, "tokens": 512},
     ("rope", "vision"): {"dtype": "bfloat16", "head_dim": 72, "tokens": 512},
     ("varlen_attention", "vision"): {"dtype": "bfloat16", "head_dim": 72, "mask": "none", "max_seqlen": 256},
@@ -210,7 +211,8 @@ def test_tuning_problems_expect_what_the_kernel_computes(kernel, part):
     problem = kernel_spec(kernel).tuning_problem(TuningShape(kernel, part, 2, 6), "fp16", CPU, reference)
     config = kernel_spec(kernel).heuristic(TuningShape(kernel, part, 2, 6), "fp32", INTERPRETER_ARCH)
     outputs, expected = problem.launch(config), problem.expect(torch.float64)
-    assert len(outputs) == len(expected) and problem.rows.tolist() == list(range(12))
+    num_rows = 2 if kernel == "cache_attention" else 12  # one token of each segment, or all
+    assert len(outputs) == len(expected) and problem.rows.tolist() == list(range(num_rows))
     for out, exact in zip(outputs, expected, strict=True):
         assert exact.dtype == torch.float64 and out.dtype == torch.float16
         error = (out[problem.rows].double() - exact).abs().max() / exact.abs().max()
@@ -280,16 +282,18 @@ def test_counted_cases_have_the_inputs_of_their_arguments():
         return VisionBatch.build(grid, int(grid.prod(1).sum()), table_side=27)
 
     cases = {case.name: case for name in KEYS for case in kernel_spec(name[0]).counted_cases(batch)}
-    assert set(cases) == {"rope_2d", "rope_3d", "rope_3d_to_cache", "attention 1024", "attention ragged, 64 rows",
-                          "attention ragged, 128 rows", "patch_merge_projection", "position_embedding_2d"}  # fmt: skip
+    assert set(cases) == {
+        "cache_attention", "rope_2d", "rope_3d", "rope_3d_to_cache", "attention 1024", "attention ragged, 64 rows",
+        "attention ragged, 128 rows", "patch_merge_projection", "position_embedding_2d",
+    }  # fmt: skip
     for case in cases.values():
         tensors = [x for x in case.arguments.values() if isinstance(x, torch.Tensor)]
         pointers = {x.data_ptr() for x in tensors}
         # The frequencies, the offsets and a batch's tensors are not inputs that every implementation reads
         given = [x for x in (*case.inputs, *case.written) if x.data_ptr() in pointers]
         assert len(given) >= len(tensors) - 1 - (case.operator == "position_embedding_2d"), case.name
-        assert case.limits["launches"] == (3 if case.operator == "patch_merge_projection" else 1), case.name
-    flops = {name: cases[name].needed_flops for name in cases if "attention" in name}
+        assert case.limits["launches"] == {"patch_merge_projection": 3, "cache_attention": 2}.get(case.operator, 1), case.name
+    flops = {name: cases[name].needed_flops for name in cases if name.startswith("attention")}
     assert flops == {"attention 1024": 4 * 72 * 1024**2, "attention ragged, 64 rows": 4 * 72 * (576**2 + 252**2 + 112**2 + 84**2),
                      "attention ragged, 128 rows": 4 * 72 * (576**2 + 252**2 + 112**2 + 84**2)}  # fmt: skip
     assert {name: cases[name].config["BLOCK_M"] for name in flops} == dict(zip(flops, (128, 64, 128), strict=True))

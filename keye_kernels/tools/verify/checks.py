@@ -175,7 +175,7 @@ def _same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def _bits(x: Tensor) -> Tensor:
     """The bits as integers, so that NaN equals itself."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def _share(element: tuple[float, float]) -> float:

@@ -116,9 +116,9 @@ FAULTS = [
     ),
     Fault(DECODER, "<= slots[:, None]  # [S, M]", "< slots[:, None] + 2  # [S, M]", GENERATION),
     Fault(
-        DECODER,
-        "valid = cache.valid.index_copy(1, slots, attention_mask.bool())",
-        "valid = cache.valid.index_fill(1, slots, True)",
+        "keye_kernels/model/cache.py",
+        "self.valid.index_copy_(1, slots, attention_mask.bool())",
+        "self.valid.index_fill_(1, slots, True)",
         TURNS,
     ),
     Fault(DECODER, '"eps": self.q_norm.eps}', '"eps": 1e-6}', VALUES),

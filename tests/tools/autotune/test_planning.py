@@ -15,8 +15,12 @@ from keye_kernels.triton.spec import TuningShape
 
 # else rows
 BUCKET = {
-    "rope": "tokens", "position_embedding_2d": "patches", "varlen_attention": "max_seqlen", "linear_few_rows": "block_rows"
-}  # fmt: skip
+    "cache_attention": "tokens",
+    "linear_few_rows": "block_rows",
+    "rope": "tokens",
+    "position_embedding_2d": "patches",
+    "varlen_attention": "max_seqlen",
+}
 H100 = Arch("sm_90")
 
 
@@ -84,7 +88,8 @@ def test_a_bad_workload_file_is_rejected_with_the_expected_form(content, tmp_pat
     [
         (
             ["--kernel", "softmax"],
-            "add_norm, linear, linear_few_rows, patch_merge_norm, position_embedding_2d, rope, silu_mul, varlen_attention",
+            "add_norm, cache_attention, linear, linear_few_rows, patch_merge_norm, position_embedding_2d, rope, silu_mul, "
+            "varlen_attention",
         ),
         (["--dry-run", "--target", "sm_99"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--dry-run"], "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),

@@ -178,6 +178,16 @@ def test_auto_takes_the_backend_of_the_launch_config(monkeypatch):
     module._config.cache_clear()
 
 
+def test_the_key_has_the_columns_of_the_output(monkeypatch):
+    keys = []
+    monkeypatch.setattr(module, "launch_config", lambda kernel, device, key, usual: keys.append(key) or usual)
+    module._config.cache_clear()
+    runs_in_triton(CPU, torch.float32, 3, (18, 40), True)
+    linear_few_rows(*inputs(3, 40, 9, silu_mul=True))
+    module._config.cache_clear()
+    assert [key["columns"] for key in keys] == [9]
+
+
 def test_no_rows_and_no_columns():
     assert run(*inputs(0, 8, 4)).shape == (0, 4) and run(*inputs(2, 8, 0)).shape == (2, 0)
 
@@ -340,6 +350,8 @@ def test_the_spec_has_the_layers_of_the_decoder():
         "down": (hidden, config.intermediate_size),
         "head": (config.vocab_size, hidden),
     }
+    assert [part for part, layer in LAYERS.items() if layer.silu_mul] == ["gate_up"]
+    assert [part for part, layer in LAYERS.items() if layer.residual] == ["down"]
 
 
 def test_tuning():

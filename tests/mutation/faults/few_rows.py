@@ -14,7 +14,7 @@ LAYERS, LAUNCHES, DOCTOR_TESTS = "tests/model/test_few_rows.py", "tests/model/te
 
 FAULTS = [
     Fault(KERNEL, "tl.load(p + k, mask=k + o_k < IN, other=0.0, eviction_policy=EVICTION)", "tl.load(p + k, eviction_policy=EVICTION)", KERNELS),
-    Fault(KERNEL, "m_n & (o_t < num_rows)[None, :]", "m_n & (o_t <= num_rows)[None, :]", KERNELS),
+    Fault(KERNEL, "m_n & (o_t < num_rows)[None, :]", "m_n & (o_t < num_rows - 1)[None, :]", KERNELS),
     Fault(KERNEL, "(IN - 1) // BLOCK_K * BLOCK_K", "IN // BLOCK_K * BLOCK_K", KERNELS),
     Fault(KERNEL, "        b_weight = b_next\n", "", KERNELS),
     Fault(KERNEL, "            b_up = b_next_up\n", "", KERNELS),
@@ -37,7 +37,7 @@ FAULTS = [
     Fault(LAUNCHER, "rows > MAX_MULTIPLY_ADD_ROWS and dtype", "dtype", KERNELS),
     Fault(LAUNCHER, '"use_pdl": False, "backend": "torch"', '"use_pdl": False, "backend": "triton"', KERNELS),
     Fault(LAUNCHER, "COLUMNS = {1: 4, 2: 4, 4: 2, 8: 1, 16: 1}", "COLUMNS = {1: 4, 2: 4, 4: 16, 8: 1, 16: 1}", KERNELS),
-    Fault(LAUNCHER, "weight[0] // 2 if silu_mul else weight[0]", "weight[0]", "tests/model/test_few_rows.py tests/triton/test_linear_few_rows.py"),
+    Fault(LAUNCHER, "weight[0] // 2 if silu_mul else weight[0]", "weight[0]", KERNELS),
     Fault(SPEC, "config | {\"use_pdl\": use_pdl}", "config", KERNELS),
     Fault(SPEC, "if batch <= MAX_ROWS]", "]", KERNELS),
     Fault(CASES, '"down": Layer(4096, 12_288, residual=True)', '"down": Layer(4096, 12_288)', KERNELS),

@@ -9,6 +9,7 @@ from keye_kernels import host_copy
 from keye_kernels.host_copy import HostCopies
 from keye_kernels.model import generation
 from keye_kernels.model.generation import Sampler
+from keye_kernels.model.prompt_lookup import LookupState
 from keye_kernels.model.token_state import TokenState
 from tests.helpers.tiny import tiny_model
 
@@ -134,6 +135,27 @@ def test_a_state_can_be_used_again():
     prompt = torch.tensor([[1, 2], [3, 4]])
     for found, expected in zip(run(state, prompt), run(new_state(), prompt), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_a_step_writes_to_the_same_tensors_each_time(model, num_drafts):
+    """As a CUDA graph of it does."""
+    arguments = 40, Sampler(), [1, 5], 7, torch.device("cpu")
+    state = LookupState(num_drafts, *arguments) if num_drafts else TokenState(1, *arguments)
+    cache = model.new_cache(1, state.max_length)
+
+    def tensors():
+        held = [*vars(state).values(), *vars(cache).values(), *cache.keys, *cache.values]
+        return [x.data_ptr() for x in held if isinstance(x, torch.Tensor)]
+
+    state.start(IDS[:1])
+    with torch.no_grad():
+        state.append(model(IDS[:1], cache=cache, logits_to_keep=1).logits)
+        state.step(model, cache)
+        before, used = tensors(), int(state.length)
+        for _ in range(4):
+            state.step(model, cache)
+    assert tensors() == before and int(state.length) >= used + 4
 
 
 def test_sampled_tokens_are_those_of_multinomial():

@@ -30,6 +30,8 @@ def test_drafts_follow_the_latest_of_the_longest_matches():
     assert drafts_of([1, 2, 3, 4, 5, 6, 8, 2, 3, 7, 7, 7, 1, 2, 3]) == [4, 5, 6, 8]
     assert drafts_of([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 1, 2, 3]) == [6, 7, 1, 2]
     assert drafts_of([0, 0, 0, 5, 6, 7, 8, 5]) == [6, 7, 8, 5]
+    # The last token has to match: a match is of adjacent tokens
+    assert drafts_of([1, 2, 9, 5, 5, 7, 3, 6, 8, 1, 2, 3]) == [6, 8, 1, 2]
     # More than MAX_MATCHED_TOKENS do not count
     assert drafts_of([1, 2, 3, 4, 5, 0, 2, 3, 4, 6, 1, 2, 3, 4]) == [6, 1, 2, 3]
 
@@ -53,7 +55,7 @@ def test_texts_without_a_match_and_short_texts_have_no_drafts():
 def test_tokens_are_those_of_greedy_decoding_for_any_drafts(model, monkeypatch, quality, num_drafts, copies):
     inputs = prompt([(1, 4, 4), (1, 2, 2)])
     length = inputs["input_ids"].shape[1]
-    text = model.generate(**inputs, max_new_tokens=60, eos_token_id=())[0]
+    text = model.generate(**inputs, max_new_tokens=40, eos_token_id=())[0]
     generator = torch.Generator().manual_seed(0)
     rows, forward = [], model.model.forward
 
@@ -71,9 +73,9 @@ def test_tokens_are_those_of_greedy_decoding_for_any_drafts(model, monkeypatch, 
     monkeypatch.setattr(
         model.model, "forward", lambda x, *rest: caches.add(rest[-1]) or rows.append(x.shape[1]) or forward(x, *rest)
     )
-    end = int(text[length + 20])
+    end = int(text[length + 9])
     first_end = text[length:].tolist().index(end)
-    for max_new_tokens, eos_token_id, new in ((30, (), 30), (1, (), 1), (2, (), 2), (40, end, first_end + 1)):
+    for max_new_tokens, eos_token_id, new in ((16, (), 16), (1, (), 1), (2, (), 2), (20, end, first_end + 1)):
         rows.clear()
         caches.clear()
         options = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id, "prompt_lookup": num_drafts}
@@ -106,6 +108,15 @@ def test_tokens_of_the_official_code(edition):
 @pytest.fixture(scope="module")
 def small():
     return kk.small_model(dtype=torch.float32)
+
+
+def test_without_a_match_a_step_on_a_cpu_is_one_of_a_single_token(model, monkeypatch):
+    ids, rows, forward = torch.tensor([[1, 2, 3]]), [], model.model.forward
+    expected = model.generate(ids, max_new_tokens=4, eos_token_id=())
+    monkeypatch.setattr(prompt_lookup, "find_drafts", lambda *rest: (torch.zeros(5, dtype=torch.int64), torch.tensor(False)))
+    monkeypatch.setattr(model.model, "forward", lambda x, *rest: rows.append(x.shape[1]) or forward(x, *rest))
+    assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=(), prompt_lookup=5), expected)
+    assert rows == [3, 1, 1, 1]
 
 
 def test_a_cache_that_grows_during_steps_with_drafts_has_room_for_them_only(model, monkeypatch):

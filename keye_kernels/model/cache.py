@@ -3,12 +3,15 @@
 Symbols: B sequences, S new tokens, M slots per sequence, Hk key/value heads, D head dim.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import KeyeConfig
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
 
 # A cache that grows has a multiple of this many slots
 CACHE_BLOCK_TOKENS = 256
@@ -34,7 +37,8 @@ class KVCache:
         rope_deltas: [B, 1] int64.
         is_empty: True until the first tokens are added.
         grows: whether it is replaced by a larger one when it is full. CUDA graphs that use it are then invalid.
-        count: `length` as far as the CPU knows it without waiting: calls in compiled code and replays of graphs do not add to it.
+        count: `length` as the CPU knows it without waiting for a GPU. Calls in compiled code do not add to it.
+        conversation: what the first slots hold, if `Keye.generate` has filled them.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class KVCache:
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.rope_deltas = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.is_empty, self.grows, self.count = True, grows, 0
+        self.conversation: Conversation | None = None
 
     @property
     def max_length(self) -> int:
@@ -104,7 +109,16 @@ class KVCache:
         """Makes the cache empty again."""
         self.valid.zero_()
         self.length.zero_()
-        self.is_empty, self.count = True, 0
+        self.is_empty, self.count, self.conversation = True, 0, None
+
+    def keep_first(self, tokens: int) -> None:
+        """Forgets the tokens of all but the first slots."""
+        if tokens == 0:
+            self.clear()
+            return
+        self.valid[:, tokens:] = False
+        self.length.fill_(tokens)
+        self.count = tokens
 
     def truncate(self, length: Tensor) -> None:
         """Forgets the tokens from slot `length` [1] on."""

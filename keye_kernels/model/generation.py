@@ -17,6 +17,7 @@ from keye_kernels.host_copy import HostCopies
 
 from .cache import KVCache, slots_for
 from .config import check_number, read_json
+from .conversation import resume
 from .prompt_lookup import LookupState
 from .step_graph import recorded_step
 from .token_state import TokenState, reports
@@ -178,11 +179,13 @@ def generate_tokens(
     pad_token_id: int,
     streamer: Streamer | None,
     prompt_lookup: int | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """Prefills a prompt, then decodes one token per sequence and step; returns [B, S + number of new tokens].
 
-    `inputs` are arguments of `model.forward`, with input_ids [B, S]. A sequence ends with any of `end_tokens` and is then filled
-    with `pad_token_id`. Raises RuntimeError at the end if logits were not finite.
+    `inputs` are arguments of `model.forward`, with input_ids [B, S]. What `cache` holds of them is not processed again. In the
+    end it holds all tokens but the last one. A sequence ends with any of `end_tokens` and is then filled with `pad_token_id`.
+    Raises RuntimeError at the end if logits were not finite.
 
     The CPU does not wait for the tokens of a GPU before it launches the next step. One step may therefore run after the last end
     token; its tokens are dropped.
@@ -191,22 +194,41 @@ def generate_tokens(
     batch_size, length = input_ids.shape
     arguments = length + max_new_tokens, sampler, end_tokens, pad_token_id, device
     state = LookupState(prompt_lookup, *arguments) if prompt_lookup else TokenState(batch_size, *arguments)
-    # It grows to the size of all tokens, because few answers have `max_new_tokens`
-    slots = min(slots_for(length), state.max_length)
-    cache = KVCache(model.config, batch_size, slots, model.dtype, device, grows=True)
+    conversation, limit = None, state.max_length
+    if cache is None:
+        # It grows to the size of all tokens, because few answers have `max_new_tokens`
+        cache = KVCache(model.config, batch_size, min(slots_for(length), limit), model.dtype, device, grows=True)
+    else:
+        if not cache.grows and cache.max_length < limit:
+            needed = f"{length} prompt tokens and {max_new_tokens} new tokens"
+            raise ValueError(
+                f"cache has {cache.max_length} slots per sequence, too few for {needed}; use model.new_cache(batch_size)"
+            )
+        conversation, inputs = resume(model, cache, inputs)
+        limit = model.config.max_position_embeddings
     state.start(input_ids)
     if streamer is not None:
         streamer.put(input_ids)
     state.append(model(**inputs, cache=cache, logits_to_keep=1).logits)
+    cache.conversation = conversation
     generator = sampler.generator if sampler.do_sample else None
     run = recorded_step(model, cache, lambda: state.step(model, cache), max_new_tokens - 1, generator)
 
     def step() -> None:
-        cache.reserve(batch_size, state.rows, state.max_length)
+        cache.reserve(batch_size, state.rows, limit)
         run()
 
-    new = _follow(reports(step, max_new_tokens, state.report, HostCopies(device)), state, end_tokens, max_new_tokens, streamer)
+    new = 0  # also if the streamer raises
+    try:
+        all_reports = reports(step, max_new_tokens, state.report, HostCopies(device))
+        new = _follow(all_reports, state, end_tokens, max_new_tokens, streamer)
+    finally:
+        if conversation is not None:
+            conversation.extend(state.tokens[:, length : length + new - 1])
+            cache.keep_first(conversation.ids.shape[1])
     if not state.sums[length : length + new].sum().isfinite():
+        cache.clear()
+        torch._foreach_zero_([*cache.keys, *cache.values])  # a masked slot that is not finite would spread
         raise RuntimeError(f"the logits are NaN or infinite; check the weights, or try another dtype than {model.dtype}")
     return state.tokens[:, : length + new].clone()
 

@@ -281,6 +281,7 @@ class Keye(nn.Module):
         seed: int | None = None,
         streamer: Streamer | None = None,
         prompt_lookup: int | None = None,
+        cache: KVCache | None = None,
         **vision_inputs: Tensor,
     ) -> Tensor:
         """Generates tokens after each prompt. Arguments that are None are read from generation_config.json, if it has them.
@@ -299,14 +300,17 @@ class Keye(nn.Module):
             streamer: receives the prompt, then the tokens [B] of each step on the CPU, then a call of `end()`.
             prompt_lookup: up to this many tokens (1 to 15), copied from what followed the same tokens earlier in the prompt or in
                 the answer, are verified in each step. Greedy decoding of one sequence only; its tokens do not change.
-            vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`.
+            cache: holds a conversation between calls, each of which gets all of its tokens so far: those that the cache holds are
+                not processed again, and the tokens are those without a cache. `new_cache(B)` begins a conversation.
+            vision_inputs: pixel_values, image_grid_thw and the other vision arguments of `forward`. With a cache of all images or
+                videos, or of those alone that the cache does not hold.
 
         Returns:
             [B, S + number of new tokens]: the prompts and the generated tokens.
 
         Raises:
-            ValueError: too many tokens for max_position_embeddings, padding on the right, or a bad sampling argument or
-                prompt_lookup.
+            ValueError: too many tokens for max_position_embeddings, padding on the right, a bad sampling argument or
+                prompt_lookup, or a cache of another batch size, dtype, device or model.
             RuntimeError: logits were NaN or infinite. Checked after the last token.
         """
         checks.check_generation(input_ids, attention_mask, max_new_tokens, self.config.max_position_embeddings)
@@ -317,7 +321,9 @@ class Keye(nn.Module):
         ends = end_token_ids(given, self.config.vocab_size)
         check_streamer(streamer)
         check_prompt_lookup(prompt_lookup, len(input_ids), do_sample)
+        if cache is not None:
+            checks.check_cache(cache)
         pad_token_id = first_given(pad_token_id, defaults.get("pad_token_id"), self.config.pad_token_id, *ends[:1], 0)
         check_number("pad_token_id", pad_token_id, 0, self.config.vocab_size - 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vision_inputs}
-        return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer, prompt_lookup)
+        return generate_tokens(self, inputs, max_new_tokens, sampler, ends, pad_token_id, streamer, prompt_lookup, cache)

@@ -8,6 +8,7 @@ STATES = "tests/model/test_token_state.py"
 LOOKUP, LOOKUPS = "keye_kernels/model/prompt_lookup.py", "tests/model/test_prompt_lookup.py"
 GRAPH, WARM_UP, SMALL = "keye_kernels/model/step_graph.py", "keye_kernels/warm_up.py", "keye_kernels/small.py"
 CALLS, TESTS, GROWTH = (f"tests/model/test_{name}.py" for name in ("calls", "generation", "cache_growth"))
+TALK, TALKS = "keye_kernels/model/conversation.py", "tests/model/test_conversations.py"
 TURNS, CONFIGS = "tests/model/test_later_turns.py", "tests/model/test_config.py"
 GRAPHS, SIZES, WARMUPS = (f"tests/model/test_{name}.py" for name in ("step_graph", "warmup_sizes", "warmup"))
 OPTIONS = "tests/model/test_small.py -k options"
@@ -72,12 +73,12 @@ FAULTS = [
     Fault(GENERATION, "cache=cache, logits_to_keep=1)", "cache=cache)", CALLS),
     Fault(
         GENERATION,
-        "min(slots_for(length), state.max_length)",
+        "min(slots_for(length), limit)",
         "slots_for(length)",
         CALLS,
     ),
-    Fault(GENERATION, "min(slots_for(length), state.max_length)", "state.max_length", GROWTH),
-    Fault(GENERATION, "state.rows, state.max_length)", "state.rows)", GROWTH),
+    Fault(GENERATION, "min(slots_for(length), limit)", "limit", GROWTH),
+    Fault(GENERATION, "state.rows, limit)", "state.rows)", GROWTH),
     Fault(CACHE, "slots = max(2 * self.max_length, slots_for(used + tokens))", "slots = slots_for(used + tokens)", GROWTH),
     Fault(
         CACHE,
@@ -86,7 +87,26 @@ FAULTS = [
         GROWTH,
     ),
     Fault(CACHE, "    @torch.inference_mode(False)\n", "", GROWTH),
-    Fault(CACHE, "self.is_empty, self.count = True, 0", "self.is_empty = True", GROWTH),
+    Fault(
+        CACHE,
+        "self.is_empty, self.count, self.conversation = True, 0, None",
+        "self.is_empty, self.conversation = True, None",
+        GROWTH,
+    ),
+    # Conversations
+    Fault(CACHE, "self.is_empty, self.count, self.conversation = True, 0, None", "self.is_empty, self.count = True, 0", TALKS),
+    Fault(CACHE, "self.length.fill_(tokens)", "self.length.add_(0)", TALKS),
+    Fault(CACHE, "        self.count = tokens\n", "", TALKS),
+    Fault(GENERATION, "length : length + new - 1]", "length : length + new]", TALKS),
+    Fault(GENERATION, "        torch._foreach_zero_([*cache.keys, *cache.values])", "        pass", TALKS),
+    Fault(TALK, "ids.shape[1] - 1)", "ids.shape[1])", TALKS),
+    Fault(TALK, "(known.mask[:, :count] == mask) & ", "", TALKS),
+    Fault(TALK, "or b not in known)", ")", TALKS),
+    Fault(TALK, "(b.end > columns or", "(", TALKS),
+    Fault(TALK, "max(start - 1, 0), end + 1", "start, end + 1", TALKS),
+    Fault(TALK, "return sha256(data.data).digest() + str(pixels.dtype).encode()", "return str(pixels.dtype).encode()", TALKS),
+    Fault(TALK, "cache.conversation.rope_deltas(model.config).to(", "(0 * conversation.rope_deltas(model.config)).to(", TALKS),
+    Fault(TALK, "conversation.model() is not model:", "conversation.model() is None:", TALKS),
     Fault(GRAPH, "if self.cache.max_length != self.slots:", "if False:", GRAPHS),
     Fault(GRAPH, "self.graph, self.is_warm, self.slots = None, False,", "self.graph, self.slots = None,", GRAPHS),
     Fault(GRAPH, "        self.cache.count = count  # a capture runs nothing\n", "", GRAPHS),

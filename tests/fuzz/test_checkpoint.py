@@ -104,7 +104,7 @@ def check_load(folder: Path) -> None:
     check(lambda: load(folder), expected=(ValueError, FileNotFoundError), words=str(folder))
 
 
-@fuzz(100)
+@fuzz(90)
 @given(head=st.one_of(tensor_headers(), damaged(HEADER).map(pack)))
 def test_tensor_headers(folder: Path, head: bytes) -> None:
     (folder / "model.safetensors").write_bytes(head + DATA)

@@ -78,7 +78,7 @@ def check_with(folder: Path, name: str, content: bytes) -> None:
         check(lambda: answer(folder), expected=(ValueError, TypeError, FileNotFoundError))
 
 
-@fuzz(160)
+@fuzz(130)
 @given(content=json_files(read("config.json")))
 def test_config(folder: Path, content: bytes) -> None:
     check_with(folder, "config.json", content)
@@ -90,7 +90,7 @@ def test_generation_config(folder: Path, content: bytes) -> None:
     check_with(folder, "generation_config.json", content)
 
 
-@fuzz(90)
+@fuzz(80)
 @given(content=json_files(read("preprocessor_config.json")))
 def test_preprocessor_config(folder: Path, content: bytes) -> None:
     check_with(folder, "preprocessor_config.json", content)

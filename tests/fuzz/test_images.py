@@ -65,7 +65,7 @@ def check_fetch(part: dict[str, Any], edition: Any) -> None:
         assert image.mode == "RGB" and image.width % 28 == image.height % 28 == 0
 
 
-@fuzz(90)
+@fuzz(80)
 @given(content=st.sampled_from(FILES).flatmap(damaged_bytes), edition=EDITION)
 def test_damaged_files(content: bytes, edition: Any) -> None:
     check_fetch({"image": content}, edition)
@@ -107,7 +107,7 @@ def arrays(draw: Any) -> np.ndarray:
     return view(array) if array.ndim else array
 
 
-@fuzz(70)
+@fuzz(60)
 @given(array=arrays(), as_tensor=st.booleans(), as_batch=st.booleans())
 def test_arrays(array: np.ndarray, as_tensor: bool, as_batch: bool) -> None:
     image: Any = array

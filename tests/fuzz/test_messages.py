@@ -91,7 +91,7 @@ ARGUMENTS = st.fixed_dictionaries(
 )
 
 
-@fuzz(120)
+@fuzz(105)
 @given(messages=conversations(), arguments=ARGUMENTS, edition=EDITION)
 def test_messages(messages: Any, arguments: dict[str, Any], edition: Any, tmp_path_factory: Any) -> None:
     processor = processor_of(edition, tmp_path_factory)
@@ -129,7 +129,7 @@ VISION = st.one_of(
 )
 
 
-@fuzz(120)
+@fuzz(105)
 @given(
     parts=st.lists(st.sampled_from(list(PROMPTS)), min_size=1, max_size=3),
     as_text=st.sampled_from(["string", "string", "string", "list", "odd"]),

@@ -59,7 +59,7 @@ def check_fetch(part: dict[str, Any], edition: Any) -> None:
         assert len(video.frames) > 0 and (video.seconds is None or video.seconds.isfinite().all())
 
 
-@fuzz(110)
+@fuzz(95)
 @given(content=st.sampled_from(CLIPS).flatmap(damaged_bytes), edition=EDITION)
 def test_damaged_files(content: bytes, edition: Any) -> None:
     check_fetch({"video": content}, edition)
@@ -81,7 +81,7 @@ OPTION_VALUES = (
 )
 
 
-@fuzz(60)
+@fuzz(55)
 @given(options=st.dictionaries(st.sampled_from(OPTIONS), OPTION_VALUES, max_size=4), clip=st.sampled_from(CLIPS), edition=EDITION)
 def test_options(options: dict[str, Any], clip: bytes, edition: Any) -> None:
     check_fetch({"video": clip, **options}, edition)

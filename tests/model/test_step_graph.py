@@ -218,7 +218,7 @@ def test_a_cache_that_grew_is_recorded_again(waits, monkeypatch):
 
     def run():
         slots.append(cache.max_length)
-        cache.advance(torch.zeros(1, dtype=torch.int64), torch.ones(1, 1))
+        cache.advance(1)
 
     monkeypatch.setattr(FakeGraph, "recorded", lambda: replayed.append(slots[-1]))
     step = recorded_step(ModelOnGpu(), cache, run, MIN_STEPS_TO_RECORD)

@@ -138,8 +138,9 @@ def _nothing_to_compile(model: Keye) -> str | None:
 
 
 def _capture_graphs(model: Keye, grids: Sequence[Tensor], lengths: Sequence[int], dtype: torch.dtype) -> None:
-    for grid_thw in list(grids) * CALLS_TO_CAPTURE:
-        model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
+    for grid_thw in grids:
+        for _ in range(CALLS_TO_CAPTURE):  # in a row: with more buckets than graphs are kept, others would free its entry
+            model.visual.graphs.encode(model, _blank_patches(model, grid_thw, dtype), grid_thw)
     if model.model.graphs.may_run(model.device):
         for length in [length for length in lengths if Bucket.of(1, length)] * CALLS_TO_CAPTURE:
             model(torch.zeros(1, length, dtype=torch.int64, device=model.device), logits_to_keep=1)

@@ -29,6 +29,8 @@ SETTINGS = frozenset((int, float, str, bool, tuple, PixelNorm, KeyeConfig, Visio
 CALLS_TO_CAPTURE = 2  # the first call of a bucket compiles kernels and initializes libraries
 MAX_GRAPHS = 16  # of one part of a model; the least recently used one is freed
 DEVICE_TYPES = ("cuda",)
+# Packages whose modules depend on nothing but parameters, buffers and SETTINGS
+KNOWN_PACKAGES = ("torch.nn.", "keye_kernels.")
 logger = logging.getLogger(__name__)
 _capture_lock = threading.Lock()  # torch captures one graph at a time
 
@@ -154,8 +156,14 @@ class GraphCache:
             self._clear()
 
     def _clear(self) -> None:
+        self._wait()
         self._entries.clear()
         self._pool = None
+
+    def _wait(self) -> None:
+        """Before memory is freed: the last graph may still run, on another stream than that of the memory."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
 
     def memory(self) -> GraphMemory:
         """What the captured graphs hold."""
@@ -193,8 +201,13 @@ class GraphCache:
             stream = torch.cuda.current_stream(device)
             if self._last_use is not None:  # on another stream, an earlier input may still be read
                 stream.wait_event(self._last_use)
-            set_inputs(entry)
-            output = entry.run()
+            try:
+                set_inputs(entry)
+                output = entry.run()
+            except BaseException:
+                if entry.graph is None:  # the next call would capture what has not been compiled
+                    del self._entries[bucket]
+                raise
             # Checked while the GPU runs the graph
             is_valid = entry.is_valid(modules)
             with torch.inference_mode(mode), torch.no_grad():
@@ -219,6 +232,7 @@ class GraphCache:
                 return None
             entry = self._entries[bucket] = make(state)
             while len(self._entries) > MAX_GRAPHS:
+                self._wait()
                 self._entries.popitem(last=False)
         elif entry.graph is None:
             if self._pool is None:
@@ -237,8 +251,9 @@ class GraphCache:
 class ModuleState:
     """The parameters, settings and structure of modules, to compare with those at another time.
 
-    `is_plain` is False if a call does more than its modules' forwards on their parameters: hooks, compiled modules, tensor
-    subclasses. Values of parameters do not count, because a replay reads them again.
+    `is_plain` is False if a call may do more than the known forwards on their parameters: hooks, compiled modules, replaced
+    forwards, modules of other packages (adapters, for instance), tensor subclasses. Values of parameters do not
+    count, because a replay reads them again.
     """
 
     def __init__(self, *roots: nn.Module):
@@ -251,7 +266,9 @@ class ModuleState:
             attributes = module.__dict__
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes.get("_compiled_call_impl"):
                 self.is_plain = False
-            self.objects += module, type(module).forward, attributes.get("forward")
+            if "forward" in attributes or not type(module).__module__.startswith(KNOWN_PACKAGES):
+                self.is_plain = False
+            self.objects += module, type(module).forward
             for value in attributes.values():
                 if type(value) in SETTINGS:
                     add_value(value)

@@ -7,7 +7,7 @@ Symbols: T patches, H heads, D head dim, C = H·D channels.
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ def _scale_and_shift(norm: PixelNorm, pixels: int, device: torch.device) -> tupl
     return norm.rescale_factor / std, (PIXEL_ORIGIN * norm.rescale_factor - mean) / std
 
 
-@lru_cache(maxsize=16)
+@cache  # never evicted: CUDA graphs read the tensors
 def _cached_scale_and_shift(norm: PixelNorm, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # Gradients need tensors that are not made in inference mode. The copy has ended before another stream reads it
     with torch.inference_mode(False):

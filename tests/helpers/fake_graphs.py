@@ -22,7 +22,11 @@ class FakeGraph:
 
 class FakeEvent:
     def record(self, stream):
+        self.stream = stream
         stream.events.append("record")
+
+    def synchronize(self):
+        self.stream.events.append("synchronize")
 
 
 class FakeStream:

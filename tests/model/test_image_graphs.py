@@ -162,10 +162,6 @@ def loaded(model):
     model.load_state_dict(state, assign=True)
 
 
-def patched(model):
-    model.visual.layers[0].self_attn.forward = lambda x, *_: x * 0
-
-
 def other_module(model):
     model.visual.layers[0].layer_norm1 = nn.LayerNorm(48, eps=0.5)
 
@@ -182,7 +178,7 @@ def fewer_layers(model):
     model.visual.layers = model.visual.layers[:1]
 
 
-CHANGES = [replaced, new_memory, moved, loaded, patched, other_module, other_eps, other_norm, fewer_layers]
+CHANGES = [replaced, new_memory, moved, loaded, other_module, other_eps, other_norm, fewer_layers]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -199,6 +195,48 @@ def test_a_changed_model_drops_its_graphs(gpu, change, batches_before):
         torch.testing.assert_close(found, eager(model, *inputs(*GRIDS, dtype=dtype)), **ROUNDING)
     assert not torch.allclose(found.float(), before)
     assert len(gpu.captured) == num_captured + 1
+
+
+class Adapter(nn.Module):
+    """Its forward depends on an attribute that is no parameter, like those of LoRA."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.scaling = layer, {"default": 1.0}
+
+    def forward(self, x):
+        return self.layer(x) * self.scaling["default"]
+
+
+@pytest.mark.parametrize("batches_before", [0, 2])
+def test_modules_of_other_packages_run_without_a_graph(gpu, batches_before):
+    model = tiny_model()
+    for _ in range(batches_before):
+        encode(model, *GRIDS)
+    adapter = Adapter(model.visual.post_layernorm)
+    model.visual.post_layernorm = adapter
+    for scale in (1.0, 2.0, 3.0, 0.5):
+        for graph in gpu.captured:  # a fake graph runs the modules, a real one does not
+            graph.run = lambda graph=graph: graph.result
+        adapter.scaling["default"] = scale
+        torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
+    assert model.visual.graphs.memory().captured == 0
+
+
+@pytest.mark.parametrize("batches_before", [0, 1, 2])
+def test_a_replaced_forward_of_a_module_is_called(gpu, batches_before):
+    model, calls = tiny_model(), []
+    for _ in range(batches_before):
+        encode(model, *GRIDS)
+    attention = model.visual.layers[0].self_attn
+    forward = attention.forward
+    attention.forward = lambda *arguments: calls.append(1) or forward(*arguments)
+    for number in (1, 2, 3):
+        for graph in gpu.captured:
+            graph.run = lambda graph=graph: graph.result
+        encode(model, *GRIDS)
+        assert len(calls) == number
+    assert model.visual.graphs.memory().captured == 0
 
 
 def test_a_replaced_forward_of_a_class_drops_the_graphs(gpu, monkeypatch):
@@ -339,6 +377,39 @@ def test_errors_of_the_model_are_not_failures_of_a_capture(gpu, monkeypatch):
             encode(model, *GRIDS)
     encode(model, *GRIDS, times=3)
     assert len(gpu.captured) == 1
+
+
+def test_a_bucket_whose_first_call_failed_is_not_captured_next(gpu, monkeypatch):
+    """A capture needs compiled kernels, which a call that ran out of memory may not have compiled."""
+    model, forward, is_full = tiny_model(), image_graphs._ImageEntry.forward, [True]
+
+    def run_out_of_memory_once(entry):
+        if is_full.pop() if is_full else False:
+            raise torch.cuda.OutOfMemoryError
+        return forward(entry)
+
+    monkeypatch.setattr(image_graphs._ImageEntry, "forward", run_out_of_memory_once)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        encode(model, *GRIDS)
+    encode(model, *GRIDS)
+    assert gpu.captured == []
+    encode(model, *GRIDS)
+    assert len(gpu.captured) == 1
+
+
+def test_memory_is_freed_after_the_last_graph_has_run(gpu, monkeypatch):
+    """Another stream may still run it, and the allocator gives freed memory to the stream of its allocation at once."""
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    model = tiny_model()
+    encode(model, (1, 2, 2))
+    model.visual.graphs.clear()
+    assert gpu.stream.events == ["record", "synchronize"]
+    encode(model, (1, 2, 2))
+    encode(model, (1, 8, 10))
+    assert gpu.stream.events[2:] == ["wait", "record", "synchronize", "wait", "record"]
+    replaced(model)
+    encode(model, (1, 8, 10))
+    assert gpu.stream.events[7] == "synchronize"
 
 
 def test_the_least_recently_used_graph_is_freed(gpu, monkeypatch):

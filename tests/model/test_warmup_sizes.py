@@ -88,6 +88,9 @@ def test_graphs_are_captured_for_the_whole_model(compiled, monkeypatch, pixel_dt
         model.get_image_features(pixels, torch.tensor([(1, 4, 4)]))
     assert len(gpu.captured) == 4 and gpu.captured[0].replays == 2
     assert {entry.pixels.dtype for entry in model.visual.graphs._entries.values()} == {dtype}
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    assert kk.warmup(tiny_model(), [*grids[:2], (1, 24, 24)]).graphs == 2
+    del gpu.captured[4:]
     model = tiny_model()
     model.cuda_graphs = False
     assert kk.warmup(model, grids, [9]).graphs == 0 and len(gpu.captured) == 4

@@ -30,6 +30,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate_options(generate)
     _add_model_options(generate)
 
+    chat = commands.add_parser("chat", help="a conversation about images and videos in the terminal")
+    subject = chat.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", metavar="DIR", help="folder of a Keye checkpoint")
+    subject.add_argument("--small", action="store_true", help="the bundled small model")
+    chat.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of one answer; default: 1024")
+    chat.add_argument("--thinking", choices=("think", "no_think", "auto"), help="thinking mode; default: auto")
+    _add_model_options(chat)
+
     inspect = commands.add_parser("inspect", help="show which frames of a video are sampled, or what a checkpoint is")
     subject = inspect.add_mutually_exclusive_group(required=True)
     subject.add_argument("--video", metavar="FILE", help="path or URL: list the sampled frames and their tokens")

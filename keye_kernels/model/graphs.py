@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from keye_kernels.ops.implementation import impl_for, resolve
 from keye_kernels.pixel_norm import PixelNorm
+from keye_kernels.plain import has_global_hooks
 
 from .config import KeyeConfig, VisionConfig
 
@@ -194,6 +194,8 @@ class GraphCache:
         in the forward, and nothing else that may change does.
         """
         mode = torch.is_inference_mode_enabled()
+        # Settings that choose the library's kernels when a graph is captured
+        bucket = bucket, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
         with self._lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             entry = self._entry(modules, device, bucket, make)
             if entry is None:
@@ -259,7 +261,7 @@ class ModuleState:
     def __init__(self, *roots: nn.Module):
         self.objects: list[object] = []
         self.values: list[object] = []
-        self.is_plain = not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+        self.is_plain = not has_global_hooks()
         add_value = self.values.append
         modules = list(roots)
         for module in modules:  # grows

@@ -9,6 +9,8 @@ from weakref import WeakSet
 
 import torch
 
+from keye_kernels.plain import calls_forward, has_global_hooks
+
 from .cache import KVCache
 from .graphs import capture, logger, runs_triton
 
@@ -29,8 +31,8 @@ def recorded_step(
 
     With a graph, the result is overwritten by the next call. `generator` is the seeded generator that `run` uses.
     The step runs without a graph if fewer than MIN_STEPS_TO_RECORD `steps` are expected, on a CPU, in a model with
-    `cuda_graphs=False`, hooks or compiled modules, under autocast (a graph would keep its cast weights) and with the reference
-    implementation (which creates tensors on the CPU).
+    `cuda_graphs=False`, hooks, replaced forwards or compiled modules, under autocast (a graph would keep its cast weights) and
+    with the reference implementation (which creates tensors on the CPU).
     """
     may_record = model.cuda_graphs and model.device.type == "cuda" and model not in _failed
     if may_record and steps >= MIN_STEPS_TO_RECORD and _can_record(model):
@@ -40,8 +42,8 @@ def recorded_step(
 
 def _can_record(model: "Keye") -> bool:
     """Whether a replay does everything that a forward does."""
-    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in model.modules())
-    return not has_hooks and runs_triton(model, model.device) and not torch.is_autocast_enabled("cuda")
+    is_plain = all(calls_forward(module) and not module._compiled_call_impl for module in model.modules())
+    return is_plain and not has_global_hooks() and runs_triton(model, model.device) and not torch.is_autocast_enabled("cuda")
 
 
 class _RecordedStep(Generic[T]):

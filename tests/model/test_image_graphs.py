@@ -329,6 +329,24 @@ def test_another_default_implementation_gets_another_graph(gpu, monkeypatch):
     assert len(gpu.captured) == 2
 
 
+def test_other_precisions_of_matmuls_get_other_graphs(gpu):
+    model, before = tiny_model(), torch.get_float32_matmul_precision()
+    encode(model, *GRIDS, times=2)
+    try:
+        torch.set_float32_matmul_precision("high")
+        encode(model, *GRIDS, times=2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.use_deterministic_algorithms(True)
+    try:
+        encode(model, *GRIDS, times=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(gpu.captured) == 3
+    encode(model, *GRIDS)
+    assert len(gpu.captured) == 3 and gpu.captured[0].replays == 2
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("other", [torch.no_grad, torch.inference_mode])
 def test_graphs_serve_no_grad_and_inference_mode(gpu, mode, other):

@@ -64,6 +64,19 @@ def test_a_model_is_not_recorded_again_after_a_failure():
     assert not is_recorded(model) and is_recorded(ModelOnGpu())
 
 
+def test_models_with_replaced_forwards_or_global_hooks_are_not_recorded():
+    model = ModelOnGpu()
+    model.head.forward = lambda x: x
+    assert not is_recorded(model)
+    del model.head.forward
+    assert is_recorded(model)
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    try:
+        assert not is_recorded(model)
+    finally:
+        hook.remove()
+
+
 def test_cuda_graphs_can_be_turned_off():
     model = ModelOnGpu()
     model.cuda_graphs = False

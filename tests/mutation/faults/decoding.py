@@ -140,7 +140,7 @@ FAULTS = [
     Fault(GRAPH, "        self.graph.replay()\n", "", GRAPHS),
     Fault(GRAPH, ", generator=self.generator)", ")", GRAPHS),
     Fault(GRAPH, "steps >= MIN_STEPS_TO_RECORD", "steps > MIN_STEPS_TO_RECORD", GRAPHS),
-    Fault(GRAPH, "m._forward_hooks or m._forward_pre_hooks", "m._forward_hooks", GRAPHS),
+    Fault(GRAPH, "calls_forward(module) and ", "", GRAPHS),
     Fault(GRAPH, 'and not torch.is_autocast_enabled("cuda")', "", GRAPHS),
     Fault(GRAPH, "            _failed.add(self.model)\n", "", GRAPHS),
     Fault(CAPTURE, "        stream.wait_stream(current)\n", "", GRAPHS),

@@ -151,9 +151,10 @@ class GraphCache:
         return type(self), ()  # a copy of the model captures its own graphs
 
     def clear(self) -> None:
-        """Frees the graphs and their memory. They are captured again when they are needed."""
+        """Frees the graphs and their memory. They are captured again when they are needed, also after a failed capture."""
         with self._lock:
             self._clear()
+            self._has_failed = False
 
     def _clear(self) -> None:
         self._wait()

@@ -374,13 +374,19 @@ def test_a_failed_capture_is_logged_once_and_not_tried_again(gpu, monkeypatch, c
     def fail(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "capture", fail)
     model = tiny_model()
-    found = [encode(model, *GRIDS) for _ in range(4)]
+    with monkeypatch.context() as context:
+        context.setattr(graphs, "capture", fail)
+        found = [encode(model, *GRIDS) for _ in range(4)]
     for features in found:
         torch.testing.assert_close(features, eager(model, *inputs(*GRIDS)), **ROUNDING)
     assert caplog.text.count("images are encoded without CUDA graphs") == 1 and "operation not permitted" in caplog.text
     assert model.visual.graphs.memory() == (0, 0)
+    encode(model, *GRIDS, times=3)
+    assert gpu.captured == []
+    model.visual.graphs.clear()
+    encode(model, *GRIDS, times=3)
+    assert len(gpu.captured) == 1
 
 
 def test_errors_of_the_model_are_not_failures_of_a_capture(gpu, monkeypatch):

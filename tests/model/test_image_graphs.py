@@ -445,8 +445,9 @@ def test_the_least_recently_used_graph_is_freed(gpu, monkeypatch):
     encode(model, *first)
     encode(model, *third, times=2)
     assert model.visual.graphs.memory().captured == 2 and len(gpu.captured) == 3
+    replays = gpu.captured[0].replays
     encode(model, *first)
-    assert len(gpu.captured) == 3
+    assert len(gpu.captured) == 3 and gpu.captured[0].replays == replays + 1
     encode(model, *second, times=2)
     assert len(gpu.captured) == 4
 

@@ -177,7 +177,24 @@ def test_all_buckets_share_the_memory_of_keys_and_values(gpu):
     pointers = {entry.cache.keys[0].data_ptr() for entry in model.model.graphs._entries.values()}
     assert len(pointers) == 1
     model.model.to(torch.float64)
-    assert model.model.graphs.memory() == (0, 0)
+    assert model.model.graphs.memory() == (0, 0) and model.model.graphs._storage is None
     expected = prefill(model.double(), False, **ids(3))
     for _ in range(3):
         torch.testing.assert_close(prefill(model, **ids(3)).logits, expected.logits, **ROUNDING)
+
+
+def test_hidden_states_are_not_overwritten_by_the_next_prompt(gpu):
+    """Another thread may run it before the head has read them."""
+    model = tiny_model()
+
+    def hidden(seed):
+        embeds = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(seed))
+        positions = torch.arange(12).expand(3, 1, 12)
+        return model.model.graphs.prefill(model.model, embeds, positions, torch.ones(1, 12), model.new_cache(1, 20))
+
+    with torch.no_grad():
+        hidden(0)
+        found = hidden(1)
+        before = found.clone()
+        hidden(2)
+    assert gpu.captured[0].replays == 2 and torch.equal(found, before)

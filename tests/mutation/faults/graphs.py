@@ -52,7 +52,6 @@ FAULTS = [
     Fault(GRAPHS, "                    add_value(tuple(value))\n", "                    pass\n", PROMPT_TESTS),
     Fault(GRAPHS, "KeyeConfig, VisionConfig))", "VisionConfig))", PROMPT_TESTS),
     Fault(GRAPHS, "with torch.inference_mode(mode), ", "with ", PROMPT_TESTS),
-    Fault(PROMPTS, "        self.mask[:, length:] = False", "        pass", PROMPT_TESTS),
     Fault(PROMPTS, "        self.mask[:, :length].copy_(attention_mask != 0)\n", "", PROMPT_TESTS),
     Fault(PROMPTS, "        self.cache.clear()\n", "", PROMPT_TESTS),
     Fault(PROMPTS, "            cache.mark(cache.slots(length), attention_mask)\n", "", PROMPT_TESTS),

@@ -5,6 +5,7 @@ A graph of a bucket serves all inputs up to a size, which are copied into tensor
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -103,7 +104,7 @@ def runs_triton(model: nn.Module, device: torch.device) -> bool:
     return all(resolve(impl, "rope_3d", device) == "triton" for impl in impls)
 
 
-class Entry:
+class Entry(ABC):
     """One bucket: tensors for the inputs and, from the second call on, a graph. Subclasses add the inputs, and `forward`."""
 
     def __init__(self, modules: Sequence[nn.Module], state: "ModuleState", device: torch.device):
@@ -113,8 +114,9 @@ class Entry:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.bytes = 0
 
+    @abstractmethod
     def forward(self) -> Tensor:
-        raise NotImplementedError
+        """The output of the bucket's size."""
 
     def is_valid(self, modules: Sequence[nn.Module]) -> bool:
         return self.state == ModuleState(*modules)
@@ -293,5 +295,3 @@ class ModuleState:
         if not isinstance(other, ModuleState) or len(self.objects) != len(other.objects):
             return False
         return self.is_plain == other.is_plain and all(map(is_, self.objects, other.objects)) and self.values == other.values
-
-    __hash__ = None  # type: ignore[assignment]

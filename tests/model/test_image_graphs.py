@@ -9,51 +9,19 @@ import threading
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import keye_kernels as kk
 from keye_kernels.model import graphs, image_graphs
 from keye_kernels.model.image_graphs import Bucket, ImageGraphs
-from tests.helpers.fake_graphs import FakeGpu
+from tests.helpers.image_graphs import GRIDS, ROUNDING, eager, encode, inputs, play_gpu, replaced
 from tests.helpers.tiny import tiny_model
 
 EDITIONS = ["Keye", "KeyeVL1_5"]
-ROUNDING = {"atol": 2e-5, "rtol": 2e-5}
-GRIDS = [(1, 8, 6), (2, 4, 4), (1, 2, 10)]
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(graphs, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(graphs, "runs_triton", lambda module, device: getattr(module, "impl", "auto") != "reference")
-    monkeypatch.setattr(image_graphs, "PATCH_BUCKETS", (64, 128, 256))
-    return FakeGpu(monkeypatch)
-
-
-def inputs(*grids, seed=0, dtype=torch.float32):
-    grid_thw = torch.tensor(grids)
-    shape = int(grid_thw.prod(1).sum()), 3, 14, 14
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=generator, dtype=dtype), grid_thw
-    return torch.randn(shape, generator=generator).to(dtype), grid_thw
-
-
-@torch.no_grad()
-def eager(model, pixels, grid_thw):
-    used, model.cuda_graphs = model.cuda_graphs, False
-    features = model.get_image_features(pixels, grid_thw)
-    model.cuda_graphs = used
-    return features
-
-
-@torch.no_grad()
-def encode(model, *grids, times=1, **options):
-    pixels, grid_thw = inputs(*grids, **options)
-    for _ in range(times):
-        features = model.get_image_features(pixels, grid_thw)
-    return features
+    return play_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
@@ -111,7 +79,9 @@ def test_a_smaller_batch_leaves_nothing_of_a_larger_one(gpu):
 
 
 def test_buckets():
-    of = lambda *lengths: Bucket.of(lengths, torch.uint8)  # noqa: E731
+    def of(*lengths):
+        return Bucket.of(lengths, torch.uint8)
+
     assert of(1024)[:3] == (1024, 1, 1024)
     assert of(1020, 8)[:3] == (1280, 2, 1024)
     assert of(100, 40, 30)[:3] == (256, 4, 128)
@@ -142,183 +112,6 @@ def test_wrong_grids_are_named(gpu):
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             model.get_image_features(pixels, wrong)
     torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
-
-
-def replaced(model):
-    model.visual.layers[1].mlp.fc1.weight = nn.Parameter(torch.randn_like(model.visual.layers[1].mlp.fc1.weight))
-
-
-def new_memory(model):
-    model.mlp_AR.linear_2.bias.data = torch.randn_like(model.mlp_AR.linear_2.bias)
-
-
-def moved(model):
-    model.visual.to(torch.float64)
-    model.mlp_AR.to(torch.float64)
-
-
-def loaded(model):
-    state = {name: torch.randn_like(x) for name, x in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def other_module(model):
-    model.visual.layers[0].layer_norm1 = nn.LayerNorm(48, eps=0.5)
-
-
-def other_eps(model):
-    model.visual.post_layernorm.eps = 1.0
-
-
-def other_norm(model):
-    model.visual.pixel_norm = model.visual.pixel_norm._replace(image_mean=(0.1, 0.2, 0.3))
-
-
-def fewer_layers(model):
-    model.visual.layers = model.visual.layers[:1]
-
-
-CHANGES = [replaced, new_memory, moved, loaded, other_module, other_eps, other_norm, fewer_layers]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("batches_before", [1, 2, 3])
-def test_a_changed_model_drops_its_graphs(gpu, change, batches_before):
-    model = tiny_model()
-    dtype = torch.uint8 if change is other_norm else torch.float32
-    before = encode(model, *GRIDS, times=batches_before, dtype=dtype)
-    num_captured = len(gpu.captured)
-    change(model)
-    # As many batches again: without a graph, with a new one and with its replay
-    for _ in range(3):
-        found = encode(model, *GRIDS, dtype=dtype)
-        torch.testing.assert_close(found, eager(model, *inputs(*GRIDS, dtype=dtype)), **ROUNDING)
-    assert not torch.allclose(found.float(), before)
-    assert len(gpu.captured) == num_captured + 1
-
-
-class Adapter(nn.Module):
-    """Its forward depends on an attribute that is no parameter, like those of LoRA."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer, self.scaling = layer, {"default": 1.0}
-
-    def forward(self, x):
-        return self.layer(x) * self.scaling["default"]
-
-
-@pytest.mark.parametrize("batches_before", [0, 2])
-def test_modules_of_other_packages_run_without_a_graph(gpu, batches_before):
-    model = tiny_model()
-    for _ in range(batches_before):
-        encode(model, *GRIDS)
-    adapter = Adapter(model.visual.post_layernorm)
-    model.visual.post_layernorm = adapter
-    for scale in (1.0, 2.0, 3.0, 0.5):
-        for graph in gpu.captured:  # a fake graph runs the modules, a real one does not
-            graph.run = lambda graph=graph: graph.result
-        adapter.scaling["default"] = scale
-        torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
-    assert model.visual.graphs.memory().captured == 0
-
-
-@pytest.mark.parametrize("batches_before", [0, 1, 2])
-def test_a_replaced_forward_of_a_module_is_called(gpu, batches_before):
-    model, calls = tiny_model(), []
-    for _ in range(batches_before):
-        encode(model, *GRIDS)
-    attention = model.visual.layers[0].self_attn
-    forward = attention.forward
-    attention.forward = lambda *arguments: calls.append(1) or forward(*arguments)
-    for number in (1, 2, 3):
-        for graph in gpu.captured:
-            graph.run = lambda graph=graph: graph.result
-        encode(model, *GRIDS)
-        assert len(calls) == number
-    assert model.visual.graphs.memory().captured == 0
-
-
-def test_a_replaced_forward_of_a_class_drops_the_graphs(gpu, monkeypatch):
-    model = tiny_model()
-    encode(model, *GRIDS, times=2)
-    gpu.captured[0].run = lambda: gpu.captured[0].result
-    monkeypatch.setattr(type(model.visual.layers[0].self_attn), "forward", lambda module, x, *_: x * 0)
-    torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
-
-
-def test_values_that_change_in_place_need_no_new_graph(gpu):
-    model = tiny_model()
-    encode(model, *GRIDS, times=2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.25)
-    torch.testing.assert_close(encode(model, *GRIDS), eager(model, *inputs(*GRIDS)), **ROUNDING)
-    assert len(gpu.captured) == 1 and gpu.captured[0].replays == 2
-
-
-def test_moving_the_tower_frees_the_memory_of_its_graphs_at_once(gpu):
-    model = tiny_model()
-    encode(model, *GRIDS, times=2)
-    assert model.visual.graphs.memory().captured == 1
-    model.visual.to("cpu")
-    assert model.visual.graphs.memory() == (0, 0)
-
-
-@pytest.mark.parametrize("when", [0, 1, 2, 3])
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_run_once_per_batch(gpu, register, when):
-    model, calls = tiny_model(), []
-    for _ in range(when):
-        encode(model, *GRIDS)
-    getattr(model.visual.layers[1].mlp.fc2, register)(lambda module, *_: calls.append(module))
-    if when > 1:  # a fake graph runs the modules, a real one does not
-        gpu.captured[0].run = lambda: gpu.captured[0].result
-    for number in (1, 2, 3):
-        encode(model, *GRIDS)
-        assert len(calls) == number
-    assert model.visual.graphs.memory().captured == 0
-
-
-def test_global_hooks_are_not_skipped(gpu):
-    model, calls = tiny_model(), []
-    encode(model, *GRIDS, times=2)
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
-    try:
-        gpu.captured[0].run = lambda: gpu.captured[0].result
-        encode(model, *GRIDS)
-    finally:
-        handle.remove()
-    assert model.visual.layers[0] in calls
-
-
-class Logging(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        return function(*arguments, **(options or {}))
-
-
-def test_what_needs_more_than_the_result_runs_without_a_graph(gpu, monkeypatch):
-    model = tiny_model()
-    pixels, grid_thw = inputs(*GRIDS)
-    contexts = [
-        torch.enable_grad(),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        Logging(),
-        kk.use_impl("reference"),
-    ]
-    # In place of the check of every module
-    monkeypatch.setattr(graphs, "runs_triton", lambda tower, device: image_graphs.default_impl() != "reference")
-    for context in contexts:
-        with torch.no_grad(), context:
-            features = [model.get_image_features(pixels, grid_thw) for _ in range(3)]
-        assert gpu.captured == [] and features[0].requires_grad == (context is contexts[0])
-    model.visual.impl = "reference"
-    monkeypatch.setattr(graphs, "runs_triton", lambda module, device: getattr(module, "impl", "auto") != "reference")
-    encode(model, *GRIDS, times=3)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    model.visual.impl = "auto"
-    encode(model, *GRIDS, times=3)
-    assert gpu.captured == []
 
 
 def test_another_default_implementation_gets_another_graph(gpu, monkeypatch):

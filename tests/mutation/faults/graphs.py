@@ -6,7 +6,8 @@ GRAPHS, IMAGES, SEGMENTS = "keye_kernels/model/graphs.py", "keye_kernels/model/i
 COPIES, KEYE, VISION = "keye_kernels/host_copy.py", "keye_kernels/model/keye.py", "keye_kernels/model/vision.py"
 WARM_UP, WARM_UP_TESTS = "keye_kernels/warm_up.py", "tests/model/test_warmup_sizes.py"
 PROMPTS, PROMPT_TESTS = "keye_kernels/model/prompt_graphs.py", "tests/model/test_prompt_graphs.py"
-TESTS, SCHEDULES, COPY_TESTS = "tests/model/test_image_graphs.py", "tests/ops/test_segments.py", "tests/ops/test_host_copy.py"
+TESTS = "tests/model/test_image_graphs.py tests/model/test_graph_validity.py"
+SCHEDULES, COPY_TESTS = "tests/ops/test_segments.py", "tests/ops/test_host_copy.py"
 
 FAULTS = [
     Fault(IMAGES, "merge_size**2].clone(),", "merge_size**2],", TESTS),
